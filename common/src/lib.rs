@@ -1,0 +1,2 @@
+//! What the programs in the kernel and the daemon must agree on.
+#![no_std]

@@ -1,0 +1,3 @@
+//! The forwarding dataplane of an entrance node.
+pub mod config;
+pub mod reject;

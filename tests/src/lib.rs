@@ -1,0 +1,1 @@
+//! Hosts made of network namespaces, real peers, and streams that verify themselves.
