@@ -35,6 +35,9 @@ pub const STARTER: &str = include_str!("starter.toml");
 /// Where the configuration lies when `--config` does not say otherwise.
 pub const DEFAULT_PATH: &str = "/etc/dataplane/dataplane.toml";
 
+/// Where the control socket lies when `admin.socket` does not say otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/dataplane/admin.sock";
+
 /// A whole, valid configuration.
 #[derive(Debug, Clone)]
 pub struct Config {

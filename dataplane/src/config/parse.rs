@@ -573,7 +573,7 @@ impl Parser {
     fn admin(&mut self, root: &Section<'_>) -> Admin {
         let mut admin = Admin {
             bind: Bind { addr: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9443), span: 0..0 },
-            socket: PathBuf::from("/run/dataplane/admin.sock"),
+            socket: PathBuf::from(super::DEFAULT_SOCKET),
         };
         let Some(section) =
             root.get("admin").and_then(|field| self.reader.section(field, "[admin]".into(), ADMIN_KEYS))
