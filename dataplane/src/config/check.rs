@@ -6,12 +6,17 @@ use std::net::{IpAddr, SocketAddr};
 use super::parse::Places;
 use super::{Bind, Config, Diagnostic, HostPattern, Mode, Route, Span, TargetHost};
 
-/// Everything that can be said without looking at the machine. Indices that resolve to nothing have been reported before.
-pub(super) fn whole(config: &Config, places: &Places) -> Vec<Diagnostic> {
+/// Errors that can be told without looking at the machine. Indices that resolve to nothing have been reported before.
+pub(super) fn conflicts(config: &Config, places: &Places) -> Vec<Diagnostic> {
     let mut found = bind_conflicts(config);
     found.extend(overlapping_routes(config, places));
     found.extend(own_listener_targets(config, &[]));
-    found.extend(unreached_listeners(config, places));
+    found
+}
+
+/// Warnings of what nothing leads to. Only for a configuration without errors: else what leads to it may be what is wrong.
+pub(super) fn unused(config: &Config, places: &Places) -> Vec<Diagnostic> {
+    let mut found = unreached_listeners(config, places);
     found.extend(unused_upstreams(config, places));
     found
 }
@@ -136,7 +141,7 @@ fn unreached_listeners(config: &Config, places: &Places) -> Vec<Diagnostic> {
     let mut found = Vec::new();
     for (index, (listener, span)) in config.listeners.iter().zip(&places.listeners).enumerate() {
         let reached = config.routes.iter().any(|route| route.listeners.is_empty() || route.listeners.contains(&index));
-        if let (Mode::Tls, Some(span), false) = (listener.mode, span, reached) {
+        if let (Mode::Tls, false) = (listener.mode, reached) {
             found.push(Diagnostic::warning(
                 span.clone(),
                 format!("no route is for listener \"{}\": it refuses every connection", listener.name),
@@ -148,9 +153,6 @@ fn unreached_listeners(config: &Config, places: &Places) -> Vec<Diagnostic> {
 }
 
 fn unused_upstreams(config: &Config, places: &Places) -> Vec<Diagnostic> {
-    if places.unresolved {
-        return Vec::new();
-    }
     let used = |index| {
         config.routes.iter().any(|route| route.upstream == index)
             || config.listeners.iter().any(|listener| listener.mode == Mode::Tcp { upstream: index })

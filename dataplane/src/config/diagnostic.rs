@@ -102,7 +102,7 @@ fn quote(f: &mut fmt::Formatter<'_>, source: &Source, span: &Span, severity: &st
 
     let number = line.to_string();
     let gutter = " ".repeat(number.len());
-    writeln!(f, "{number} | {lead}{window}{more}")?;
+    writeln!(f, "{}", format!("{number} | {lead}{window}{more}").trim_end())?;
     let indent = " ".repeat(lead.width() + before.width());
     let carets = "^".repeat(marked.width().max(1));
     writeln!(f, "{gutter} | {indent}{carets}")
@@ -167,8 +167,8 @@ mod tests {
         let source = source("x = 1\nhost = [\"東京.example\", \"bad host\"]\n");
         let start = source.text.find("\"bad").unwrap();
         let shown = Diagnostic::error(start..start + 10, "bad", "fix it").render(&source).to_string();
-        let expected = "test.toml:2:25: error: bad\n\
-             2 | host = [\"東京.example\", \"bad host\"]\n  |                           ^^^^^^^^^^\n  help: fix it\n";
+        let expected = "test.toml:2:23: error: bad\n\
+             2 | host = [\"東京.example\", \"bad host\"]\n  |                         ^^^^^^^^^^\n  help: fix it\n";
         assert_eq!(shown, expected);
     }
 

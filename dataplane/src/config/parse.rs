@@ -61,7 +61,7 @@ const HOUR: Duration = Duration::from_secs(3600);
 /// A deadline that someone waits for.
 const DEADLINE: RangeInclusive<Duration> = MILLISECOND..=HOUR;
 /// The kernel counts keepalive in whole seconds, up to 32767 (include/net/tcp.h, MAX_TCP_KEEPIDLE).
-const DEAD_PEER: RangeInclusive<Duration> = SECOND..=Duration::from_secs(32767);
+const DEAD_PEER: RangeInclusive<Duration> = SECOND..=Duration::from_secs(9 * 3600);
 const IDLE: RangeInclusive<Duration> = MILLISECOND..=Duration::from_secs(365 * 24 * 3600);
 const DRAIN: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(24 * 3600);
 /// No client says less than 512 bytes; four records of the largest size (RFC 8446 section 5.1) are more than any client says.
@@ -73,24 +73,22 @@ const LONGEST_SOCKET_PATH: usize = 107;
 
 /// Reads a whole configuration. Gives the warnings with it, or else everything that is wrong, warnings included, in the order of the file.
 pub fn parse(source: Arc<Source>) -> Result<(Config, Vec<Diagnostic>), Vec<Diagnostic>> {
-    let (tree, errors) = DeTable::parse_recoverable(&source.text);
     let mut parser = Parser { reader: Reader::default(), places: Places::default() };
-    let (engine, listeners, upstreams, routes, limits, admin) = parser.root(tree.get_ref());
-    let Parser { reader: Reader { diagnostics, mut absences }, places } = parser;
-
-    let config = Config {
-        engine,
-        listeners,
-        upstreams,
-        routes,
-        limits,
-        admin,
-        hash: hash(&source.text),
-        source: source.clone(),
+    let (root, errors) = {
+        let (tree, errors) = DeTable::parse_recoverable(&source.text);
+        (parser.root(tree.get_ref()), errors)
     };
-    absences.extend(check::whole(&config, &places));
+    let (engine, listeners, upstreams, routes, limits, admin) = root;
+    let Parser { reader: Reader { diagnostics, mut absences, .. }, places } = parser;
 
-    let mut diagnostics = syntax::combine(&source, &errors, diagnostics, absences);
+    let hash = hash(&source.text);
+    let config = Config { engine, listeners, upstreams, routes, limits, admin, source, hash };
+    absences.extend(check::conflicts(&config, &places));
+
+    let mut diagnostics = syntax::combine(&config.source, &errors, diagnostics, absences);
+    if !diagnostics.iter().any(Diagnostic::is_error) {
+        diagnostics.extend(check::unused(&config, &places));
+    }
     diagnostics.sort_by_key(|diagnostic| (diagnostic.span.start, diagnostic.span.end));
     if diagnostics.iter().any(Diagnostic::is_error) { Err(diagnostics) } else { Ok((config, diagnostics)) }
 }
@@ -98,20 +96,19 @@ pub fn parse(source: Arc<Source>) -> Result<(Config, Vec<Diagnostic>), Vec<Diagn
 /// First 16 hex digits of the SHA-256 of the file.
 fn hash(text: &str) -> String {
     let digest = Sha256::digest(text.as_bytes());
-    digest[..8].iter().map(|byte| format!("{byte:02x}")).collect()
+    let first = digest[..8].iter().fold(0_u64, |number, byte| number << 8 | u64::from(*byte));
+    format!("{first:016x}")
 }
 
 /// Where things stand that the model does not keep: by index, as the lists of [`Config`].
 #[derive(Default)]
 pub(super) struct Places {
-    /// Names of listeners; `None`: something about it is wrong, so that nothing follows from it.
-    pub(super) listeners: Vec<Option<Span>>,
+    /// Names of listeners.
+    pub(super) listeners: Vec<Span>,
     /// Names of upstreams.
     pub(super) upstreams: Vec<Span>,
     /// Each host of each route.
     pub(super) hosts: Vec<Vec<Span>>,
-    /// Is the upstream that something names known? Else none is reported as unused.
-    pub(super) unresolved: bool,
 }
 
 struct Parser {
@@ -279,13 +276,11 @@ impl Parser {
     fn listeners(&mut self, root: &Section<'_>, upstreams: &[Upstream]) -> Vec<Listener> {
         let mut listeners = Vec::new();
         for (span, name, section) in self.named(root, "listeners", LISTENER_KEYS) {
-            let before = self.reader.error_count();
-            let listener = self.listener(name, &section, upstreams);
-            let sound = self.reader.error_count() == before;
-            self.places.listeners.push(sound.then_some(span));
-            listeners.push(listener);
+            self.places.listeners.push(span);
+            listeners.push(self.listener(name, &section, upstreams));
         }
-        if listeners.is_empty() {
+        let nothing_written = root.get("listeners").is_none_or(|field| field.is_empty_table());
+        if nothing_written && !self.reader.is_misspelt(root, "listeners") {
             let span = root.get("listeners").map_or(0..0, |field| field.span());
             self.reader.absent(
                 span,
@@ -401,7 +396,6 @@ impl Parser {
             }
             index
         });
-        self.places.unresolved |= index.is_none();
         index.unwrap_or(NOWHERE)
     }
 
@@ -417,7 +411,6 @@ impl Parser {
             self.upstream_index(field, upstreams)
         } else {
             self.reader.missing(section, "upstream", &quoted(upstreams.first().map_or("cluster", |u| &u.name)));
-            self.places.unresolved = true;
             NOWHERE
         };
         Route {

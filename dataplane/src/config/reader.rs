@@ -17,6 +17,8 @@ pub(super) struct Reader {
     pub(super) diagnostics: Vec<Diagnostic>,
     /// Of things that are not there: kept apart, for they prove nothing once a syntax error has swallowed part of the file.
     pub(super) absences: Vec<Diagnostic>,
+    /// Keys that are there under a wrong name, with the start of their table: they are not missing as well.
+    misspelt: Vec<(usize, String)>,
 }
 
 /// A table whose keys have been compared with those that it may have.
@@ -51,12 +53,20 @@ impl<'t> Field<'t> {
         self.value().as_array().is_some_and(|items| items.is_empty())
     }
 
+    pub(super) fn is_empty_table(&self) -> bool {
+        self.value().as_table().is_some_and(DeTable::is_empty)
+    }
+
     fn subject(&self) -> String {
         if self.entry { format!("each entry of `{}`", self.key) } else { format!("`{}`", self.key) }
     }
 }
 
 impl<'t> Section<'t> {
+    fn is_root(&self) -> bool {
+        self.span.is_empty()
+    }
+
     pub(super) fn get(&self, key: &str) -> Option<Field<'t>> {
         self.table.get_key_value(key).map(|(key, spanned)| Field { key: key.get_ref(), entry: false, spanned })
     }
@@ -85,10 +95,6 @@ impl Reader {
     /// Reports an error that rests on something being nowhere in the file.
     pub(super) fn absent(&mut self, span: Span, message: impl Into<String>, remedy: impl Into<String>) {
         self.absences.push(Diagnostic::error(span, message, remedy));
-    }
-
-    pub(super) fn error_count(&self) -> usize {
-        self.diagnostics.iter().filter(|diagnostic| diagnostic.is_error()).count() + self.absences.len()
     }
 
     /// Unwraps, or reports that the value of `span` was refused.
@@ -121,23 +127,14 @@ impl Reader {
         if let DeValue::Table(table) = field.value() {
             return Some(Section { table, name, span: field.span() });
         }
-        let double = format!("[{name}]");
-        let (span, found) = (field.span(), describe(field.value()));
-        let is_tables =
-            matches!(field.value(), DeValue::Array(array) if array.iter().any(|item| item.get_ref().is_table()));
-        if is_tables {
-            self.error(
-                span,
-                format!("{} must be a table, not a list of tables", field.subject()),
-                format!("write `{name}`, not `{double}`"),
-            );
+        let is_list =
+            matches!(field.value(), DeValue::Array(items) if items.iter().any(|item| item.get_ref().is_table()));
+        let (found, remedy) = if is_list {
+            ("a list of tables".into(), format!("write `{name}`, with single brackets"))
         } else {
-            self.error(
-                span,
-                format!("{} must be a table, not {found}", field.subject()),
-                format!("write `{name}` on a line of its own, and its keys below"),
-            );
-        }
+            (describe(field.value()), format!("write `{name}` on a line of its own, and its keys below"))
+        };
+        self.error(field.span(), format!("{} must be a table, not {found}", field.subject()), remedy);
         None
     }
 
@@ -172,19 +169,33 @@ impl Reader {
     fn report_unknown_keys(&mut self, section: &Section<'_>, keys: &[&str]) {
         for (span, field) in section.entries() {
             if !keys.contains(&field.key) {
-                let remedy = unknown_key_remedy(field.key, section, keys);
-                self.error(span, format!("unknown key `{}` in {}", field.key, section.name), remedy);
+                let remedy = if let Some(word) = meant(field.key, keys) {
+                    self.misspelt.push((section.span.start, word.to_owned()));
+                    format!("did you mean `{word}`?")
+                } else {
+                    unknown_key_remedy(field.key, section, keys)
+                };
+                let at = if section.is_root() { "at" } else { "in" };
+                self.error(span, format!("unknown key `{}` {at} {}", field.key, section.name), remedy);
             }
         }
     }
 
     /// Reports that a required key is not there.
     pub(super) fn missing(&mut self, section: &Section<'_>, key: &str, example: &str) {
+        if self.is_misspelt(section, key) {
+            return;
+        }
         self.absent(
             section.span.clone(),
             format!("{} has no `{key}`", section.name),
             format!("add `{key} = {example}`"),
         );
+    }
+
+    /// Does the table have this key under a name that was reported as unknown?
+    pub(super) fn is_misspelt(&self, section: &Section<'_>, key: &str) -> bool {
+        self.misspelt.iter().any(|(start, word)| *start == section.span.start && word == key)
     }
 
     fn wrong_type(&mut self, field: &Field<'_>, expected: &str, example: &str) {
@@ -228,10 +239,14 @@ impl Reader {
         let words: Vec<&str> = choices.iter().map(|(word, _)| *word).collect();
         let listed = list(&words.iter().map(|word| format!("\"{word}\"")).collect::<Vec<_>>());
         let DeValue::String(text) = field.value() else {
+            let word = match field.value() {
+                DeValue::Boolean(true) if words[0] == "off" => words[words.len() - 1],
+                _ => words[0],
+            };
             self.error(
                 field.span(),
                 format!("{} must be one of {listed}, not {}", field.subject(), describe(field.value())),
-                format!("write `{} = \"{}\"`", field.key, words[0]),
+                format!("write `{} = \"{}\"`", field.key, word),
             );
             return None;
         };
@@ -388,14 +403,15 @@ const OTHER_NAMES: [(&str, &str); 26] = [
     ("metrics", "admin"),
 ];
 
-fn unknown_key_remedy(key: &str, section: &Section<'_>, keys: &[&str]) -> String {
+fn meant<'k>(key: &str, keys: &[&'k str]) -> Option<&'k str> {
     let plain = key.to_lowercase().replace('-', "_");
-    if let Some(word) = suggest(key, keys) {
-        return format!("did you mean `{word}`?");
-    }
-    if let Some((_, word)) = OTHER_NAMES.iter().find(|(other, word)| *other == plain && keys.contains(word)) {
-        return format!("did you mean `{word}`?");
-    }
+    suggest(key, keys).or_else(|| {
+        let mut others = OTHER_NAMES.iter().filter(|(other, _)| *other == plain);
+        others.find_map(|(_, word)| keys.iter().find(|key| *key == word).copied())
+    })
+}
+
+fn unknown_key_remedy(key: &str, section: &Section<'_>, keys: &[&str]) -> String {
     if let Some((home, _)) = super::parse::KEYS.iter().find(|(home, keys)| *home != section.name && keys.contains(&key))
     {
         return match *home {

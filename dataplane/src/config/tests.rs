@@ -1,3 +1,5 @@
+//! The configuration as its owner meets it: whole files, their warnings and the explanations of what is wrong with them.
+
 use std::fmt::Write;
 use std::path::Path;
 use std::sync::Arc;
@@ -161,6 +163,14 @@ fn the_starter_configuration_passes_without_a_warning() {
     assert_eq!(warnings, "");
     assert_eq!(config.listeners[0].bind.len(), 2);
     assert_eq!(config.upstreams[0].send_proxy, SendProxy::V2);
+}
+
+#[test]
+fn files_written_on_windows_are_read() {
+    let (config, warnings) = read(&format!("\u{feff}{}", STARTER.replace('\n', "\r\n")));
+    assert_eq!((config.routes.len(), warnings.as_str()), (2, ""));
+    let refused = refusal(&SMALL.replace("bind", "bnid").replace('\n', "\r\n"));
+    assert!(refused.contains("dataplane.toml:3:1: error: unknown key `bnid`") && !refused.contains('\r'), "{refused}");
 }
 
 #[test]
@@ -381,6 +391,14 @@ fn a_file_without_permission_says_so() {
     let error = std::io::Error::from(std::io::ErrorKind::PermissionDenied);
     let shown = LoadError::Unreadable { path: DEFAULT_PATH.into(), error }.to_string();
     assert!(shown.contains(DEFAULT_PATH) && shown.contains("permission denied") && shown.contains("help: "), "{shown}");
+}
+
+#[test]
+fn a_syntax_error_is_never_taken_for_the_consequence_of_another() {
+    // The header is twice in the text, but once in the tree.
+    let text =
+        format!("{SMALL}alpn = [\"\"\"\n[admin]\n\"\"\"]\n[admin]\nbind = \"127.0.0.1:1\"\nbind = \"127.0.0.1:2\"\n");
+    assert!(refusal(&text).contains("duplicate key"));
 }
 
 /// Parses and renders: neither may panic, whatever the text; and every place must lie in the text.

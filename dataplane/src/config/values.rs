@@ -23,6 +23,11 @@ const DURATION_UNITS: [(&str, u64); 4] = [("h", 3_600_000), ("m", 60_000), ("s",
 /// `"1h30m"`, `"250ms"`, `"0s"`: whole numbers with units, the largest first, each at most once.
 pub fn parse_duration(text: &str) -> Result<Duration, Refused> {
     const EXAMPLES: &str = "write a duration such as \"250ms\", \"5s\", \"1m\" or \"1h30m\"";
+    let compact: String = text.split_whitespace().collect();
+    if compact != text && !compact.is_empty() {
+        let remedy = parse_duration(&compact).map_or_else(|refused| refused.remedy, |_| format!("write \"{compact}\""));
+        return refuse(format!("`{text}` has spaces in it"), remedy);
+    }
     let mut rest = text;
     let mut millis: u64 = 0;
     let mut last_unit = u64::MAX;
@@ -73,14 +78,15 @@ fn unit_hint(digits: &str, unit: &str) -> Option<String> {
     Some(format!("write \"{digits}{known}\""))
 }
 
-/// The shortest text that [`parse_duration`] reads as `duration`, to the millisecond.
+/// The shortest text that the configuration reads as `duration`, to the millisecond.
 pub fn format_duration(duration: Duration) -> String {
     let mut millis = duration.as_millis();
     let mut text = String::new();
     for (unit, factor) in DURATION_UNITS {
         let count = millis / u128::from(factor);
         if count > 0 {
-            text += &format!("{count}{unit}");
+            text += &count.to_string();
+            text += unit;
         }
         millis %= u128::from(factor);
     }
@@ -111,8 +117,9 @@ pub fn parse_size(text: &str) -> Result<u64, Refused> {
         None => {
             let wanted = unit.trim().to_ascii_lowercase();
             let known = SIZE_UNITS.iter().find(|(name, _)| {
+                // `M` is mostly meant as in nginx and systemd: binary.
                 let name = name.to_ascii_lowercase();
-                name == wanted || name.strip_suffix('b').is_some_and(|name| name == wanted)
+                name == wanted || name.strip_suffix("ib").is_some_and(|name| name == wanted)
             });
             let remedy = known.map_or(EXAMPLES.to_owned(), |(name, _)| format!("write \"{digits}{name}\""));
             return refuse(format!("`{text}` is not a size"), remedy);
@@ -124,9 +131,9 @@ pub fn parse_size(text: &str) -> Result<u64, Refused> {
     }
 }
 
-/// The shortest text that [`parse_size`] reads as `bytes`, in binary units.
+/// The shortest text that the configuration reads as `bytes`, in binary units.
 pub fn format_size(bytes: u64) -> String {
-    let unit = SIZE_UNITS[..3].iter().find(|(_, factor)| bytes >= *factor && bytes % factor == 0);
+    let unit = SIZE_UNITS[..3].iter().find(|(_, factor)| bytes >= *factor && bytes.is_multiple_of(*factor));
     unit.map_or_else(|| bytes.to_string(), |(name, factor)| format!("{}{name}", bytes / factor))
 }
 
