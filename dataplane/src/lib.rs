@@ -1,3 +1,34 @@
-//! The forwarding dataplane of an entrance node.
-pub mod config;
+//! The forwarding dataplane of an entrance node. Modules in the order in which a connection meets them:
+//! [`listen`], [`connection`] ([`hello`], [`route`], [`upstream`], [`proxy_protocol`]), [`engine`]; beside it what they are driven by.
+//! ARCHITECTURE.md is the map.
+
+pub mod listen;
+
+pub mod connection;
+
+pub mod hello;
+pub mod proxy_protocol;
+pub mod route;
+pub mod upstream;
+
+pub mod engine;
+
+pub mod admission;
 pub mod reject;
+pub mod registry;
+
+pub mod config;
+pub mod generation;
+pub mod shared;
+
+pub mod daemon;
+pub mod worker;
+
+pub mod admin;
+pub mod control;
+pub mod doctor;
+pub mod ebpf;
+pub mod logging;
+pub mod metrics;
+
+pub mod sys;

@@ -84,8 +84,8 @@ impl Reason {
     /// hello was seen.
     pub const fn alert(self) -> Option<u8> {
         match self {
-            Self::NoSni | Self::UnknownHost => Some(112), // unrecognized_name
-            Self::AlpnMismatch => Some(120),              // no_application_protocol
+            Self::NoSni | Self::UnknownHost => Some(112),     // unrecognized_name
+            Self::AlpnMismatch => Some(120),                  // no_application_protocol
             Self::NoUpstream | Self::MemoryLimit => Some(80), // internal_error
             Self::NotTls
             | Self::Malformed

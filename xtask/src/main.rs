@@ -1,2 +1,46 @@
-//! The project's own commands.
-fn main() {}
+//! The project's own commands: `cargo xtask --help`.
+//!
+//! Each brings what it needs where it can (rustup, apt as root on Debian, `cargo install` into `target/tools`), and otherwise says in one line what to install.
+
+mod ebpf;
+mod install;
+mod packages;
+mod run;
+mod test;
+mod toolchain;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Builds, tests and installs the dataplane")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Build the programs that run in the kernel; `cargo build` embeds them from then on
+    BuildEbpf,
+    /// Run all tests, unit and end to end, as root; the exit code is that of `cargo test`
+    Test(test::Options),
+    /// Put the release build, its systemd unit and a starter configuration in place
+    Install(install::Options),
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::BuildEbpf => ebpf::build().map(|object| println!("{}", object.display())),
+        Command::Test(options) => test::run(&options),
+        Command::Install(options) => install::run(&options),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

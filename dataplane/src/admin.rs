@@ -1,0 +1,210 @@
+//! Metrics and health over TCP, status and control over a unix socket: HTTP on a thread and a runtime of its own.
+//!
+//! Nothing here is on the way of a connection's bytes: it reads shared state, and asks the control thread for what changes it.
+
+use std::io;
+use std::net::TcpListener as StdTcpListener;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener as StdUnixListener, UnixStream as StdUnixStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use axum::extract::{Query, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::config::Mode;
+use crate::registry::{Connection, unix_seconds};
+use crate::shared::Shared;
+
+/// A request to the control thread, with where to send the outcome.
+pub type ReloadRequest = oneshot::Sender<Result<String, String>>;
+
+#[derive(Clone)]
+struct App {
+    shared: Arc<Shared>,
+    reload: mpsc::Sender<ReloadRequest>,
+}
+
+/// The bound sockets.
+pub struct Sockets {
+    /// For Prometheus and health checks.
+    pub tcp: StdTcpListener,
+    /// For the command line; `None` when it could not be made.
+    pub unix: Option<StdUnixListener>,
+}
+
+/// Serves until the process ends.
+pub fn start(shared: Arc<Shared>, sockets: Sockets, reload: mpsc::Sender<ReloadRequest>) -> io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    std::thread::Builder::new().name("admin".into()).spawn(move || {
+        let app = App { shared, reload };
+        let outcome = runtime.block_on(async {
+            let public = public(app.clone());
+            sockets.tcp.set_nonblocking(true)?;
+            let tcp = TcpListener::from_std(sockets.tcp)?;
+            if let Some(unix) = sockets.unix {
+                unix.set_nonblocking(true)?;
+                let unix = UnixListener::from_std(unix)?;
+                let control = public.clone().merge(control(app));
+                tokio::try_join!(axum::serve(tcp, public).into_future(), axum::serve(unix, control).into_future())?;
+            } else {
+                axum::serve(tcp, public).await?;
+            }
+            io::Result::Ok(())
+        });
+        if let Err(error) = outcome {
+            tracing::error!(%error, "metrics and control ended; forwarding goes on");
+        }
+    })?;
+    Ok(())
+}
+
+/// Binds the control socket. A file left behind by a dead daemon is replaced, a live daemon's is not.
+pub fn bind_unix(path: &Path) -> io::Result<StdUnixListener> {
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    match StdUnixStream::connect(path) {
+        Ok(_) => return Err(io::Error::new(io::ErrorKind::AddrInUse, "another daemon answers on it")),
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)?,
+        Err(_) => {}
+    }
+    let listener = StdUnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
+    Ok(listener)
+}
+
+/// What anybody who reaches the address may see.
+fn public(app: App) -> Router {
+    Router::new()
+        .route("/metrics", get(metrics))
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(ready))
+        .with_state(app)
+}
+
+/// What the owner of the socket may see and do.
+fn control(app: App) -> Router {
+    Router::new()
+        .route("/status", get(|State(app): State<App>| async move { Json(status(&app.shared)) }))
+        .route("/connections", get(connections))
+        .route("/reload", post(reload))
+        .route("/drain", post(|state, query| set_drained(state, query, true)))
+        .route("/undrain", post(|state, query| set_drained(state, query, false)))
+        .with_state(app)
+}
+
+async fn metrics(State(app): State<App>) -> Response {
+    app.shared.registry.collect();
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], app.shared.metrics.render()).into_response()
+}
+
+async fn ready(State(app): State<App>) -> (StatusCode, &'static str) {
+    if app.shared.ready.load(Relaxed) {
+        (StatusCode::OK, "ready\n")
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "draining\n")
+    }
+}
+
+async fn connections(State(app): State<App>) -> Json<Vec<Connection>> {
+    Json(app.shared.registry.connections())
+}
+
+async fn reload(State(app): State<App>) -> (StatusCode, String) {
+    let (outcome, answer) = oneshot::channel();
+    let asked = app.reload.send(outcome).await;
+    match (asked, answer.await) {
+        (Ok(()), Ok(Ok(text))) => (StatusCode::OK, text),
+        (Ok(()), Ok(Err(text))) => (StatusCode::UNPROCESSABLE_ENTITY, text),
+        _ => (StatusCode::SERVICE_UNAVAILABLE, "the daemon is stopping\n".to_owned()),
+    }
+}
+
+#[derive(Deserialize)]
+struct TargetName {
+    target: String,
+}
+
+async fn set_drained(
+    State(app): State<App>,
+    Query(TargetName { target }): Query<TargetName>,
+    drained: bool,
+) -> (StatusCode, String) {
+    let generation = app.shared.generation.load();
+    let mut text = String::new();
+    for pool in &generation.pools {
+        for t in pool.targets().iter().filter(|t| **t.text() == *target) {
+            t.set_drained(drained);
+            let what = if drained { "gets no new connections" } else { "gets new connections again" };
+            text += &format!("{target} of upstream {} {what}\n", pool.config.name);
+            tracing::info!(upstream = &*pool.config.name, target_name = target, drained, "operator");
+        }
+    }
+    if text.is_empty() {
+        let known: Vec<_> = generation.pools.iter().flat_map(|p| p.targets()).map(|t| t.text().to_string()).collect();
+        let text = format!("no upstream has the target {target}; there are: {}\n", known.join(", "));
+        return (StatusCode::NOT_FOUND, text);
+    }
+    (StatusCode::OK, text)
+}
+
+/// The document of `dataplane status --json`.
+fn status(shared: &Shared) -> Value {
+    let generation = shared.generation.load();
+    let config = &generation.config;
+    let limits = &config.limits;
+    json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "uptime": shared.started.elapsed().as_secs_f64(),
+        "engine": {
+            "configured": generation.engine.configured,
+            "effective": generation.engine.kind.as_str(),
+            "reasons": generation.engine.reasons,
+        },
+        "config": {
+            "hash": config.hash,
+            "path": config.source.path,
+            "commit": null,
+            "loaded_at": unix_seconds(generation.loaded_at),
+            "last_error": *shared.last_error.lock().expect("no panic while held"),
+        },
+        "listeners": config.listeners.iter().map(|l| json!({
+            "name": l.name,
+            "mode": match l.mode { Mode::Tls => "tls", Mode::Tcp { .. } => "tcp" },
+            "bind": l.bind.iter().map(|b| b.addr.to_string()).collect::<Vec<_>>(),
+        })).collect::<Vec<_>>(),
+        "routes": config.routes.iter().map(|r| json!({
+            "name": r.name,
+            "hosts": r.hosts.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            "alpn": r.alpn,
+            "listeners": r.listeners.iter().map(|i| &*config.listeners[*i].name).collect::<Vec<_>>(),
+            "upstream": config.upstreams[r.upstream].name,
+        })).collect::<Vec<_>>(),
+        "upstreams": generation.pools.iter().map(|p| json!({
+            "name": p.config.name,
+            "balance": p.config.balance,
+            "send_proxy": p.config.send_proxy,
+            "targets": p.targets().iter().map(|t| t.status()).collect::<Vec<_>>(),
+        })).collect::<Vec<_>>(),
+        "limits": {
+            "connections": shared.admission.open(),
+            "max_connections": shared.admission.max(),
+            "max_connections_per_client": limits.max_connections_per_client,
+            "hello_timeout": limits.hello_timeout.as_secs_f64(),
+            "hello_max_bytes": limits.hello_max_bytes,
+            "idle_timeout": limits.idle_timeout.as_secs_f64(),
+            "dead_peer_timeout": limits.dead_peer_timeout.as_secs_f64(),
+            "drain_timeout": limits.drain_timeout.as_secs_f64(),
+            "kernel_memory": limits.kernel_memory,
+        },
+    })
+}

@@ -1,0 +1,303 @@
+//! The life of one connection: hello, route, upstream, PROXY header, engine.
+//!
+//! The steps are in the modules of those names; here they follow each other, and every way out that is not forwarding is a [`Reason`].
+//! Up to the last step no byte reaches an upstream, and all of it happens before `hello_timeout` and `connect_timeout`.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Instant, SystemTime};
+
+use bytes::BufMut;
+use ipnet::IpNet;
+use tokio::net::TcpStream;
+use tokio::time::timeout_at;
+
+use crate::admission::{ClientPlace, Place};
+use crate::config::{Listener, Mode, SendProxy};
+use crate::engine::{self, First, Pair, Timeouts, Traffic};
+use crate::generation::{Destination, Generation};
+use crate::hello::{Input, Machine, Progress, ServerName};
+use crate::proxy_protocol::{self, Decoded, Header};
+use crate::registry::{Entry, Record, unix_seconds};
+use crate::reject::Reason;
+use crate::shared::Shared;
+use crate::upstream::{Dial, Lease};
+
+/// Room for a PROXY header and the usual hello behind it.
+const FIRST_READ: usize = 2048;
+
+/// A connection as it comes from the listener. SO_LINGER {on, 0} is set on it, inherited.
+pub struct Accepted {
+    /// The client's socket.
+    pub stream: TcpStream,
+    /// Who it seems to be.
+    pub peer: SocketAddr,
+    /// Index of the listener.
+    pub listener: usize,
+    /// Its place in the total.
+    pub place: Place,
+}
+
+/// Serves one connection to its end.
+pub async fn serve(shared: Arc<Shared>, generation: Arc<Generation>, accepted: Accepted) {
+    // In a box of its own: what is needed only to get here is freed before the connection's long life begins.
+    let established = Box::pin(establish(shared, generation, accepted)).await;
+    let Some(Established { pair, timeouts, entry, places, lease }) = established else { return };
+    let record = &entry.record;
+    let end = engine::forward(record.engine, pair, timeouts, record.traffic.clone()).await;
+    drop((places, lease));
+    entry.finish(end);
+}
+
+struct Established {
+    pair: Pair,
+    timeouts: Timeouts,
+    entry: Entry,
+    places: (Place, Option<ClientPlace>),
+    lease: Lease,
+}
+
+/// What was learned of the client before its connection was routed.
+struct Client {
+    address: SocketAddr,
+    /// The address that it connected to.
+    server: SocketAddr,
+    server_name: Option<ServerName>,
+    /// Wire format of the offered list's entries.
+    alpn: Vec<Box<[u8]>>,
+    /// Bytes read and not yet passed on.
+    read: Vec<u8>,
+}
+
+async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: Accepted) -> Option<Established> {
+    let Accepted { stream, peer, listener: index, place } = accepted;
+    let start = (SystemTime::now(), Instant::now());
+    let listener = &generation.config.listeners[index];
+    let limits = &generation.config.limits;
+
+    let mut client = Client {
+        address: peer,
+        server: stream.local_addr().unwrap_or(listener.bind[0].addr),
+        server_name: None,
+        alpn: Vec::new(),
+        read: Vec::new(),
+    };
+    let preread = async {
+        let mut client_place = None;
+        let proxied = contains(&listener.accept_proxy, peer.ip());
+        if proxied {
+            proxy_header(&stream, &mut client).await?;
+        }
+        let address = client.address.ip();
+        if contains(&listener.deny, address) || !(listener.allow.is_empty() || contains(&listener.allow, address)) {
+            return Err(Reason::ClientDenied);
+        }
+        if limits.max_connections_per_client > 0 {
+            let entered = shared.admission.enter_client(address, limits.max_connections_per_client);
+            client_place = Some(entered.ok_or(Reason::ClientLimit)?);
+        }
+        let destination = match generation.by_tcp_listener(index) {
+            Some(destination) => destination,
+            None => {
+                let route = hello_route(&stream, &mut client, &generation, index, start.1, &shared).await?;
+                generation.by_route(route)
+            }
+        };
+        Ok((destination, client_place))
+    };
+    let deadline = (start.1 + limits.hello_timeout).into();
+    let routed = timeout_at(deadline, preread).await.unwrap_or(Err(Reason::Timeout));
+    let reject = |stream: TcpStream, client: &Client, reason: Reason| {
+        let answer = if listener.mode == Mode::Tls { reason.alert() } else { None };
+        generation.listener_metrics[index].rejected(reason).inc();
+        log_rejection(listener, client.address, client.server_name.as_deref(), reason, start);
+        close_rejected(&stream, answer);
+    };
+    let (Destination { route, pool, metrics }, client_place) = match routed {
+        Ok(routed) => routed,
+        Err(reason) => {
+            reject(stream, &client, reason);
+            return None;
+        }
+    };
+
+    let dial = Dial {
+        client: client.address,
+        dead_peer_timeout: limits.dead_peer_timeout,
+        own: &generation.own,
+        metrics: &shared.metrics,
+    };
+    let dialled = match pool.dial(dial).await {
+        Ok(dialled) => dialled,
+        Err(reason) => {
+            reject(stream, &client, reason);
+            return None;
+        }
+    };
+
+    let first = first_bytes(&shared, pool.config.send_proxy, &client);
+    let record = Record {
+        start: start.0,
+        accepted: start.1,
+        client: client.address,
+        listener: listener.name.clone(),
+        server_name: client.server_name.as_deref().map(Into::into),
+        alpn: (!client.alpn.is_empty()).then(|| printable(&client.alpn).into()),
+        route,
+        upstream: pool.config.name.clone(),
+        target: dialled.lease.target().clone(),
+        engine: generation.engine.kind,
+        traffic: Arc::new(Traffic::default()),
+    };
+    Some(Established {
+        pair: Pair { client: stream, upstream: dialled.stream, first },
+        timeouts: Timeouts { idle: limits.idle_timeout, dead_peer: limits.dead_peer_timeout },
+        entry: shared.registry.enter(record, metrics),
+        places: (place, client_place),
+        lease: dialled.lease,
+    })
+}
+
+/// Reads a PROXY header; what follows it stays in `client.read`.
+async fn proxy_header(stream: &TcpStream, client: &mut Client) -> Result<(), Reason> {
+    loop {
+        match proxy_protocol::decode(&client.read) {
+            Decoded::NeedMore => {}
+            Decoded::Header { len, source } => {
+                if let Some(source) = source {
+                    client.address = source.client;
+                    client.server = source.server;
+                }
+                client.read.drain(..len);
+                return Ok(());
+            }
+            Decoded::Invalid(_) => return Err(Reason::ProxyHeader),
+        }
+        client.read.reserve(FIRST_READ);
+        match read_some(stream, &mut client.read).await {
+            Ok(n) if n > 0 => {}
+            _ if client.read.is_empty() => return Err(Reason::ClosedEarly),
+            _ => return Err(Reason::ProxyHeader),
+        }
+    }
+}
+
+/// Reads the hello; what was read, the hello and perhaps more, stays in `client.read`. The index of the route.
+async fn hello_route(
+    stream: &TcpStream,
+    client: &mut Client,
+    generation: &Generation,
+    listener: usize,
+    accepted: Instant,
+    shared: &Shared,
+) -> Result<usize, Reason> {
+    let mut machine = Machine::new(generation.config.limits.hello_max_bytes);
+    machine.input(Input::Bytes(&std::mem::take(&mut client.read)));
+    let route = loop {
+        match machine.progress() {
+            Progress::NeedMore => {}
+            Progress::Reject(reason) => return Err(reason),
+            Progress::Hello(hello) => {
+                shared.metrics.hello_duration.observe(accepted.elapsed().as_secs_f64());
+                client.server_name = hello.server_name;
+                client.alpn = hello.alpn.clone().map(Into::into).collect();
+                break generation.table.find(listener, hello.server_name.as_deref(), hello.alpn)?.route;
+            }
+        }
+        let read = read_some(stream, &mut machine.buffer_mut()).await;
+        machine.input(if matches!(read, Ok(n) if n > 0) { Input::Bytes(&[]) } else { Input::Closed });
+    };
+    client.read = machine.into_bytes();
+    Ok(route)
+}
+
+/// Waits for bytes and reads them into the buffer; 0 is the end of the stream.
+async fn read_some(stream: &TcpStream, buffer: &mut impl BufMut) -> io::Result<usize> {
+    loop {
+        stream.readable().await?;
+        match stream.try_read_buf(buffer) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            result => return result,
+        }
+    }
+}
+
+fn first_bytes(shared: &Shared, send_proxy: SendProxy, client: &Client) -> First {
+    let mut bytes = Vec::with_capacity(client.read.len() + 512);
+    match send_proxy {
+        SendProxy::Off => {}
+        SendProxy::V1 => proxy_protocol::encode_v1(&mut bytes, client.address, client.server),
+        SendProxy::V2 => {
+            let mut unique_id = [0; 16];
+            unique_id[..8].copy_from_slice(&shared.id_prefix.to_be_bytes());
+            unique_id[8..].copy_from_slice(&shared.next_id.fetch_add(1, Relaxed).to_be_bytes());
+            let header = Header {
+                client: client.address,
+                server: client.server,
+                authority: client.server_name.as_deref(),
+                // The header has room for one protocol: the one that the client prefers.
+                alpn: client.alpn.first().map(|p| &**p),
+                unique_id: &unique_id,
+            };
+            proxy_protocol::encode_v2(&mut bytes, &header);
+        }
+    }
+    let header = bytes.len();
+    bytes.extend_from_slice(&client.read);
+    First { bytes, header }
+}
+
+fn contains(networks: &[IpNet], ip: IpAddr) -> bool {
+    networks.iter().any(|network| network.contains(&ip))
+}
+
+fn printable(alpn: &[Box<[u8]>]) -> String {
+    alpn.iter().map(|protocol| protocol.escape_ascii().to_string()).collect::<Vec<_>>().join(",")
+}
+
+/// Refuses a connection of which nothing was read.
+pub fn refuse(generation: &Generation, listener: usize, stream: TcpStream, peer: SocketAddr, reason: Reason) {
+    generation.listener_metrics[listener].rejected(reason).inc();
+    let start = (SystemTime::now(), Instant::now());
+    log_rejection(&generation.config.listeners[listener], peer, None, reason, start);
+    close_rejected(&stream, None);
+}
+
+/// Closes with a FIN where possible, after the alert if there is one.
+fn close_rejected(stream: &TcpStream, alert: Option<u8>) {
+    if let Some(description) = alert {
+        // Content type alert, version TLS 1.2 as all records have it (RFC 8446 section 5.1), length 2, fatal.
+        let _ = stream.try_write(&[21, 3, 3, 0, 2, 2, description]);
+    }
+    // Unread bytes would turn the FIN into a RST, which can overtake the alert. What comes later is not waited for.
+    let mut rest = [0; 16 * 1024];
+    while matches!(stream.try_read(&mut rest), Ok(n) if n > 0) {}
+    let _ = socket2::SockRef::from(stream).set_linger(None);
+}
+
+fn log_rejection(
+    listener: &Listener,
+    client: SocketAddr,
+    server_name: Option<&str>,
+    reason: Reason,
+    start: (SystemTime, Instant),
+) {
+    macro_rules! log {
+        ($level:expr) => {
+            tracing::event!(
+                target: "access",
+                $level,
+                start = unix_seconds(start.0),
+                duration = start.1.elapsed().as_secs_f64(),
+                %client,
+                listener = &*listener.name,
+                server_name = server_name.unwrap_or_default(),
+                rejected = reason.as_str(),
+            )
+        };
+    }
+    // Health checkers connect and go, all day long.
+    if reason == Reason::ClosedEarly { log!(tracing::Level::DEBUG) } else { log!(tracing::Level::INFO) }
+}

@@ -1,0 +1,416 @@
+//! `dataplane run`: starts the threads, then waits for signals. Start and reload take the same way through [`Daemon::apply`].
+//!
+//! The order of a start is: read and check the configuration, bind everything, then accept, then tell systemd. A reload binds what is new,
+//! then swaps; any failure leaves all as it was.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::io;
+use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context, Result, bail};
+use arc_swap::ArcSwap;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use sd_notify::NotifyState;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::admin::{self, ReloadRequest, Sockets};
+use crate::admission::Admission;
+use crate::config::{self, Bind, Config, Diagnostic, TargetHost};
+use crate::ebpf;
+use crate::engine::{Effective, splice};
+use crate::generation::Generation;
+use crate::listen;
+use crate::metrics::Metrics;
+use crate::registry::{Registry, unix_seconds};
+use crate::shared::Shared;
+use crate::worker::{Command, Worker};
+
+/// Descriptors that are neither a connection's nor a pipe's nor open at start: admin clients, the resolver, spares.
+const DESCRIPTORS_FOR_US: u64 = 48;
+
+/// How often a draining daemon looks whether it is alone.
+const DRAIN_TICK: Duration = Duration::from_millis(50);
+
+struct Daemon {
+    path: PathBuf,
+    shared: Arc<Shared>,
+    workers: Vec<Worker>,
+    splice: Result<(), String>,
+    descriptors: u64,
+    /// Addresses that are listened on; the sockets are the workers'.
+    bound: Vec<SocketAddr>,
+}
+
+/// Runs until SIGTERM or SIGINT.
+pub fn run(path: &Path) -> Result<()> {
+    let config = read_config(path)?;
+    let descriptors = raise_descriptor_limit();
+    let splice = splice::self_test();
+    let engine = Effective::choose(config.engine, &splice);
+    for reason in &engine.reasons {
+        tracing::warn!(configured = ?engine.configured, effective = %engine.kind, reason, "engine");
+    }
+    // The program that the sockmap engine will use. Kept loaded for as long as the daemon runs.
+    let ebpf = match ebpf::load() {
+        Ok(loaded) => Some(loaded),
+        Err(error) => {
+            tracing::warn!(%error, "no eBPF; connections are forwarded by {} all the same", engine.kind);
+            None
+        }
+    };
+
+    let workers = std::thread::available_parallelism().map_or(1, usize::from);
+    let listening = bind_all(&config, &[], workers)?;
+    let sockets = bind_admin(&config)?;
+
+    let metrics = Metrics::new();
+    metrics.set_build_info(&kernel_release(), engine.kind);
+    let generation = Generation::new(config, engine, None, &metrics);
+    let shared = Arc::new(Shared {
+        generation: ArcSwap::from_pointee(generation),
+        metrics,
+        registry: Arc::new(Registry::default()),
+        admission: Arc::new(Admission::default()),
+        ready: AtomicBool::new(false),
+        last_error: std::sync::Mutex::default(),
+        started: Instant::now(),
+        next_id: AtomicU64::new(0),
+        id_prefix: random_prefix(),
+    });
+    let workers = (0..workers)
+        .map(|i| Worker::start(i, shared.clone()))
+        .collect::<io::Result<Vec<_>>>()
+        .context("cannot start a worker thread")?;
+    let (reload, reload_requests) = mpsc::channel(4);
+    admin::start(shared.clone(), sockets, reload).context("cannot start the admin thread")?;
+
+    let mut daemon = Daemon { path: path.to_owned(), shared, workers, splice, descriptors, bound: Vec::new() };
+    daemon.take_effect(listening);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(daemon.control(reload_requests))?;
+    drop(ebpf);
+    Ok(())
+}
+
+impl Daemon {
+    async fn control(mut self, mut reload_requests: mpsc::Receiver<ReloadRequest>) -> Result<()> {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut hangup = signal(SignalKind::hangup())?;
+        let watchdog = sd_notify::watchdog_enabled();
+        let mut feed = tokio::time::interval(watchdog.map_or(Duration::from_secs(3600), |interval| interval / 2));
+
+        notify(&[NotifyState::Ready]);
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                _ = hangup.recv() => {
+                    // What happened is in the log and the metrics.
+                    let _ = self.reload();
+                }
+                Some(request) = reload_requests.recv() => {
+                    let _ = request.send(self.reload());
+                }
+                _ = feed.tick(), if watchdog.is_some() => {
+                    if self.workers_answer().await {
+                        notify(&[NotifyState::Watchdog]);
+                    }
+                }
+            }
+        }
+
+        self.shared.ready.store(false, Relaxed);
+        notify(&[NotifyState::Stopping]);
+        for addr in std::mem::take(&mut self.bound) {
+            self.close(addr);
+        }
+        let timeout = self.shared.generation.load().config.limits.drain_timeout;
+        tracing::info!(connections = self.shared.admission.open(), timeout = timeout.as_secs_f64(), "draining");
+        let alone = async {
+            while self.shared.admission.open() > 0 {
+                tokio::time::sleep(DRAIN_TICK).await;
+            }
+        };
+        tokio::select! {
+            () = alone => {}
+            () = tokio::time::sleep(timeout) => {}
+            // Asked a second time: now.
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!(connections = self.shared.admission.open(), "ending; connections that are left are reset");
+        for worker in self.workers {
+            worker.end();
+        }
+        let _ = std::fs::remove_file(&self.shared.generation.load().config.admin.socket);
+        Ok(())
+    }
+
+    /// Reads the configuration again. What happened, for people.
+    fn reload(&mut self) -> Result<String, String> {
+        notify(&[
+            NotifyState::Reloading,
+            NotifyState::monotonic_usec_now().unwrap_or(NotifyState::Status("reloading")),
+        ]);
+        let outcome = self.try_reload();
+        notify(&[NotifyState::Ready]);
+        match outcome {
+            Ok(text) => {
+                tracing::info!(hash = self.shared.generation.load().config.hash, "configuration reloaded");
+                *self.shared.last_error.lock().expect("no panic while held") = None;
+                Ok(text)
+            }
+            Err(error) => {
+                let text = format!("{error:#}");
+                tracing::error!(error = text, "reload failed; the configuration in force stays");
+                self.shared.metrics.reload_success.set(0);
+                *self.shared.last_error.lock().expect("no panic while held") = Some(text.clone());
+                Err(text)
+            }
+        }
+    }
+
+    fn try_reload(&mut self) -> Result<String> {
+        let config = read_config(&self.path)?;
+        let before = self.shared.generation.load_full();
+        let listening = bind_all(&config, &self.bound, self.workers.len())?;
+        let mut text = format!("configuration {} is in force\n", config.hash);
+        if config.admin.bind.addr != before.config.admin.bind.addr || config.admin.socket != before.config.admin.socket
+        {
+            text += "note: [admin] takes effect at the next start\n";
+        }
+        let engine = Effective::choose(config.engine, &self.splice);
+        self.shared.metrics.set_build_info(&kernel_release(), engine.kind);
+        let generation = Generation::new(config, engine, Some(&before), &self.shared.metrics);
+        forget_targets(&before, &generation, &self.shared.metrics);
+        self.shared.generation.store(Arc::new(generation));
+        self.take_effect(listening);
+        Ok(text)
+    }
+
+    /// Brings limits and listening sockets in line with the generation in force.
+    fn take_effect(&mut self, new: HashMap<SocketAddr, Vec<TcpListener>>) {
+        let generation = self.shared.generation.load_full();
+        let config = &generation.config;
+        self.shared.metrics.set_config(&config.hash, unix_seconds(SystemTime::now()));
+
+        let budget =
+            Budget::new(self.descriptors, open_descriptors() + (new.len() * self.workers.len()) as u64, config);
+        if config.limits.max_connections > budget.connections {
+            tracing::warn!(
+                configured = config.limits.max_connections,
+                possible = budget.connections,
+                "max_connections is more than RLIMIT_NOFILE allows; raise LimitNOFILE"
+            );
+        }
+        self.shared.admission.set_max(match config.limits.max_connections {
+            0 => budget.connections,
+            max => max.min(budget.connections),
+        });
+        splice::set_limit(budget.pipes);
+
+        let wanted: Vec<SocketAddr> = config.listeners.iter().flat_map(|l| &l.bind).map(|b| b.addr).collect();
+        let (kept, gone) = std::mem::take(&mut self.bound).into_iter().partition(|addr| wanted.contains(addr));
+        self.bound = kept;
+        let gone: Vec<SocketAddr> = gone;
+        for addr in gone {
+            self.close(addr);
+        }
+        for (addr, sockets) in new {
+            for (worker, socket) in self.workers.iter().zip(sockets) {
+                worker.send(Command::Listen(addr, socket));
+            }
+            tracing::info!(%addr, "listening");
+            self.bound.push(addr);
+        }
+        self.shared.ready.store(true, Relaxed);
+    }
+
+    fn close(&self, addr: SocketAddr) {
+        for worker in &self.workers {
+            worker.send(Command::Close(addr));
+        }
+        tracing::info!(%addr, "no longer listening");
+    }
+
+    /// Whether every worker's loop still turns.
+    async fn workers_answer(&self) -> bool {
+        for worker in &self.workers {
+            let (pong, answer) = oneshot::channel();
+            worker.send(Command::Ping(pong));
+            if tokio::time::timeout(Duration::from_secs(5), answer).await.is_err() {
+                tracing::error!("a worker thread does not answer");
+                return false;
+            }
+        }
+        true
+    }
+}
+
+/// How the process's file descriptors are shared out.
+#[derive(Debug, PartialEq, Eq)]
+struct Budget {
+    connections: usize,
+    pipes: usize,
+}
+
+impl Budget {
+    /// `limit` is RLIMIT_NOFILE, `in_use` what is open without any connection.
+    fn new(limit: u64, in_use: u64, config: &Config) -> Self {
+        let free = limit.saturating_sub(in_use + DESCRIPTORS_FOR_US);
+        // A pipe is two descriptors and holds up to its capacity; without a pipe a connection is copied, so an eighth is plenty.
+        let by_memory = config.limits.kernel_memory / splice::CAPACITY as u64;
+        let pipes = by_memory.min(free / 8 / 2);
+        Self { connections: ((free - 2 * pipes) / 2) as usize, pipes: pipes as usize }
+    }
+}
+
+/// Reads and checks the configuration. The second part are warnings.
+///
+/// # Errors
+/// Everything that is wrong with it, rendered.
+pub fn check(path: &Path) -> Result<(Config, Vec<Diagnostic>)> {
+    let (config, mut diagnostics) = config::load(path)?;
+    diagnostics.extend(config::own_listener_targets(&config, &local_addresses(&config)));
+    if diagnostics.iter().any(Diagnostic::is_error) {
+        let rendered: String = diagnostics.iter().map(|d| d.render(&config.source).to_string()).collect();
+        bail!(rendered);
+    }
+    Ok((config, diagnostics))
+}
+
+fn read_config(path: &Path) -> Result<Config> {
+    let (config, warnings) = check(path)?;
+    for warning in &warnings {
+        tracing::warn!("{}", warning.render(&config.source));
+    }
+    Ok(config)
+}
+
+/// Those of the targets' literal addresses that are this machine's: only these can be bound.
+fn local_addresses(config: &Config) -> Vec<std::net::IpAddr> {
+    let targets = config.upstreams.iter().flat_map(|u| &u.targets);
+    targets
+        .filter_map(|t| match t.host {
+            TargetHost::Ip(ip) => Some(ip),
+            TargetHost::Name(_) => None,
+        })
+        .filter(|ip| UdpSocket::bind((*ip, 0)).is_ok())
+        .collect()
+}
+
+/// Binds the addresses of `config` that are not bound already; all or none, with every failure told.
+fn bind_all(config: &Config, bound: &[SocketAddr], workers: usize) -> Result<HashMap<SocketAddr, Vec<TcpListener>>> {
+    let mut sockets = HashMap::new();
+    let mut errors = String::new();
+    for bind in config.listeners.iter().flat_map(|l| &l.bind).filter(|b| !bound.contains(&b.addr)) {
+        match listen::bind(bind.addr, workers, config.limits.dead_peer_timeout) {
+            Ok(listeners) => {
+                sockets.insert(bind.addr, listeners);
+            }
+            Err(error) if listen::is_no_ipv6(bind.addr, &error) => {
+                tracing::warn!(addr = %bind.addr, "this machine has no IPv6: not listening there");
+            }
+            Err(error) => {
+                let _ = write!(errors, "{}", bind_failure(config, bind, &error));
+            }
+        }
+    }
+    if errors.is_empty() { Ok(sockets) } else { bail!(errors) }
+}
+
+fn bind_admin(config: &Config) -> Result<Sockets> {
+    let bind = &config.admin.bind;
+    let tcp = TcpListener::bind(bind.addr).map_err(|e| anyhow::anyhow!(bind_failure(config, bind, &e)))?;
+    let socket = &config.admin.socket;
+    let unix = match admin::bind_unix(socket) {
+        Ok(unix) => Some(unix),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            tracing::warn!(
+                socket = %socket.display(),
+                "no permission to make the control socket: the commands status, connections, reload, drain and undrain \
+                 will not work; set admin.socket to a path in a directory of yours"
+            );
+            None
+        }
+        Err(error) => bail!(
+            "cannot make the control socket {}: {error}\n  help: stop the other daemon, or set `socket` in [admin]",
+            socket.display()
+        ),
+    };
+    Ok(Sockets { tcp, unix })
+}
+
+fn bind_failure(config: &Config, bind: &Bind, error: &io::Error) -> String {
+    let port = bind.addr.port();
+    let remedy = match error.kind() {
+        io::ErrorKind::AddrInUse => {
+            format!(
+                "another program listens there: find it with `ss -ltnp 'sport = :{port}'` and stop it, or choose another port"
+            )
+        }
+        io::ErrorKind::PermissionDenied => {
+            format!(
+                "ports below 1024 need root or CAP_NET_BIND_SERVICE: run as root, by the systemd unit, or choose a port above {port}"
+            )
+        }
+        io::ErrorKind::AddrNotAvailable => {
+            "this machine does not have that address: `ip address` lists those that it has".to_owned()
+        }
+        _ => "choose another address".to_owned(),
+    };
+    let message = format!("cannot listen on {}: {error}", bind.addr);
+    Diagnostic::error(bind.span.clone(), message, remedy).render(&config.source).to_string()
+}
+
+fn forget_targets(before: &Generation, after: &Generation, metrics: &Metrics) {
+    let names = |generation: &Generation| -> Vec<(Arc<str>, Arc<str>)> {
+        let of_pool = |pool: &Arc<crate::upstream::Pool>| {
+            let name = pool.config.name.clone();
+            pool.targets().iter().map(move |t| (name.clone(), t.text().clone())).collect::<Vec<_>>()
+        };
+        generation.pools.iter().flat_map(of_pool).collect()
+    };
+    let kept = names(after);
+    for (upstream, target) in names(before).into_iter().filter(|n| !kept.contains(n)) {
+        metrics.remove_target(&upstream, &target);
+    }
+}
+
+/// Raises RLIMIT_NOFILE to its hard limit, which it returns.
+fn raise_descriptor_limit() -> u64 {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+        tracing::warn!(%error, "RLIMIT_NOFILE cannot be raised to its hard limit");
+    }
+    // No limit at all is no number to plan with.
+    getrlimit(Resource::Nofile).current.unwrap_or(1 << 20)
+}
+
+fn open_descriptors() -> u64 {
+    std::fs::read_dir("/proc/self/fd").map_or(32, |entries| entries.count() as u64)
+}
+
+/// As `uname -r` says it.
+pub fn kernel_release() -> String {
+    rustix::system::uname().release().to_string_lossy().into_owned()
+}
+
+fn random_prefix() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    // The standard library's keys come from getrandom(2); a unique id needs no secrecy.
+    RandomState::new().hash_one(std::process::id())
+}
+
+fn notify(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::debug!(%error, "sd_notify");
+    }
+}

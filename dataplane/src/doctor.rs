@@ -1,0 +1,147 @@
+//! `dataplane doctor`: what this machine can do, what each engine would be, and why one is refused.
+//!
+//! It changes nothing and needs no running daemon.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::config::{self, Config, EngineChoice};
+use crate::daemon::kernel_release;
+use crate::ebpf;
+use crate::engine::{Effective, splice};
+
+/// What was found.
+pub struct Findings {
+    config: Result<Config, String>,
+    engine: Effective,
+    splice: Result<(), String>,
+    ebpf: Result<(), String>,
+}
+
+/// What every owner should have been told once.
+const SECURITY_NOTE: &str = "a client may send a listed server name and then, inside TLS, the Host of an internal site; the dataplane cannot see \
+     that. Point routes at an ingress entry point that serves public hosts only.";
+
+/// The capabilities that something here needs, and what for (include/uapi/linux/capability.h).
+const CAPABILITIES: [(&str, u32, &str); 3] = [
+    ("CAP_NET_BIND_SERVICE", 10, "ports below 1024"),
+    ("CAP_NET_ADMIN", 12, "attaching eBPF programs to sockets"),
+    ("CAP_BPF", 39, "loading eBPF programs"),
+];
+
+impl Findings {
+    /// Looks.
+    pub fn gather(path: &Path) -> Self {
+        let config = config::load(path).map(|(config, _)| config).map_err(|e| e.to_string());
+        let splice = splice::self_test();
+        let choice = config.as_ref().map_or(EngineChoice::Auto, |c| c.engine);
+        Self {
+            engine: Effective::choose(choice, &splice),
+            ebpf: ebpf::load().map(drop).map_err(|e| e.to_string()),
+            splice,
+            config,
+        }
+    }
+
+    /// Whether the engine that is configured can run.
+    pub fn is_good(&self) -> bool {
+        self.engine.as_configured()
+    }
+
+    fn engines(&self) -> [(&'static str, Result<(), String>); 4] {
+        [
+            ("copy", Ok(())),
+            ("splice", self.splice.clone()),
+            ("sockmap", Err("not in this version".to_owned())),
+            ("translate", Err("not in this version".to_owned())),
+        ]
+    }
+
+    /// `--json`
+    pub fn json(&self) -> Value {
+        let outcome = |result: &Result<(), String>| match result {
+            Ok(()) => json!({ "usable": true, "reason": null }),
+            Err(why) => json!({ "usable": false, "reason": why }),
+        };
+        let engines: serde_json::Map<_, _> =
+            self.engines().iter().map(|(name, result)| ((*name).to_owned(), outcome(result))).collect();
+        let effective = effective_capabilities();
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "kernel": kernel_release(),
+            "btf": has_btf(),
+            "capabilities": CAPABILITIES.iter()
+                .map(|(name, bit, _)| ((*name).to_owned(), json!(effective >> bit & 1 == 1)))
+                .collect::<serde_json::Map<_, _>>(),
+            "nofile": rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum,
+            "ebpf": outcome(&self.ebpf),
+            "engines": engines,
+            "engine": {
+                "configured": self.engine.configured,
+                "effective": self.engine.kind.as_str(),
+                "reasons": self.engine.reasons,
+                "as_configured": self.is_good(),
+            },
+            "config": {
+                "path": self.config.as_ref().ok().map(|c| c.source.path.clone()),
+                "error": self.config.as_ref().err(),
+            },
+            "notes": [SECURITY_NOTE],
+        })
+    }
+
+    /// For people.
+    pub fn text(&self) -> String {
+        use std::fmt::Write as _;
+        let mut out = String::new();
+        let mut line = |mark: bool, name: &str, text: &str| {
+            let _ = writeln!(out, "{} {name:<22} {text}", if mark { "ok  " } else { "no  " });
+        };
+        line(true, "kernel", &kernel_release());
+        line(has_btf(), "BTF", "/sys/kernel/btf/vmlinux: the kernel's types, for eBPF programs");
+        let effective = effective_capabilities();
+        for (name, bit, what) in CAPABILITIES {
+            line(effective >> bit & 1 == 1, name, what);
+        }
+        let nofile = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
+        let nofile = nofile.map_or("no limit".to_owned(), |n| format!("{n}, two for each connection"));
+        line(true, "file descriptors", &nofile);
+        match &self.ebpf {
+            Ok(()) => line(true, "eBPF program verdict", "loads, and attaches to an empty sockmap"),
+            Err(why) => line(false, "eBPF program verdict", why),
+        }
+        for (name, result) in self.engines() {
+            match result {
+                Ok(()) => line(true, &format!("engine {name}"), "passed its self-test"),
+                Err(why) => line(false, &format!("engine {name}"), &why),
+            }
+        }
+        match &self.config {
+            Ok(config) => line(true, "configuration", &config.source.path.display().to_string()),
+            Err(why) => line(false, "configuration", why.trim_end()),
+        }
+        let _ =
+            writeln!(out, "\nengine: {} is configured, {} runs", choice_name(self.engine.configured), self.engine.kind);
+        for reason in &self.engine.reasons {
+            let _ = writeln!(out, "  because {reason}");
+        }
+        let _ = writeln!(out, "\nnote: {SECURITY_NOTE}");
+        out
+    }
+}
+
+fn choice_name(choice: EngineChoice) -> String {
+    serde_json::to_value(choice).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+fn has_btf() -> bool {
+    Path::new("/sys/kernel/btf/vmlinux").exists()
+}
+
+/// The effective set as a bit mask; 0 when /proc does not say.
+fn effective_capabilities() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|l| l.strip_prefix("CapEff:"));
+    line.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0)
+}

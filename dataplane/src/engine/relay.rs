@@ -1,0 +1,321 @@
+//! The loop that `copy` and `splice` share: both directions of one connection, until it ends.
+//!
+//! Each direction is a small state machine that sends what it holds before it reads on, so backpressure is the kernel's: a slow reader
+//! leaves the sender's bytes in the sender's socket buffers. Waiting is tokio's; moving bytes is [`copy`] and [`splice`].
+
+use std::future::poll_fn;
+use std::io;
+use std::pin::pin;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, sleep_until};
+
+use super::splice::Pipe;
+use super::vigil::{self, Finding};
+use super::{Counter, End, First, Kind, Pair, Path, Side, Timeouts, Traffic, copy};
+use crate::sys;
+
+/// Reads of one direction before other connections of the worker get their turn: a megabyte or so of a bulk transfer.
+const READS_PER_TURN: usize = 8;
+
+/// A splice that moved less is not bulk: below this, two more system calls cost more than copying the bytes.
+const SMALL: usize = 4 * 1024;
+
+/// Forwards until the connection ends.
+pub async fn run(kind: Kind, pair: Pair, timeouts: Timeouts, traffic: &Traffic) -> End {
+    let Pair { client, upstream, first } = pair;
+    let end = forward(kind, &client, &upstream, first, timeouts, traffic).await;
+    if end == End::Done {
+        // Both directions are complete and proven: only now may close() mean FIN instead of RST. What the kernel still has to send is
+        // its own affair, and a reader that is slow to take it must not be cut by our timeout.
+        for socket in [&client, &upstream] {
+            let _ = vigil::set_user_timeout(socket, None);
+            let _ = socket2::SockRef::from(socket).set_linger(None);
+        }
+    }
+    end
+}
+
+async fn forward(
+    kind: Kind,
+    client: &TcpStream,
+    upstream: &TcpStream,
+    first: First,
+    timeouts: Timeouts,
+    traffic: &Traffic,
+) -> End {
+    let mut up = Direction::new(kind, first);
+    let mut down = Direction::new(kind, First::default());
+    let mut watch = Watch::new(timeouts);
+    let mut timer = pin!(sleep_until(watch.deadline()));
+    // A side that resets while nothing is read from it or written to it, because the other side is stalled, is noticed here.
+    let mut client_error = pin!(client.ready(Interest::ERROR));
+    let mut upstream_error = pin!(upstream.ready(Interest::ERROR));
+
+    poll_fn(|cx| {
+        let before = (up.moved, down.moved);
+        let up_done = up.poll(cx, client, upstream, &traffic.to_upstream);
+        let down_done = down.poll(cx, upstream, client, &traffic.to_client);
+        match (up_done, down_done) {
+            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => return Poll::Ready(End::Done),
+            (Poll::Ready(Err(broken)), _) => return Poll::Ready(broken.end(Side::Client, Side::Upstream)),
+            (_, Poll::Ready(Err(broken))) => return Poll::Ready(broken.end(Side::Upstream, Side::Client)),
+            _ => {}
+        }
+        if client_error.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(ended_by(Side::Client, client.take_error()));
+        }
+        if upstream_error.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(ended_by(Side::Upstream, upstream.take_error()));
+        }
+        if before != (up.moved, down.moved) {
+            let now = Instant::now();
+            traffic.touch(now.into_std());
+            if watch.bytes_moved(now) {
+                timer.as_mut().reset(watch.deadline());
+            }
+        }
+        while timer.as_mut().poll(cx).is_ready() {
+            if let Some(end) = watch.look(client, upstream) {
+                return Poll::Ready(end);
+            }
+            timer.as_mut().reset(watch.deadline());
+        }
+        Poll::Pending
+    })
+    .await
+}
+
+/// One direction.
+struct Direction {
+    splice: bool,
+    held: Held,
+    /// Bytes at the front of what is held that are not payload.
+    header: usize,
+    flow: Flow,
+    /// The last read was large: the next one goes through a pipe.
+    bulk: bool,
+    /// Bytes sent so far; only its change matters.
+    moved: u64,
+}
+
+/// Read and not yet sent.
+enum Held {
+    Nothing,
+    Buffer { bytes: Vec<u8>, sent: usize },
+    Pipe(Pipe),
+}
+
+#[derive(PartialEq)]
+enum Flow {
+    Open,
+    /// The source sent FIN; what is held goes first.
+    SourceEnded,
+    /// FIN was passed on.
+    Finished,
+}
+
+/// Which end of a direction failed.
+enum Broken {
+    Source(io::Error),
+    Sink(io::Error),
+}
+
+impl Broken {
+    fn end(self, source: Side, sink: Side) -> End {
+        match self {
+            Self::Source(e) => ended_by(source, Ok(Some(e))),
+            Self::Sink(e) => ended_by(sink, Ok(Some(e))),
+        }
+    }
+}
+
+fn ended_by(side: Side, error: io::Result<Option<io::Error>>) -> End {
+    let Ok(Some(error)) = error else { return End::Reset(side) };
+    match error.kind() {
+        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe | io::ErrorKind::NotConnected => End::Reset(side),
+        io::ErrorKind::TimedOut | io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => {
+            End::Vanished(side)
+        }
+        _ => {
+            tracing::warn!(?side, %error, "a system call failed in mid-connection");
+            End::Error
+        }
+    }
+}
+
+impl Direction {
+    fn new(kind: Kind, first: First) -> Self {
+        let held = if first.bytes.is_empty() { Held::Nothing } else { Held::Buffer { bytes: first.bytes, sent: 0 } };
+        Self { splice: kind == Kind::Splice, held, header: first.header, flow: Flow::Open, bulk: false, moved: 0 }
+    }
+
+    /// Moves bytes until one side has to be waited for; ready when FIN was passed on.
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &TcpStream,
+        to: &TcpStream,
+        counter: &Counter,
+    ) -> Poll<Result<(), Broken>> {
+        let mut reads = READS_PER_TURN;
+        while self.flow != Flow::Finished {
+            ready!(self.poll_send(cx, to, counter))?;
+            if self.flow == Flow::SourceEnded {
+                match rustix::net::shutdown(to, rustix::net::Shutdown::Write) {
+                    Ok(()) => self.flow = Flow::Finished,
+                    Err(e) => return Poll::Ready(Err(Broken::Sink(e.into()))),
+                }
+                break;
+            }
+            if reads == 0 {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            reads -= 1;
+            // Nothing is read that could not be sent.
+            ready!(to.poll_write_ready(cx)).map_err(Broken::Sink)?;
+            match from.try_io(Interest::READABLE, || self.receive(from, to, counter)) {
+                Ok(0) => self.flow = Flow::SourceEnded,
+                Ok(_) => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    ready!(from.poll_read_ready(cx)).map_err(Broken::Source)?;
+                }
+                Err(e) => return Poll::Ready(Err(Broken::Source(e))),
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Sends what is held.
+    fn poll_send(&mut self, cx: &mut Context<'_>, to: &TcpStream, counter: &Counter) -> Poll<Result<(), Broken>> {
+        loop {
+            let sent = to.try_io(Interest::WRITABLE, || match &mut self.held {
+                Held::Nothing => Ok(None),
+                Held::Buffer { bytes, sent } => {
+                    let n = copy::write(to, &bytes[*sent..])?;
+                    *sent += n;
+                    let done = *sent == bytes.len();
+                    Ok(Some((n, Path::Userspace, done)))
+                }
+                Held::Pipe(pipe) => {
+                    let n = pipe.drain(to)?;
+                    Ok(Some((n, Path::Kernel, pipe.is_empty())))
+                }
+            });
+            match sent {
+                Ok(None) => return Poll::Ready(Ok(())),
+                Ok(Some((n, path, done))) => {
+                    self.count(counter, path, n);
+                    if done && let Held::Pipe(pipe) = std::mem::replace(&mut self.held, Held::Nothing) {
+                        pipe.put_back();
+                    }
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    ready!(to.poll_write_ready(cx)).map_err(Broken::Sink)?;
+                }
+                Err(e) => return Poll::Ready(Err(Broken::Sink(e))),
+            }
+        }
+    }
+
+    /// One read; what the receiver does not take at once is held. The number of bytes, 0 at the end of the stream.
+    fn receive(&mut self, from: &TcpStream, to: &TcpStream, counter: &Counter) -> io::Result<usize> {
+        if self.bulk
+            && let Some(mut pipe) = Pipe::take()
+        {
+            match pipe.fill(from) {
+                Ok(n) if n > 0 => {
+                    self.bulk = n >= SMALL;
+                    self.held = Held::Pipe(pipe);
+                    return Ok(n);
+                }
+                // The socket is empty, ended, or at its urgent mark, which only recv gets past.
+                _ => pipe.put_back(),
+            }
+        }
+        let step = copy::step(from, to)?;
+        self.bulk = self.splice && step.read == copy::CHUNK;
+        self.count(counter, Path::Userspace, step.written);
+        if !step.rest.is_empty() {
+            // A write error shows again, and is handled, when the rest is sent.
+            self.held = Held::Buffer { bytes: step.rest, sent: 0 };
+        }
+        Ok(step.read)
+    }
+
+    fn count(&mut self, counter: &Counter, path: Path, sent: usize) {
+        let header = sent.min(self.header);
+        self.header -= header;
+        counter.add(path, sent - header);
+        self.moved += sent as u64;
+    }
+}
+
+/// Idle timeout and vanished peers, with one timer that rests while nothing moves.
+struct Watch {
+    timeouts: Timeouts,
+    last_bytes: Instant,
+    /// When to look at the legs; `None` while both are quiet.
+    next_look: Option<Instant>,
+    /// Whether TCP_USER_TIMEOUT is on, client and upstream.
+    user_timeout: [bool; 2],
+}
+
+impl Watch {
+    fn new(timeouts: Timeouts) -> Self {
+        Self { timeouts, last_bytes: Instant::now(), next_look: None, user_timeout: [true; 2] }
+    }
+
+    fn deadline(&self) -> Instant {
+        let idle = self.last_bytes + self.timeouts.idle;
+        self.next_look.map_or(idle, |look| look.min(idle))
+    }
+
+    /// Notes that bytes moved; true when the timer has to be set anew.
+    fn bytes_moved(&mut self, now: Instant) -> bool {
+        self.last_bytes = now;
+        let was_quiet = self.next_look.is_none();
+        if was_quiet {
+            self.next_look = Some(self.last_bytes + vigil::interval(self.timeouts.dead_peer));
+        }
+        was_quiet
+    }
+
+    /// The timer fired.
+    fn look(&mut self, client: &TcpStream, upstream: &TcpStream) -> Option<End> {
+        let now = Instant::now();
+        if now >= self.last_bytes + self.timeouts.idle {
+            return Some(End::Idle);
+        }
+        if self.next_look.is_none_or(|look| look > now) {
+            return None;
+        }
+        let mut quiet = now >= self.last_bytes + vigil::interval(self.timeouts.dead_peer);
+        for (i, (side, socket)) in [(Side::Client, client), (Side::Upstream, upstream)].into_iter().enumerate() {
+            let Ok(info) = sys::tcp_info(socket) else { continue };
+            let wanted = match vigil::judge(&info, self.timeouts.dead_peer) {
+                Finding::Quiet => true,
+                Finding::Vanished => return Some(End::Vanished(side)),
+                Finding::Sending => {
+                    quiet = false;
+                    true
+                }
+                Finding::WindowShut => {
+                    quiet = false;
+                    false
+                }
+            };
+            if wanted != self.user_timeout[i] {
+                let timeout = wanted.then_some(self.timeouts.dead_peer);
+                if vigil::set_user_timeout(socket, timeout).is_ok() {
+                    self.user_timeout[i] = wanted;
+                }
+            }
+        }
+        self.next_look = (!quiet).then(|| now + vigil::interval(self.timeouts.dead_peer));
+        None
+    }
+}

@@ -1,0 +1,110 @@
+//! One configuration in force: tables built from it, and the handles that connections need.
+//!
+//! A connection keeps the generation that it was accepted under until its end; a reload makes a new one beside it.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use crate::config::{Config, Mode};
+use crate::engine::Effective;
+use crate::metrics::{ListenerMetrics, Metrics, RouteMetrics};
+use crate::route::Table;
+use crate::upstream::Pool;
+
+/// See the module.
+pub struct Generation {
+    /// What the owner wrote.
+    pub config: Config,
+    /// What carries bytes.
+    pub engine: Effective,
+    /// Host names to routes.
+    pub table: Table,
+    /// By index of the upstream.
+    pub pools: Vec<Arc<Pool>>,
+    /// By index of the listener.
+    pub listener_metrics: Vec<Arc<ListenerMetrics>>,
+    /// By index of the route.
+    route_metrics: Vec<Arc<RouteMetrics>>,
+    /// By index of the listener, for those of mode `tcp`, whose name serves as the route's.
+    tcp_metrics: Vec<Option<Arc<RouteMetrics>>>,
+    by_bind: HashMap<SocketAddr, usize>,
+    /// All addresses that we listen on, admin included.
+    pub own: Vec<SocketAddr>,
+    /// When it came into force.
+    pub loaded_at: SystemTime,
+}
+
+/// Where a connection goes: the answer of the table, or the one upstream of a `tcp` listener.
+#[derive(Clone)]
+pub struct Destination {
+    /// Name of the route, or of the listener.
+    pub route: Arc<str>,
+    /// Where to dial.
+    pub pool: Arc<Pool>,
+    /// What to count with.
+    pub metrics: Arc<RouteMetrics>,
+}
+
+impl Generation {
+    /// Builds it; upstreams that `previous` had too keep the state of their targets.
+    pub fn new(config: Config, engine: Effective, previous: Option<&Self>, metrics: &Metrics) -> Self {
+        let pools = config
+            .upstreams
+            .iter()
+            .map(|upstream| {
+                let before = previous
+                    .and_then(|p| p.pools.iter().find(|pool| pool.config.name == upstream.name))
+                    .map(|pool| &**pool);
+                Arc::new(Pool::new(upstream, before, metrics))
+            })
+            .collect();
+        let mut own: Vec<SocketAddr> = config.listeners.iter().flat_map(|l| &l.bind).map(|b| b.addr).collect();
+        let by_bind =
+            config.listeners.iter().enumerate().flat_map(|(i, l)| l.bind.iter().map(move |b| (b.addr, i))).collect();
+        own.push(config.admin.bind.addr);
+        Self {
+            table: Table::new(&config),
+            pools,
+            listener_metrics: config.listeners.iter().map(|l| metrics.listener(&l.name)).collect(),
+            route_metrics: config.routes.iter().map(|r| metrics.route(&r.name)).collect(),
+            tcp_metrics: config
+                .listeners
+                .iter()
+                .map(|l| matches!(l.mode, Mode::Tcp { .. }).then(|| metrics.route(&l.name)))
+                .collect(),
+            by_bind,
+            own,
+            loaded_at: SystemTime::now(),
+            config,
+            engine,
+        }
+    }
+
+    /// The listener that owns a bound address.
+    pub fn listener(&self, bound: SocketAddr) -> Option<usize> {
+        self.by_bind.get(&bound).copied()
+    }
+
+    /// The destination of a route.
+    pub fn by_route(&self, route: usize) -> Destination {
+        let config = &self.config.routes[route];
+        Destination {
+            route: config.name.clone(),
+            pool: self.pools[config.upstream].clone(),
+            metrics: self.route_metrics[route].clone(),
+        }
+    }
+
+    /// The destination of a listener of mode `tcp`.
+    pub fn by_tcp_listener(&self, listener: usize) -> Option<Destination> {
+        let config = &self.config.listeners[listener];
+        let Mode::Tcp { upstream } = config.mode else { return None };
+        Some(Destination {
+            route: config.name.clone(),
+            pool: self.pools[upstream].clone(),
+            metrics: self.tcp_metrics[listener].clone()?,
+        })
+    }
+}

@@ -1,0 +1,139 @@
+//! Listening sockets: binding them, and accepting without ever spinning.
+//!
+//! Each worker has a socket of its own on each address (SO_REUSEPORT), so that the kernel spreads connections and no thread hands one to
+//! another. What a connection is for is not known here; it goes to [`crate::connection`] as it comes.
+
+use std::fs::File;
+use std::io;
+use std::net::{SocketAddr, TcpListener as StdListener};
+use std::sync::Arc;
+use std::time::Duration;
+
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+
+use crate::connection;
+use crate::engine::vigil;
+use crate::reject::Reason;
+use crate::shared::Shared;
+use crate::upstream::prepare;
+
+/// Connections that the kernel completes before we accept them; it caps this at net.core.somaxconn.
+const BACKLOG: i32 = 4096;
+
+/// How long to wait when the kernel is out of memory for sockets: long enough not to spin, short enough to go unnoticed.
+const BREATHER: Duration = Duration::from_millis(50);
+
+/// Binds one address once for each worker.
+///
+/// # Errors
+/// Those of bind(2); EADDRINUSE also when the other listener would have shared the port.
+pub fn bind(addr: SocketAddr, workers: usize, dead_peer_timeout: Duration) -> io::Result<Vec<StdListener>> {
+    // SO_REUSEPORT would let a second daemon of the same user take half of the connections in silence: without it, bind finds out.
+    let probe = socket(addr)?;
+    probe.bind(&addr.into())?;
+    drop(probe);
+    (0..workers)
+        .map(|_| {
+            let socket = socket(addr)?;
+            socket.set_reuse_port(true)?;
+            prepare(&socket, dead_peer_timeout)?;
+            socket.bind(&addr.into())?;
+            socket.listen(BACKLOG)?;
+            socket.set_nonblocking(true)?;
+            Ok(socket.into())
+        })
+        .collect()
+}
+
+fn socket(addr: SocketAddr) -> io::Result<Socket> {
+    // Protocol TCP, spelled out: MPTCP sockets do not splice and do not belong in a sockmap.
+    let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    if addr.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    Ok(socket)
+}
+
+/// Whether this failure to bind only says that the machine has no IPv6.
+pub fn is_no_ipv6(addr: SocketAddr, error: &io::Error) -> bool {
+    let missing = matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL));
+    addr.is_ipv6() && addr.ip().is_unspecified() && missing
+}
+
+/// Accepts until `stop` is sent or dropped, and whatever the kernel had completed by then.
+pub async fn accept(shared: Arc<Shared>, bound: SocketAddr, listener: TcpListener, mut stop: oneshot::Receiver<()>) {
+    let mut spare = Spare::new();
+    let mut armed = shared.generation.load().config.limits.dead_peer_timeout;
+    loop {
+        let accepted = tokio::select! {
+            // In this order, so that the queue is empty when the socket closes: the kernel resets what is left in it.
+            biased;
+            accepted = listener.accept() => accepted,
+            _ = &mut stop => return,
+        };
+        match accepted {
+            Ok((stream, peer)) => {
+                let generation = shared.generation.load_full();
+                let Some(index) = generation.listener(bound) else { continue };
+                generation.listener_metrics[index].accepted.inc();
+                let dead_peer = generation.config.limits.dead_peer_timeout;
+                if dead_peer != armed {
+                    // A reload changed it. This connection has inherited the old one, the next ones inherit the new one.
+                    armed = dead_peer;
+                    let _ = vigil::arm(&listener, dead_peer).and_then(|()| vigil::arm(&stream, dead_peer));
+                }
+                let place = if spare.is_spent() { None } else { shared.admission.enter() };
+                match place {
+                    Some(place) => {
+                        let accepted = connection::Accepted { stream, peer, listener: index, place };
+                        tokio::spawn(connection::serve(shared.clone(), generation, accepted));
+                    }
+                    None => connection::refuse(&generation, index, stream, peer, Reason::TotalLimit),
+                }
+                spare.restore();
+            }
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EMFILE | libc::ENFILE) => {
+                    shared.metrics.accept_errors.inc();
+                    // The connection stays in the queue and the socket stays readable. With the spare descriptor it is taken out and refused.
+                    if !spare.spend() {
+                        tokio::time::sleep(BREATHER).await;
+                        spare.restore();
+                    }
+                }
+                Some(libc::ENOBUFS | libc::ENOMEM) => {
+                    shared.metrics.accept_errors.inc();
+                    tokio::time::sleep(BREATHER).await;
+                }
+                // accept(2): errors of the connection that was in the queue; the next one is not concerned.
+                _ => tracing::debug!(%error, "accept"),
+            },
+        }
+    }
+}
+
+/// A file descriptor kept for the moment when there is none left.
+struct Spare(Option<File>);
+
+impl Spare {
+    fn new() -> Self {
+        Self(File::open("/dev/null").ok())
+    }
+
+    fn is_spent(&self) -> bool {
+        self.0.is_none()
+    }
+
+    fn spend(&mut self) -> bool {
+        self.0.take().is_some()
+    }
+
+    fn restore(&mut self) {
+        if self.0.is_none() {
+            *self = Self::new();
+        }
+    }
+}

@@ -1,0 +1,307 @@
+//! The command line.
+
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use clap::{Parser, Subcommand};
+use dataplane::config::{self, Config};
+use dataplane::route::{By, Table};
+use dataplane::{control, daemon, doctor, logging};
+use hyper::Method;
+use serde_json::Value;
+
+/// Forwards TLS connections by server name to the nodes of a cluster, without decrypting them.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// The configuration.
+    #[arg(long, global = true, default_value = config::DEFAULT_PATH, value_name = "FILE")]
+    config: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run in the foreground until SIGTERM; SIGHUP reloads the configuration.
+    Run {
+        /// The format of the log on stderr.
+        #[arg(long, value_enum, default_value = "text")]
+        log_format: logging::Format,
+    },
+    /// Validate the configuration and print the routing table.
+    Check,
+    /// Print a commented starter configuration.
+    Init,
+    /// Say what this machine can do, and why an engine is refused.
+    Doctor {
+        #[arg(long)]
+        json: bool,
+    },
+    /// Ask the running daemon for its listeners, routes, targets and engine.
+    Status {
+        #[arg(long)]
+        json: bool,
+    },
+    /// Ask the running daemon for its connections.
+    Connections {
+        #[arg(long)]
+        json: bool,
+    },
+    /// Say which route a server name takes, or why it is rejected; from the configuration alone.
+    Explain {
+        /// The server name, as a client would send it.
+        host: String,
+        /// Only on this listener.
+        #[arg(long, value_name = "NAME")]
+        listener: Option<String>,
+        /// A protocol that the client offers; may be repeated.
+        #[arg(long, value_name = "P")]
+        alpn: Vec<String>,
+    },
+    /// Make the running daemon read its configuration again.
+    Reload,
+    /// Give a target no new connections.
+    Drain {
+        /// As written in the configuration.
+        target: String,
+    },
+    /// Give a drained target new connections again.
+    Undrain {
+        /// As written in the configuration.
+        target: String,
+    },
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match run(&arguments) {
+        Ok(code) => code,
+        // `dataplane connections | head`
+        Err(error) if error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == ErrorKind::BrokenPipe) => {
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            let text = format!("{error:#}");
+            // Diagnostics of the configuration name their place first and need no prefix.
+            let prefix = if text.contains(": error: ") { "" } else { "error: " };
+            let _ = writeln!(std::io::stderr(), "{prefix}{}", text.trim_end());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<ExitCode> {
+    let path = &arguments.config;
+    let mut out = std::io::stdout().lock();
+    match &arguments.command {
+        Command::Run { log_format } => {
+            drop(out);
+            let _flush = logging::init(*log_format);
+            daemon::run(path)?;
+        }
+        Command::Check => {
+            let config = load(path)?;
+            write!(out, "{}", config::routing_table(&config))?;
+        }
+        Command::Init => write!(out, "{}", config::STARTER)?,
+        Command::Doctor { json } => {
+            let findings = doctor::Findings::gather(path);
+            if *json {
+                writeln!(out, "{:#}", findings.json())?;
+            } else {
+                write!(out, "{}", findings.text())?;
+            }
+            return Ok(if findings.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        Command::Status { json } => {
+            let status = ask(path, Method::GET, "/status")?;
+            if *json {
+                writeln!(out, "{status}")?
+            } else {
+                write!(out, "{}", describe_status(&serde_json::from_str(&status)?))?
+            }
+        }
+        Command::Connections { json } => {
+            let connections = ask(path, Method::GET, "/connections")?;
+            if *json {
+                writeln!(out, "{connections}")?;
+            } else {
+                write!(out, "{}", describe_connections(&serde_json::from_str(&connections)?))?;
+            }
+        }
+        Command::Explain { host, listener, alpn } => {
+            let (text, routed) = explain(&load(path)?, host, listener.as_deref(), alpn)?;
+            write!(out, "{text}")?;
+            return Ok(if routed { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        Command::Reload => write!(out, "{}", ask(path, Method::POST, "/reload")?)?,
+        Command::Drain { target } => {
+            write!(out, "{}", ask(path, Method::POST, &format!("/drain?target={}", escape(target)))?)?
+        }
+        Command::Undrain { target } => {
+            write!(out, "{}", ask(path, Method::POST, &format!("/undrain?target={}", escape(target)))?)?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Loads a valid configuration; warnings go to stderr.
+fn load(path: &Path) -> Result<Config> {
+    let (config, warnings) = daemon::check(path)?;
+    for warning in &warnings {
+        let _ = write!(std::io::stderr(), "{}", warning.render(&config.source));
+    }
+    Ok(config)
+}
+
+/// Asks the daemon. A configuration that is broken just now must not keep its owner from the daemon that runs on the old one.
+fn ask(path: &Path, method: Method, request: &str) -> Result<String> {
+    let socket = match config::load(path) {
+        Ok((config, _)) => config.admin.socket,
+        Err(_) => PathBuf::from(config::DEFAULT_SOCKET),
+    };
+    control::ask(&socket, method, request)
+}
+
+/// Percent-encodes what a query must not hold.
+fn escape(text: &str) -> String {
+    text.bytes()
+        .map(|b| if b.is_ascii_alphanumeric() { char::from(b).to_string() } else { format!("%{b:02X}") })
+        .collect()
+}
+
+fn explain(config: &Config, host: &str, listener: Option<&str>, alpn: &[String]) -> Result<(String, bool)> {
+    let Some(name) = config::server_name(host) else {
+        return Ok((format!("{host}: rejected on every listener: `malformed`, it is no server name\n"), false));
+    };
+    let table = Table::new(config);
+    let mut text = String::new();
+    let mut routed = false;
+    let tls = config.listeners.iter().enumerate().filter(|(_, l)| l.mode == config::Mode::Tls);
+    let asked: Vec<_> = tls.filter(|(_, l)| listener.is_none_or(|wanted| *l.name == *wanted)).collect();
+    if asked.is_empty() {
+        let wanted = listener.unwrap_or_default();
+        let known: Vec<_> = config.listeners.iter().map(|l| &*l.name).collect();
+        bail!("no listener of mode `tls` is called `{wanted}`; there are: {}", known.join(", "));
+    }
+    for (index, listener) in asked {
+        let offered = alpn.iter().map(|p| p.as_bytes());
+        text += &match table.find(index, Some(&name), offered) {
+            Ok(found) => {
+                routed = true;
+                let route = &config.routes[found.route];
+                let upstream = &config.upstreams[route.upstream];
+                let targets: Vec<_> = upstream.targets.iter().map(|t| &*t.text).collect();
+                let by = match found.by {
+                    By::Exact => format!("`{name}` is listed"),
+                    By::Wildcard(suffix) => {
+                        format!("`*.{suffix}` is the longest wildcard that matches, no exact host does")
+                    }
+                    By::Any => "`*` matches, nothing else does".to_owned(),
+                };
+                format!(
+                    "{name} on {}: upstream `{}` ({}) by route `{}`: {by}\n",
+                    listener.name,
+                    upstream.name,
+                    targets.join(", "),
+                    route.name
+                )
+            }
+            Err(reason) => {
+                let why = match reason {
+                    dataplane::reject::Reason::AlpnMismatch => {
+                        "its routes want an ALPN protocol that is not offered; try --alpn"
+                    }
+                    _ => "no route lists it here",
+                };
+                format!("{name} on {}: rejected, `{reason}`: {why}\n", listener.name)
+            }
+        };
+    }
+    Ok((text, routed))
+}
+
+fn text<'a>(value: &'a Value, key: &str) -> &'a str {
+    value[key].as_str().unwrap_or("-")
+}
+
+fn items(value: &Value) -> &[Value] {
+    value.as_array().map_or(&[], Vec::as_slice)
+}
+
+fn words(value: &Value) -> String {
+    items(value).iter().filter_map(Value::as_str).collect::<Vec<_>>().join(" ")
+}
+
+fn describe_status(status: &Value) -> String {
+    use std::fmt::Write as _;
+    let mut out = String::new();
+    let (engine, config, limits) = (&status["engine"], &status["config"], &status["limits"]);
+    let uptime = status["uptime"].as_f64().unwrap_or(0.0);
+    let _ = writeln!(out, "dataplane {}, up {uptime:.0} s", text(status, "version"));
+    let _ = writeln!(
+        out,
+        "engine    {} ({} configured) {}",
+        text(engine, "effective"),
+        text(engine, "configured"),
+        words(&engine["reasons"])
+    );
+    let _ = writeln!(out, "config    {} {}", text(config, "hash"), text(config, "path"));
+    if let Some(error) = config["last_error"].as_str() {
+        let _ = writeln!(out, "          the last reload failed: {error}");
+    }
+    let _ = writeln!(out, "open      {} of {} connections", limits["connections"], limits["max_connections"]);
+    for listener in items(&status["listeners"]) {
+        let _ = writeln!(
+            out,
+            "listener  {} ({}) on {}",
+            text(listener, "name"),
+            text(listener, "mode"),
+            words(&listener["bind"])
+        );
+    }
+    for route in items(&status["routes"]) {
+        let _ = writeln!(out, "route     {} -> {}", words(&route["hosts"]), text(route, "upstream"));
+    }
+    for upstream in items(&status["upstreams"]) {
+        for target in items(&upstream["targets"]) {
+            let up = if target["up"] == true { "up" } else { "down" };
+            let drained = if target["drained"] == true { ", drained" } else { "" };
+            let _ = writeln!(
+                out,
+                "target    {} of {}: {up}{drained}, {} active, {}",
+                text(target, "target"),
+                text(upstream, "name"),
+                target["active"],
+                text(target, "reason")
+            );
+        }
+    }
+    out
+}
+
+fn describe_connections(connections: &Value) -> String {
+    use std::fmt::Write as _;
+    let mut out = format!(
+        "{:<40} {:<30} {:<28} {:<7} {:>14} {:>14} {:>9} {:>9}\n",
+        "CLIENT", "SERVER NAME", "TARGET", "ENGINE", "TO UPSTREAM", "TO CLIENT", "AGE s", "IDLE s"
+    );
+    for c in items(connections) {
+        let _ = writeln!(
+            out,
+            "{:<40} {:<30} {:<28} {:<7} {:>14} {:>14} {:>9.0} {:>9.0}",
+            text(c, "client"),
+            text(c, "server_name"),
+            text(c, "target"),
+            text(c, "engine"),
+            c["bytes_to_upstream"],
+            c["bytes_to_client"],
+            c["age"].as_f64().unwrap_or(0.0),
+            c["idle"].as_f64().unwrap_or(0.0)
+        );
+    }
+    out
+}

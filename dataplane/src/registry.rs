@@ -1,0 +1,205 @@
+//! The connections that are being forwarded now: what `connections` lists, and where byte metrics come from.
+//!
+//! A connection costs the lock twice, when it begins and when it ends; its bytes are counted in its own [`Traffic`] and collected when
+//! somebody asks. Nothing here knows how bytes move.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+
+use crate::engine::{End, Kind, Path, Traffic};
+use crate::metrics::RouteMetrics;
+
+/// All live connections.
+#[derive(Debug, Default)]
+pub struct Registry {
+    next_id: AtomicU64,
+    live: Mutex<HashMap<u64, Live>>,
+}
+
+#[derive(Debug)]
+struct Live {
+    record: Arc<Record>,
+    metrics: Arc<RouteMetrics>,
+    /// What the metrics already have.
+    collected: [u64; 4],
+}
+
+/// What is known of a connection from its beginning on.
+#[derive(Debug)]
+pub struct Record {
+    /// When it was accepted.
+    pub start: SystemTime,
+    /// The same, for durations.
+    pub accepted: Instant,
+    /// As a PROXY header said, or as seen.
+    pub client: SocketAddr,
+    /// Name of the listener.
+    pub listener: Arc<str>,
+    /// Of the hello.
+    pub server_name: Option<Box<str>>,
+    /// What the hello offered, separated by commas; bytes that are not printable are escaped.
+    pub alpn: Option<Box<str>>,
+    /// Name of the route, or of the listener in mode `tcp`.
+    pub route: Arc<str>,
+    /// Name of the upstream.
+    pub upstream: Arc<str>,
+    /// The target as written in the configuration.
+    pub target: Arc<str>,
+    /// What forwards it.
+    pub engine: Kind,
+    /// Payload so far.
+    pub traffic: Arc<Traffic>,
+}
+
+/// A line of `dataplane connections`.
+#[derive(Debug, Serialize)]
+pub struct Connection {
+    client: SocketAddr,
+    listener: Arc<str>,
+    server_name: Option<Box<str>>,
+    alpn: Option<Box<str>>,
+    route: Arc<str>,
+    upstream: Arc<str>,
+    target: Arc<str>,
+    engine: &'static str,
+    bytes_to_upstream: u64,
+    bytes_to_client: u64,
+    bytes_kernel: u64,
+    age: f64,
+    idle: f64,
+    backlog: u64,
+}
+
+impl Record {
+    fn bytes(&self) -> [u64; 4] {
+        let Traffic { to_upstream, to_client, .. } = &*self.traffic;
+        [
+            to_upstream.by(Path::Kernel),
+            to_upstream.by(Path::Userspace),
+            to_client.by(Path::Kernel),
+            to_client.by(Path::Userspace),
+        ]
+    }
+
+    fn describe(&self) -> Connection {
+        let [up_kernel, up_userspace, down_kernel, down_userspace] = self.bytes();
+        Connection {
+            client: self.client,
+            listener: self.listener.clone(),
+            server_name: self.server_name.clone(),
+            alpn: self.alpn.clone(),
+            route: self.route.clone(),
+            upstream: self.upstream.clone(),
+            target: self.target.clone(),
+            engine: self.engine.as_str(),
+            bytes_to_upstream: up_kernel + up_userspace,
+            bytes_to_client: down_kernel + down_userspace,
+            bytes_kernel: up_kernel + down_kernel,
+            age: self.accepted.elapsed().as_secs_f64(),
+            idle: self.traffic.idle().as_secs_f64(),
+            backlog: 0,
+        }
+    }
+
+    fn log(&self, end: End) {
+        let [up_kernel, up_userspace, down_kernel, down_userspace] = self.bytes();
+        tracing::info!(
+            target: "access",
+            start = unix_seconds(self.start),
+            duration = self.accepted.elapsed().as_secs_f64(),
+            client = %self.client,
+            listener = &*self.listener,
+            server_name = self.server_name.as_deref().unwrap_or_default(),
+            alpn = self.alpn.as_deref().unwrap_or_default(),
+            route = &*self.route,
+            upstream = &*self.upstream,
+            target = &*self.target,
+            engine = self.engine.as_str(),
+            bytes_to_upstream = up_kernel + up_userspace,
+            bytes_to_client = down_kernel + down_userspace,
+            bytes_kernel = up_kernel + down_kernel,
+            bytes_userspace = up_userspace + down_userspace,
+            reason = end.as_str(),
+        );
+    }
+}
+
+/// Seconds since 1970.
+pub fn unix_seconds(time: SystemTime) -> f64 {
+    time.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs_f64()
+}
+
+impl Registry {
+    /// Enters a connection; it leaves when the guard is finished or dropped.
+    pub fn enter(self: &Arc<Self>, record: Record, metrics: Arc<RouteMetrics>) -> Entry {
+        let id = self.next_id.fetch_add(1, Relaxed);
+        metrics.active(record.engine).inc();
+        let record = Arc::new(record);
+        let live = Live { record: record.clone(), metrics: metrics.clone(), collected: [0; 4] };
+        self.live().insert(id, live);
+        Entry { id, record, metrics, registry: self.clone(), end: End::Drained }
+    }
+
+    /// Brings `dataplane_bytes_total` up to date.
+    pub fn collect(&self) {
+        for live in self.live().values_mut() {
+            live.collect();
+        }
+    }
+
+    /// The live connections, oldest first.
+    pub fn connections(&self) -> Vec<Connection> {
+        let mut records: Vec<_> = self.live().iter().map(|(id, live)| (*id, live.record.clone())).collect();
+        records.sort_unstable_by_key(|(id, _)| *id);
+        records.iter().map(|(_, record)| record.describe()).collect()
+    }
+
+    fn live(&self) -> MutexGuard<'_, HashMap<u64, Live>> {
+        self.live.lock().expect("no panic while held")
+    }
+}
+
+impl Live {
+    fn collect(&mut self) {
+        let now = self.record.bytes();
+        for ((counter, now), collected) in self.metrics.bytes.iter().zip(now).zip(&mut self.collected) {
+            counter.inc_by(now - *collected);
+            *collected = now;
+        }
+    }
+}
+
+/// A connection's place in the [`Registry`]. Dropped unfinished, it ended because the daemon did.
+#[derive(Debug)]
+pub struct Entry {
+    id: u64,
+    /// What is known of it.
+    pub record: Arc<Record>,
+    metrics: Arc<RouteMetrics>,
+    registry: Arc<Registry>,
+    end: End,
+}
+
+impl Entry {
+    /// Counts and logs the end.
+    pub fn finish(mut self, end: End) {
+        self.end = end;
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        let live = self.registry.live().remove(&self.id);
+        if let Some(mut live) = live {
+            live.collect();
+        }
+        self.metrics.active(self.record.engine).dec();
+        self.metrics.closed(self.end).inc();
+        self.record.log(self.end);
+    }
+}

@@ -1,0 +1,91 @@
+//! `cargo xtask install`: the release build with the eBPF programs in it, the systemd unit, and a starter configuration if there is none.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::ebpf;
+use crate::run::{self, replace_file, step};
+
+/// What the unit in `dist` starts; replaced when `--prefix` says otherwise. In the `secure_path` of Debian's sudo.
+const PREFIX: &str = "/usr/local";
+
+#[derive(clap::Args)]
+pub struct Options {
+    /// Install below this folder instead of /, for packages; nothing of the running system is touched
+    #[arg(long, value_name = "FOLDER", default_value = "/")]
+    root: PathBuf,
+    /// Where bin/dataplane goes
+    #[arg(long, value_name = "FOLDER", default_value = PREFIX)]
+    prefix: PathBuf,
+}
+
+pub fn run(options: &Options) -> Result<()> {
+    let is_live = options.root == Path::new("/");
+    if is_live && !rustix::process::geteuid().is_root() {
+        bail!("needs root to write to {} and /etc; `--root FOLDER` installs elsewhere", options.prefix.display());
+    }
+    if !options.prefix.is_absolute() {
+        bail!("--prefix must be an absolute path, got {}", options.prefix.display());
+    }
+    ebpf::build()?;
+    step("building the daemon (release; some minutes the first time)");
+    run::run(run::cargo().args(["build", "--release", "--locked", "--package", "dataplane"]))?;
+    let built = run::binaries(true)?.join("dataplane");
+
+    let program = options.prefix.join("bin/dataplane");
+    let content = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
+    put(&options.root, &program, &content, 0o755)?;
+
+    let unit = run::workspace().join("dist/dataplane.service");
+    let unit = fs::read_to_string(&unit).with_context(|| format!("cannot read {}", unit.display()))?;
+    let unit = unit.replace(&format!("{PREFIX}/bin/dataplane"), &program.to_string_lossy());
+    put(&options.root, Path::new("/etc/systemd/system/dataplane.service"), unit.as_bytes(), 0o644)?;
+
+    let configuration = Path::new("/etc/dataplane/dataplane.toml");
+    let is_new = !below(&options.root, configuration).exists();
+    if is_new {
+        let starter = Command::new(&built).arg("init").output().context("cannot start the daemon just built")?;
+        if !starter.status.success() {
+            bail!("`dataplane init` failed: {}", String::from_utf8_lossy(&starter.stderr));
+        }
+        put(&options.root, configuration, &starter.stdout, 0o644)?;
+    } else {
+        step(format_args!("{} is left as it is", configuration.display()));
+    }
+
+    if is_live {
+        // What sd_booted(3) looks at.
+        if Path::new("/run/systemd/system").exists() {
+            run::run(Command::new("systemctl").arg("daemon-reload"))?;
+        }
+        print_next_steps(configuration, is_new);
+    }
+    Ok(())
+}
+
+fn print_next_steps(configuration: &Path, is_new: bool) {
+    println!("\nNext:");
+    if is_new {
+        println!("  {}   list your domains and cluster nodes", configuration.display());
+    }
+    println!("  dataplane check                   says what the configuration means, or what is wrong with it");
+    println!("  dataplane doctor                  says what this machine can do");
+    println!("  systemctl enable --now dataplane  starts it, now and at boot");
+    println!("  systemctl restart dataplane       if it ran before");
+}
+
+/// Installs one file, and says so.
+fn put(root: &Path, path: &Path, content: &[u8], mode: u32) -> Result<()> {
+    let file = below(root, path);
+    replace_file(&file, content, mode)?;
+    step(format_args!("{} installed", file.display()));
+    Ok(())
+}
+
+/// `path`, which is absolute, taken from `root` on.
+fn below(root: &Path, path: &Path) -> PathBuf {
+    root.join(path.strip_prefix("/").expect("an absolute path"))
+}

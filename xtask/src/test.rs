@@ -1,0 +1,55 @@
+//! `cargo xtask test`: brings what the tests need, builds the daemon with the eBPF programs in it, runs `cargo test`.
+//!
+//! Knows no test: those are in the crates, and the end-to-end ones find the daemon by `DATAPLANE_BIN`.
+
+use std::process::exit;
+
+use anyhow::{Context, Result, bail};
+
+use crate::run::{self, step};
+use crate::{ebpf, packages};
+
+/// Programs that the end-to-end tests run, and the Debian packages that bring them.
+pub const PROGRAMS: &[(&str, &str)] = &[
+    ("curl", "curl"),
+    ("haproxy", "haproxy"),
+    ("ip", "iproute2"),
+    ("openssl", "openssl"),
+    ("pip3", "python3-pip"),
+    ("python3", "python3"),
+    ("systemd-nspawn", "systemd-container"),
+];
+
+#[derive(clap::Args)]
+pub struct Options {
+    /// Run those tests only whose names contain one of these
+    filter: Vec<String>,
+    /// Test the release build
+    #[arg(long)]
+    release: bool,
+}
+
+pub fn run(options: &Options) -> Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        bail!("the end-to-end tests make network namespaces and load eBPF programs: run them as root");
+    }
+    packages::ensure(PROGRAMS)?;
+    ebpf::build()?;
+
+    // The development profile by default: its debug assertions and overflow checks are on, and nothing is compiled twice.
+    let profile: &[&str] = if options.release { &["--release"] } else { &[] };
+    step("building the daemon");
+    run::run(run::cargo().args(["build", "--package", "dataplane"]).args(profile))?;
+    let daemon = run::binaries(options.release)?.join("dataplane");
+
+    step("running the tests");
+    let status = run::cargo()
+        .args(["test", "--workspace", "--no-fail-fast"])
+        .args(profile)
+        .arg("--")
+        .args(&options.filter)
+        .env("DATAPLANE_BIN", daemon)
+        .status()
+        .context("cannot start cargo")?;
+    exit(status.code().unwrap_or(1));
+}
