@@ -1,3 +1,4 @@
 //! The forwarding dataplane of an entrance node.
 pub mod config;
+pub mod proxy_protocol;
 pub mod reject;
