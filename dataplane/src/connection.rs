@@ -101,12 +101,11 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
             let entered = shared.admission.enter_client(address, limits.max_connections_per_client);
             client_place = Some(entered.ok_or(Reason::ClientLimit)?);
         }
-        let destination = match generation.by_tcp_listener(index) {
-            Some(destination) => destination,
-            None => {
-                let route = hello_route(&stream, &mut client, &generation, index, start.1, &shared).await?;
-                generation.by_route(route)
-            }
+        let destination = if let Some(destination) = generation.by_tcp_listener(index) {
+            destination
+        } else {
+            let route = hello_route(&stream, &mut client, &generation, index, start.1, &shared).await?;
+            generation.by_route(route)
         };
         Ok((destination, client_place))
     };
@@ -262,11 +261,11 @@ fn printable(alpn: &[Box<[u8]>]) -> String {
 }
 
 /// Refuses a connection of which nothing was read.
-pub fn refuse(generation: &Generation, listener: usize, stream: TcpStream, peer: SocketAddr, reason: Reason) {
+pub fn refuse(generation: &Generation, listener: usize, stream: &TcpStream, peer: SocketAddr, reason: Reason) {
     generation.listener_metrics[listener].rejected(reason).inc();
     let start = (SystemTime::now(), Instant::now());
     log_rejection(&generation.config.listeners[listener], peer, None, reason, start);
-    close_rejected(&stream, None);
+    close_rejected(stream, None);
 }
 
 /// Closes with a FIN where possible, after the alert if there is one.

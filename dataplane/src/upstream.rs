@@ -74,7 +74,7 @@ pub struct Candidate {
 }
 
 /// Picks a target: of those that work if any is allowed, else of the failed ones, because a wrong verdict must not make an outage.
-pub fn choose(balance: Balance, turn: usize, candidates: impl Iterator<Item = Candidate> + Clone) -> Option<usize> {
+pub fn choose(balance: Balance, turn: usize, candidates: &(impl Iterator<Item = Candidate> + Clone)) -> Option<usize> {
     let count = candidates.clone().count();
     let eligible = |failed: bool| candidates.clone().enumerate().filter(move |(_, c)| c.allowed && c.failed == failed);
     // Position after the turn's starting point: breaks ties in turn.
@@ -191,7 +191,7 @@ impl Pool {
                     },
                 }
             });
-            let index = choose(self.config.balance, turn, candidates).ok_or(Reason::NoUpstream)?;
+            let index = choose(self.config.balance, turn, &candidates).ok_or(Reason::NoUpstream)?;
             let target = &self.targets[index];
             let lease = Lease::new(target);
             target.claim_trial(self.config.connect_timeout);
@@ -429,14 +429,14 @@ mod tests {
     #[test]
     fn the_target_with_the_fewest_connections_is_chosen() {
         let candidates = [candidate(3, true, false), candidate(1, true, false), candidate(2, true, false)];
-        assert_eq!(choose(Balance::LeastConnections, 0, candidates.into_iter()), Some(1));
+        assert_eq!(choose(Balance::LeastConnections, 0, &candidates.into_iter()), Some(1));
     }
 
     #[test]
     fn equals_take_turns() {
         let candidates = [candidate(1, true, false); 3];
         for balance in [Balance::LeastConnections, Balance::RoundRobin] {
-            let chosen: Vec<_> = (0..6).map(|turn| choose(balance, turn, candidates.into_iter()).unwrap()).collect();
+            let chosen: Vec<_> = (0..6).map(|turn| choose(balance, turn, &candidates.into_iter()).unwrap()).collect();
             assert_eq!(chosen, [0, 1, 2, 0, 1, 2]);
         }
     }
@@ -444,16 +444,16 @@ mod tests {
     #[test]
     fn a_failed_target_is_chosen_only_when_no_other_is_allowed() {
         let candidates = [candidate(0, true, true), candidate(9, true, false)];
-        assert_eq!(choose(Balance::LeastConnections, 0, candidates.into_iter()), Some(1));
+        assert_eq!(choose(Balance::LeastConnections, 0, &candidates.into_iter()), Some(1));
         let candidates = [candidate(0, true, true), candidate(9, false, false)];
-        assert_eq!(choose(Balance::First, 0, candidates.into_iter()), Some(0));
+        assert_eq!(choose(Balance::First, 0, &candidates.into_iter()), Some(0));
     }
 
     #[test]
     fn nothing_is_chosen_when_nothing_is_allowed() {
         let candidates = [candidate(0, false, false), candidate(0, false, true)];
-        assert_eq!(choose(Balance::RoundRobin, 5, candidates.into_iter()), None);
-        assert_eq!(choose(Balance::RoundRobin, 5, std::iter::empty()), None);
+        assert_eq!(choose(Balance::RoundRobin, 5, &candidates.into_iter()), None);
+        assert_eq!(choose(Balance::RoundRobin, 5, &std::iter::empty()), None);
     }
 
     #[test]
@@ -477,7 +477,7 @@ mod tests {
                 failed: false,
                 weight: t.weight(client),
             });
-            choose(Balance::Hash, 0, candidates).unwrap()
+            choose(Balance::Hash, 0, &candidates).unwrap()
         };
         let mut counts = [0; 4];
         for n in 0..1000u32 {

@@ -363,8 +363,7 @@ fn hash(mut from: impl Read, what: &str) -> Result<(u64, String)> {
     if terminal {
         eprintln!("\r{what}: done  ");
     }
-    let digest = hash.finalize();
-    Ok((length, digest.iter().map(|byte| format!("{byte:02x}")).collect()))
+    Ok((length, format!("{:x}", hash.finalize())))
 }
 
 fn heading(text: &str) {
