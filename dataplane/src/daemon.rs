@@ -1,4 +1,4 @@
-//! `dataplane run`: starts the threads, then waits for signals. Start and reload take the same way through [`Daemon::apply`].
+//! `dataplane run`: starts the threads, then waits for signals. Start and reload take the same way through `Daemon::take_effect`.
 //!
 //! The order of a start is: read and check the configuration, bind everything, then accept, then tell systemd. A reload binds what is new,
 //! then swaps; any failure leaves all as it was.
