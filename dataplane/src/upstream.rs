@@ -15,7 +15,7 @@ use prometheus::{Histogram, IntGauge};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tokio::net::{TcpSocket, TcpStream, lookup_host};
-use tokio::time::timeout_at;
+use tokio::time::{timeout, timeout_at};
 
 use crate::config::{self, Balance, TargetHost};
 use crate::engine::vigil;
@@ -197,8 +197,7 @@ impl Pool {
             target.claim_trial(self.config.connect_timeout);
             let started = Instant::now();
             let deadline = started + self.config.connect_timeout;
-            let result = timeout_at(deadline.into(), target.connect(dial)).await;
-            match result.unwrap_or_else(|_| Err(Failure::new("timeout", "no answer within connect_timeout"))) {
+            match target.connect(dial, deadline).await {
                 Ok(stream) => {
                     self.connect_duration.observe(started.elapsed().as_secs_f64());
                     target.succeeded();
@@ -351,15 +350,22 @@ impl Target {
         digest[..8].iter().fold(0, |weight, byte| weight << 8 | u64::from(*byte))
     }
 
-    async fn connect(&self, dial: Dial<'_>) -> Result<TcpStream, Failure> {
+    /// Connects to one of the target's addresses. Those that are left share the time that is left, so that one that swallows packets does not use it up.
+    async fn connect(&self, dial: Dial<'_>, deadline: Instant) -> Result<TcpStream, Failure> {
+        let no_answer = |_| Failure::new("timeout", "no answer within connect_timeout");
+        let resolved = timeout_at(deadline.into(), self.addresses(dial.client.is_ipv6())).await;
+        let addresses = resolved.map_err(|_| Failure::new("resolve", "no answer within connect_timeout"))??;
         let mut last = Failure::new("resolve", "the name has no address");
-        for address in self.addresses(dial.client.is_ipv6()).await? {
-            match connect(address, dial.dead_peer_timeout).await {
-                Ok(stream) if is_own(&stream, dial.own) => {
+        for (i, address) in addresses.iter().enumerate() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let share = left / (addresses.len() - i) as u32;
+            match timeout(share, connect(*address, dial.dead_peer_timeout)).await.map_err(no_answer) {
+                Ok(Ok(stream)) if is_own(&stream, dial.own) => {
                     return Err(Failure::new("own_listener", format!("{address} is a listener of this daemon")));
                 }
-                Ok(stream) => return Ok(stream),
-                Err(error) => last = error.into(),
+                Ok(Ok(stream)) => return Ok(stream),
+                Ok(Err(error)) => last = error.into(),
+                Err(failure) => last = failure,
             }
         }
         Err(last)
