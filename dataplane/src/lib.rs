@@ -14,8 +14,8 @@ pub mod upstream;
 pub mod engine;
 
 pub mod admission;
-pub mod reject;
 pub mod registry;
+pub mod reject;
 
 pub mod config;
 pub mod generation;

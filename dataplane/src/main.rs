@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
-use dataplane::config::{self, Config};
+use dataplane::config::{self, Config, HostPattern};
 use dataplane::route::{By, Table};
 use dataplane::{control, daemon, doctor, logging};
 use hyper::Method;
@@ -157,13 +157,18 @@ fn load(path: &Path) -> Result<Config> {
     Ok(config)
 }
 
-/// Asks the daemon. A configuration that is broken just now must not keep its owner from the daemon that runs on the old one.
+/// Asks the daemon.
 fn ask(path: &Path, method: Method, request: &str) -> Result<String> {
-    let socket = match config::load(path) {
-        Ok((config, _)) => config.admin.socket,
-        Err(_) => PathBuf::from(config::DEFAULT_SOCKET),
-    };
-    control::ask(&socket, method, request)
+    control::ask(&control_socket(path), method, request)
+}
+
+/// Where the daemon listens for commands. A configuration that is invalid just now must not keep its owner from the daemon that runs on the old one,
+/// so this looks at nothing else in it.
+fn control_socket(path: &Path) -> PathBuf {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let document: toml::Table = text.parse().unwrap_or_default();
+    let socket = document.get("admin").and_then(|admin| admin.get("socket")).and_then(toml::Value::as_str);
+    PathBuf::from(socket.unwrap_or(config::DEFAULT_SOCKET))
 }
 
 /// Percent-encodes what a query must not hold.
@@ -174,7 +179,7 @@ fn escape(text: &str) -> String {
 }
 
 fn explain(config: &Config, host: &str, listener: Option<&str>, alpn: &[String]) -> Result<(String, bool)> {
-    let Some(name) = config::server_name(host) else {
+    let Ok(HostPattern::Exact(name)) = HostPattern::parse(host) else {
         return Ok((format!("{host}: rejected on every listener: `malformed`, it is no server name\n"), false));
     };
     let table = Table::new(config);

@@ -3,6 +3,18 @@
 //! A [`Config`] exists only after it has validated as a whole: every name in it refers to something, every address parses.
 //! This module must not open a socket, resolve a name or look at the running daemon.
 
+mod check;
+mod diagnostic;
+pub mod host;
+mod load;
+mod parse;
+mod reader;
+mod routing_table;
+mod syntax;
+#[cfg(test)]
+mod tests;
+mod values;
+
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,8 +22,21 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
+pub use check::own_listener_targets;
+pub use diagnostic::{Diagnostic, Severity};
+pub use load::{LoadError, load};
+pub use parse::parse;
+pub use routing_table::routing_table;
+pub use values::{Refused, format_duration, format_size};
+
+/// What `dataplane init` prints.
+pub const STARTER: &str = include_str!("starter.toml");
+
 /// Where the configuration lies when `--config` does not say otherwise.
 pub const DEFAULT_PATH: &str = "/etc/dataplane/dataplane.toml";
+
+/// Where the control socket lies when `admin.socket` does not say otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/dataplane/admin.sock";
 
 /// A whole, valid configuration.
 #[derive(Debug, Clone)]
@@ -117,8 +142,8 @@ pub struct Upstream {
     pub max_connections_per_target: u32,
 }
 
-/// `host:port` of a target.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// `host:port` of a target. Equal when written alike, wherever it stands.
+#[derive(Debug, Clone)]
 pub struct Target {
     /// As written: label of metrics, argument of `drain`.
     pub text: Arc<str>,
@@ -126,7 +151,17 @@ pub struct Target {
     pub host: TargetHost,
     /// TCP port.
     pub port: u16,
+    /// Where the file says so.
+    pub span: Span,
 }
+
+impl PartialEq for Target {
+    fn eq(&self, other: &Self) -> bool {
+        self.text == other.text
+    }
+}
+
+impl Eq for Target {}
 
 /// The host part of a target.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -34,7 +34,7 @@ pub fn judge(info: &TcpInfo, dead_peer: Duration) -> Finding {
         return Finding::Quiet;
     }
     // Unsent bytes with none in flight: the kernel is in the persist state. In flight with a window of zero: the peer shrank it.
-    let shut = if info.unacked == 0 { info.notsent_bytes > 0 } else { info.snd_wnd == 0 && info.state != 0 };
+    let shut = if info.unacked == 0 { info.notsent_bytes > 0 } else { info.snd_wnd == 0 };
     if !shut {
         Finding::Sending
     } else if info.probes >= UNANSWERED_PROBES && Duration::from_millis(info.last_ack_recv.into()) >= dead_peer {
@@ -77,7 +77,13 @@ mod tests {
     const DEAD: Duration = Duration::from_secs(60);
 
     fn info(unacked: u32, notsent_bytes: u32, snd_wnd: u32, probes: u8, last_ack_recv: u32) -> TcpInfo {
-        TcpInfo { state: 1, unacked, notsent_bytes, snd_wnd, probes, last_ack_recv, ..TcpInfo::default() }
+        let mut info = TcpInfo::default();
+        info.unacked = unacked;
+        info.notsent_bytes = notsent_bytes;
+        info.snd_wnd = snd_wnd;
+        info.probes = probes;
+        info.last_ack_recv = last_ack_recv;
+        info
     }
 
     #[test]

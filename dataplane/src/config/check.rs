@@ -1,0 +1,170 @@
+//! What must hold between the parts of a configuration: no address taken twice, no two routes for one name, no loop.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+
+use super::parse::Places;
+use super::{Bind, Config, Diagnostic, HostPattern, Mode, Route, Span, TargetHost};
+
+/// Errors that can be told without looking at the machine. Indices that resolve to nothing have been reported before.
+pub(super) fn conflicts(config: &Config, places: &Places) -> Vec<Diagnostic> {
+    let mut found = bind_conflicts(config);
+    found.extend(overlapping_routes(config, places));
+    found.extend(own_listener_targets(config, &[]));
+    found
+}
+
+/// Warnings of what nothing leads to. Only for a configuration without errors: else what leads to it may be what is wrong.
+pub(super) fn unused(config: &Config, places: &Places) -> Vec<Diagnostic> {
+    let mut found = unreached_listeners(config, places);
+    found.extend(unused_upstreams(config, places));
+    found
+}
+
+fn bind_conflicts(config: &Config) -> Vec<Diagnostic> {
+    let mut found = Vec::new();
+    let mut taken: Vec<&Bind> = Vec::new();
+    for bind in config.listeners.iter().flat_map(|listener| &listener.bind) {
+        if let Some(first) = taken.iter().find(|first| clash(first.addr, bind.addr)) {
+            let message = if first.addr == bind.addr {
+                format!("{} is bound twice", bind.addr)
+            } else {
+                format!("{} and {} cannot both be bound: one of them takes every address", first.addr, bind.addr)
+            };
+            let remedy = "keep one of the two, or choose another port or address";
+            found.push(
+                Diagnostic::error(bind.span.clone(), message, remedy).note(first.span.clone(), "first bound here"),
+            );
+        }
+        taken.push(bind);
+    }
+    let admin = &config.admin.bind;
+    if let Some(first) = taken.iter().find(|first| clash(first.addr, admin.addr)) {
+        let remedy = format!(
+            "choose another port for one of the two: `bind = \"127.0.0.1:{}\"` in [admin]",
+            other_port(admin.addr.port())
+        );
+        found.push(if admin.span.is_empty() {
+            let message = format!("{} is where metrics are served when [admin] does not say otherwise", admin.addr);
+            Diagnostic::error(first.span.clone(), message, remedy)
+        } else {
+            let message = format!("{} is taken by a listener", admin.addr);
+            Diagnostic::error(admin.span.clone(), message, remedy).note(first.span.clone(), "bound here")
+        });
+    }
+    found
+}
+
+fn other_port(port: u16) -> u16 {
+    if port == 9443 { 9444 } else { 9443 }
+}
+
+/// Would binding the second fail with EADDRINUSE? IPv6 sockets are IPv6 only, so families never meet.
+fn clash(a: SocketAddr, b: SocketAddr) -> bool {
+    a.port() == b.port()
+        && a.is_ipv4() == b.is_ipv4()
+        && (a.ip() == b.ip() || a.ip().is_unspecified() || b.ip().is_unspecified())
+}
+
+fn overlapping_routes(config: &Config, places: &Places) -> Vec<Diagnostic> {
+    let mut found = Vec::new();
+    let mut seen: HashMap<&HostPattern, Vec<(usize, &Span)>> = HashMap::new();
+    for (index, (route, spans)) in config.routes.iter().zip(&places.hosts).enumerate() {
+        for (host, span) in route.hosts.iter().zip(spans) {
+            let earlier = seen.entry(host).or_default();
+            let first = earlier.iter().find(|(other, _)| *other == index || overlap(&config.routes[*other], route));
+            if let Some((other, first)) = first {
+                let (message, remedy) = if *other == index {
+                    (format!("host `{host}` is listed twice in this route"), "remove one")
+                } else {
+                    (
+                        format!("host `{host}` has a route already"),
+                        "remove one of the two, or tell them apart by `listeners` or by `alpn` without a protocol in common",
+                    )
+                };
+                found
+                    .push(Diagnostic::error(span.clone(), message, remedy).note((*first).clone(), "first listed here"));
+            }
+            earlier.push((index, span));
+        }
+    }
+    found
+}
+
+/// Could both take the same connection? A route without `alpn` stands behind those that have it.
+fn overlap(a: &Route, b: &Route) -> bool {
+    let listeners = a.listeners.is_empty() || b.listeners.is_empty() || share(&a.listeners, &b.listeners);
+    listeners && ((a.alpn.is_empty() && b.alpn.is_empty()) || share(&a.alpn, &b.alpn))
+}
+
+fn share<T: PartialEq>(a: &[T], b: &[T]) -> bool {
+    a.iter().any(|item| b.contains(item))
+}
+
+/// Targets that are listeners of this configuration: a connection to one would come back in for ever. `local` are the addresses of
+/// this machine, for listeners on every address; loopback need not be among them.
+pub fn own_listener_targets(config: &Config, local: &[IpAddr]) -> Vec<Diagnostic> {
+    let mut found = Vec::new();
+    for target in config.upstreams.iter().flat_map(|upstream| &upstream.targets) {
+        let reaches = |bind: &&Bind| {
+            let here = bind.addr.ip();
+            bind.addr.port() == target.port
+                && match &target.host {
+                    TargetHost::Ip(ip) => {
+                        *ip == here
+                            || here.is_unspecified()
+                                && here.is_ipv4() == ip.is_ipv4()
+                                && (ip.is_loopback() || local.contains(ip))
+                    }
+                    TargetHost::Name(name) => is_localhost(name) && (here.is_unspecified() || here.is_loopback()),
+                }
+        };
+        if let Some(bind) = config.listeners.iter().flat_map(|listener| &listener.bind).find(reaches) {
+            let message = format!(
+                "target `{}` is a listener of this dataplane: connections would go round in a circle",
+                target.text
+            );
+            let remedy = "name the address and port where the service itself listens";
+            found.push(Diagnostic::error(target.span.clone(), message, remedy).note(bind.span.clone(), "the listener"));
+        }
+    }
+    found
+}
+
+/// RFC 6761 section 6.3.
+fn is_localhost(name: &str) -> bool {
+    let name = name.trim_end_matches('.');
+    name == "localhost" || name.ends_with(".localhost")
+}
+
+fn unreached_listeners(config: &Config, places: &Places) -> Vec<Diagnostic> {
+    let mut found = Vec::new();
+    for (index, (listener, span)) in config.listeners.iter().zip(&places.listeners).enumerate() {
+        let reached = config.routes.iter().any(|route| route.listeners.is_empty() || route.listeners.contains(&index));
+        if let (Mode::Tls, false) = (listener.mode, reached) {
+            found.push(Diagnostic::warning(
+                span.clone(),
+                format!("no route is for listener \"{}\": it refuses every connection", listener.name),
+                "add a `[[routes]]` with `hosts` and `upstream`, or remove the listener",
+            ));
+        }
+    }
+    found
+}
+
+fn unused_upstreams(config: &Config, places: &Places) -> Vec<Diagnostic> {
+    let used = |index| {
+        config.routes.iter().any(|route| route.upstream == index)
+            || config.listeners.iter().any(|listener| listener.mode == Mode::Tcp { upstream: index })
+    };
+    let unused = config.upstreams.iter().zip(&places.upstreams).enumerate().filter(|(index, _)| !used(*index));
+    unused
+        .map(|(_, (upstream, span))| {
+            Diagnostic::warning(
+                span.clone(),
+                format!("nothing uses upstream \"{}\"", upstream.name),
+                "name it as the `upstream` of a route or of a listener of mode \"tcp\", or remove it",
+            )
+        })
+        .collect()
+}

@@ -1,0 +1,200 @@
+//! What is wrong with a configuration, where, and what to do about it.
+//!
+//! A diagnostic knows a byte range of the text, nothing of what the text means.
+
+use std::fmt;
+
+use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
+
+use super::{Source, Span};
+
+/// Lines longer than this many columns are quoted in part: a generated file may be a single line.
+const QUOTE_WIDTH: usize = 160;
+
+/// One finding about a configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Diagnostic {
+    /// Does it stop the configuration from being used?
+    pub severity: Severity,
+    /// The offending text.
+    pub span: Span,
+    /// What is wrong, in lower case, without a full stop.
+    pub message: String,
+    /// What to do about it.
+    pub remedy: String,
+    /// Another place that has to do with it.
+    pub note: Option<(Span, String)>,
+}
+
+/// How bad it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Severity {
+    /// The configuration is refused.
+    Error,
+    /// The configuration is used, but perhaps not as meant.
+    Warning,
+}
+
+impl Diagnostic {
+    /// The configuration is refused because of `message`.
+    pub fn error(span: Span, message: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { severity: Severity::Error, span, message: message.into(), remedy: remedy.into(), note: None }
+    }
+
+    /// The configuration is used, but its owner should know `message`.
+    pub fn warning(span: Span, message: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { severity: Severity::Warning, ..Self::error(span, message, remedy) }
+    }
+
+    /// Shows a second place.
+    #[must_use]
+    pub fn note(mut self, span: Span, message: impl Into<String>) -> Self {
+        self.note = Some((span, message.into()));
+        self
+    }
+
+    /// Does it stop the configuration from being used?
+    pub fn is_error(&self) -> bool {
+        self.severity == Severity::Error
+    }
+
+    /// For people: `path:line:column: error: message`, the quoted line, the remedy. Ends with a newline.
+    pub fn render<'a>(&'a self, source: &'a Source) -> impl fmt::Display + 'a {
+        Rendered { diagnostic: self, source }
+    }
+}
+
+struct Rendered<'a> {
+    diagnostic: &'a Diagnostic,
+    source: &'a Source,
+}
+
+impl fmt::Display for Rendered<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Diagnostic { severity, span, message, remedy, note } = self.diagnostic;
+        let severity = match severity {
+            Severity::Error => "error",
+            Severity::Warning => "warning",
+        };
+        quote(f, self.source, span, severity, message)?;
+        if let Some((span, message)) = note {
+            quote(f, self.source, span, "note", message)?;
+        }
+        writeln!(f, "  help: {remedy}")
+    }
+}
+
+fn quote(f: &mut fmt::Formatter<'_>, source: &Source, span: &Span, severity: &str, message: &str) -> fmt::Result {
+    let (line, column) = source.position(span.start);
+    writeln!(f, "{}:{line}:{column}: {severity}: {}", source.path.display(), printable(message))?;
+
+    let text = source.line_at(span.start);
+    // Where the window into a long line begins, in characters.
+    let skip = if text.chars().count() > QUOTE_WIDTH { column.saturating_sub(QUOTE_WIDTH / 4) } else { 0 };
+    let before: String = text.chars().take(column - 1).skip(skip).map(shown).collect();
+    let start = source.floor(span.start);
+    let marked_end = source.floor(span.end).max(start).min(source.line_start(start) + text.len()).max(start);
+    let marked: String =
+        source.text[start..marked_end].chars().take(QUOTE_WIDTH - QUOTE_WIDTH / 4).map(shown).collect();
+    let window: String = text.chars().skip(skip).take(QUOTE_WIDTH).map(shown).collect();
+    let more = if text.chars().count() > skip + QUOTE_WIDTH { "…" } else { "" };
+    let lead = if skip > 0 { "…" } else { "" };
+
+    let number = line.to_string();
+    let gutter = " ".repeat(number.len());
+    writeln!(f, "{}", format!("{number} | {lead}{window}{more}").trim_end())?;
+    let indent = " ".repeat(lead.width() + before.width());
+    let carets = "^".repeat(marked.width().max(1));
+    writeln!(f, "{gutter} | {indent}{carets}")
+}
+
+/// One column for what a terminal would act on or show in an unknown width.
+fn shown(c: char) -> char {
+    match c {
+        '\t' => ' ',
+        c if c.is_control() || c.width().is_none() || is_direction_mark(c) => '\u{fffd}',
+        c => c,
+    }
+}
+
+fn is_direction_mark(c: char) -> bool {
+    matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+fn printable(text: &str) -> String {
+    text.chars().map(shown).collect()
+}
+
+impl Source {
+    /// Line and column of a byte offset, both from 1; columns count characters.
+    pub fn position(&self, offset: usize) -> (usize, usize) {
+        let offset = self.floor(offset);
+        let start = self.line_start(offset);
+        (self.text[..start].matches('\n').count() + 1, self.text[start..offset].chars().count() + 1)
+    }
+
+    /// The line around a byte offset, without its end.
+    fn line_at(&self, offset: usize) -> &str {
+        let rest = &self.text[self.line_start(offset)..];
+        let line = rest.split('\n').next().unwrap_or_default();
+        line.strip_suffix('\r').unwrap_or(line)
+    }
+
+    fn line_start(&self, offset: usize) -> usize {
+        self.text[..self.floor(offset)].rfind('\n').map_or(0, |newline| newline + 1)
+    }
+
+    /// The nearest start of a character at or before `offset`.
+    fn floor(&self, offset: usize) -> usize {
+        let mut offset = offset.min(self.text.len());
+        while !self.text.is_char_boundary(offset) {
+            offset -= 1;
+        }
+        offset
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn source(text: &str) -> Source {
+        Source { path: "test.toml".into(), text: text.into() }
+    }
+
+    #[test]
+    fn columns_count_characters_and_carets_count_terminal_cells() {
+        let source = source("x = 1\nhost = [\"東京.example\", \"bad host\"]\n");
+        let start = source.text.find("\"bad").unwrap();
+        let shown = Diagnostic::error(start..start + 10, "bad", "fix it").render(&source).to_string();
+        let expected = "test.toml:2:23: error: bad\n\
+             2 | host = [\"東京.example\", \"bad host\"]\n  |                         ^^^^^^^^^^\n  help: fix it\n";
+        assert_eq!(shown, expected);
+    }
+
+    #[test]
+    fn a_very_long_line_is_quoted_around_the_mistake() {
+        let source = source(&format!("a = \"{}\" BAD \"{}\"", "x".repeat(5000), "y".repeat(5000)));
+        let start = source.text.find("BAD").unwrap();
+        let shown = Diagnostic::error(start..start + 3, "bad", "fix it").render(&source).to_string();
+        let mut lines = shown.lines().skip(1);
+        let (quoted, carets) = (lines.next().unwrap(), lines.next().unwrap());
+        assert!(quoted.chars().count() < 200, "{shown}");
+        let at = carets.find('^').unwrap();
+        assert_eq!(quoted.chars().skip(at).take(3).collect::<String>(), "BAD");
+    }
+
+    #[test]
+    fn control_characters_of_the_file_do_not_reach_the_terminal() {
+        let source = source("a = \"\x1b[2J\u{202e}\"");
+        let shown = Diagnostic::error(4..10, "bad \x1b[2J", "fix it").render(&source).to_string();
+        assert!(!shown.contains(['\x1b', '\u{202e}']));
+    }
+
+    #[test]
+    fn the_end_of_the_file_can_be_pointed_at() {
+        let source = source("a = [");
+        let shown = Diagnostic::error(5..5, "unclosed", "close it").render(&source).to_string();
+        assert!(shown.starts_with("test.toml:1:6: error: unclosed\n1 | a = [\n  |      ^\n"), "{shown}");
+    }
+}

@@ -1,0 +1,79 @@
+//! The routing table as `dataplane check` prints it: what wins stands first.
+
+use super::{Config, HostPattern, Mode, SendProxy, Upstream};
+
+/// Every host with where it goes, in the order in which they are tried, then listeners that forward a port as it is. Ends with a newline.
+pub fn routing_table(config: &Config) -> String {
+    let mut hosts: Vec<_> =
+        config.routes.iter().flat_map(|route| route.hosts.iter().map(move |host| (host, route))).collect();
+    hosts.sort_by_key(|(host, route)| {
+        let order = match host {
+            HostPattern::Exact(_) => (0, 0),
+            HostPattern::Wildcard(suffix) => (1, usize::MAX - suffix.len()),
+            HostPattern::Any => (2, 0),
+        };
+        // Of one host the routes with `alpn` come first.
+        (order, (*host).to_string(), route.alpn.is_empty())
+    });
+
+    let tls = |mode| matches!(mode, Mode::Tls);
+    let mut rows = vec![["HOST", "LISTENERS", "ALPN", "UPSTREAM", "TARGETS", "PROXY"].map(String::from)];
+    for (host, route) in &hosts {
+        let listeners = config.listeners.iter().enumerate();
+        let names = listeners.filter(|(index, listener)| {
+            tls(listener.mode) && (route.listeners.is_empty() || route.listeners.contains(index))
+        });
+        let names: Vec<&str> = names.map(|(_, listener)| &*listener.name).collect();
+        let alpn = if route.alpn.is_empty() { "any".into() } else { route.alpn.join(",") };
+        let upstream = &config.upstreams[route.upstream];
+        let [name, targets, proxy] = describe(upstream);
+        rows.push([host.to_string(), names.join(","), alpn, name, targets, proxy]);
+    }
+    let mut text = if hosts.is_empty() { String::new() } else { aligned(&rows) };
+    let everything = |index: usize| {
+        let mut any = hosts.iter().filter(|(host, route)| **host == HostPattern::Any && route.alpn.is_empty());
+        any.any(|(_, route)| route.listeners.is_empty() || route.listeners.contains(&index))
+    };
+    let refusing = config.listeners.iter().enumerate().any(|(index, l)| tls(l.mode) && !everything(index));
+    if refusing {
+        text += "Every other server name is refused.\n";
+    }
+
+    let mut rows = vec![["LISTENER", "BIND", "UPSTREAM", "TARGETS", "PROXY"].map(String::from)];
+    for listener in &config.listeners {
+        if let Mode::Tcp { upstream } = listener.mode {
+            let binds: Vec<_> = listener.bind.iter().map(|bind| bind.addr.to_string()).collect();
+            let [name, targets, proxy] = describe(&config.upstreams[upstream]);
+            rows.push([listener.name.to_string(), binds.join(","), name, targets, proxy]);
+        }
+    }
+    if rows.len() > 1 {
+        if !text.is_empty() {
+            text.push('\n');
+        }
+        text += &aligned(&rows);
+    }
+    text
+}
+
+fn describe(upstream: &Upstream) -> [String; 3] {
+    let targets: Vec<&str> = upstream.targets.iter().map(|target| &*target.text).collect();
+    let proxy = match upstream.send_proxy {
+        SendProxy::Off => "off",
+        SendProxy::V1 => "v1",
+        SendProxy::V2 => "v2",
+    };
+    [upstream.name.to_string(), targets.join(","), proxy.to_owned()]
+}
+
+fn aligned<const N: usize>(rows: &[[String; N]]) -> String {
+    let widths: [usize; N] =
+        std::array::from_fn(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0));
+    let mut text = String::new();
+    for row in rows {
+        let cells: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        text += cells.join("  ").trim_end();
+        text.push('\n');
+    }
+    text
+}
