@@ -109,7 +109,12 @@ fn bytes_are_the_payload_that_was_delivered_by_the_path_that_it_took() {
         assert_eq!(bytes("to_upstream", &[]), up + hello().len() as u64, "{engine}");
         assert_eq!(bytes("to_client", &[]), down, "{engine}");
         let kernel = bytes("to_client", &[("path", "kernel")]);
-        assert_eq!(kernel, if engine == "splice" { down } else { 0 }, "{engine}");
+        // The first bytes come through a buffer while the connection has no pipe.
+        let all_but_the_first = down - (64 << 10)..=down;
+        assert!(
+            if engine == "splice" { all_but_the_first.contains(&kernel) } else { kernel == 0 },
+            "{engine}: {kernel}"
+        );
     }
 }
 
@@ -196,9 +201,11 @@ fn each_connection_leaves_one_access_line() {
     drop(client);
     let line = eventually(PATIENCE, "an access line", || rig.daemon.access_log().pop());
     assert_eq!(rig.daemon.access_log().len(), 1);
-    let text = line.to_string();
+    // Parsed, a key that came twice shows by the value that it has lost.
+    let parsed: Value = serde_json::from_str(&line).expect("JSON");
+    let text = parsed.to_string();
     for part in [CLIENT[0], HOST, "public", "100.64.0.2:443", "copy", "2000", "done"] {
-        assert!(text.contains(part), "no {part} in {text}");
+        assert!(text.contains(part), "no {part} in {line}");
     }
 }
 

@@ -87,7 +87,7 @@ fn haproxy_learns_client_and_authority_from_version_2() {
 
 #[test]
 fn haproxy_learns_the_client_from_version_1() {
-    told_by_receiver(haproxy, "v1", |client, entrance| format!("{client} {entrance} -"));
+    told_by_receiver(haproxy, "v1", |client, entrance| format!("{client} {entrance}"));
 }
 
 #[test]
@@ -140,6 +140,7 @@ fn a_trusted_haproxy_with_version_2_in_front_is_believed() {
 }
 
 fn haproxy_in_front(net: &Net, listener: &str, source: &str, entrance: &str, option: &str) -> Peer {
+    let source = if source.contains(':') { format!("[{source}]:0") } else { source.to_owned() };
     let text =
         format!("listen l\n    mode tcp\n    bind {listener}\n    source {source}\n    server e {entrance} {option}");
     Peer::haproxy(net, &net.client, &text)
@@ -166,8 +167,9 @@ fn believed(front: impl Fn(&Net, &str, &str, &str) -> Peer) {
         let told = curl(&net.client, &pem, HOST, &listener, &["--http1.1", "--interface", visitor])
             .unwrap_or_else(|e| panic!("{e}\nfront: {}\ningress: {}", front.log(), ingress.log()));
         assert_eq!(told.trim(), format!("{visitor} {proxy} {HOST} http/1.1"));
-        let log = tests::eventually(tests::rig::PATIENCE, "the access log", || daemon.access_log().pop());
-        assert!(log["client"].as_str().expect("a client").contains(visitor), "{log}");
+        tests::eventually(tests::rig::PATIENCE, "the access log names the visitor", || {
+            daemon.access_log().iter().any(|line| line.contains(visitor)).then_some(())
+        });
     }
 }
 
@@ -179,7 +181,7 @@ fn nobody_elses_header_is_looked_at() {
     stranger.write_all(b"PROXY TCP4 192.0.2.1 192.0.2.2 1 443\r\n").expect("sent");
     let _ = stranger.write_all(&hello());
     let (answer, end) = read_to_end(&stranger, tests::rig::PATIENCE);
-    assert_eq!(answer, []);
+    assert_eq!(answer, b"");
     assert_ne!(end, End::Silence);
     rig.daemon.wait_metric("dataplane_connections_rejected_total", &[("reason", "not_tls")], 1.0);
     assert!(accept_within(&rig.upstream, std::time::Duration::ZERO).is_none());

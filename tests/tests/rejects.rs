@@ -144,7 +144,7 @@ fn a_hello_that_comes_too_slowly_is_cut_at_the_absolute_deadline() {
     }
     // And one that says nothing at all.
     let silent = rig.connect();
-    assert_eq!(read_to_end(&silent, PATIENCE).0, []);
+    assert_eq!(read_to_end(&silent, PATIENCE).0, b"");
     rig.daemon.wait_metric("dataplane_connections_rejected_total", &[("reason", "timeout")], 3.0);
     assert!(accept_within(&rig.upstream, Duration::ZERO).is_none());
 }
@@ -198,7 +198,7 @@ fn a_client_outside_the_allowed_networks_is_refused() {
 fn closed_without_a_word(client: &TcpStream) {
     let start = Instant::now();
     let (answer, end) = read_to_end(client, PATIENCE);
-    assert_eq!(answer, []);
+    assert_eq!(answer, b"");
     assert_ne!(end, End::Silence);
     assert!(start.elapsed() < AT_ONCE, "only after {:?}", start.elapsed());
 }

@@ -111,7 +111,7 @@ fn a_broken_reload_changes_nothing_and_says_so() {
     let old = rig.pair();
     assert!((rig.daemon.metric("dataplane_config_last_reload_success", &[]) - 1.0).abs() < 0.1);
     let hash = rig.daemon.metrics().values("dataplane_config_info", "hash").concat();
-    rig.daemon.rewrite_text("engine = \"auto\"\nlisteners = 3\n");
+    rig.daemon.rewrite(&Config::new("auto").listener("bindd = 3"));
     rig.daemon.signal(Signal::HUP);
     rig.daemon.wait_metric("dataplane_config_last_reload_success", &[], 0.0);
     assert_eq!(rig.daemon.metrics().values("dataplane_config_info", "hash").concat(), hash);
@@ -120,7 +120,7 @@ fn a_broken_reload_changes_nothing_and_says_so() {
     assert!(rig.daemon.json(&["status", "--json"])["config"]["last_error"].is_string());
     let command = rig.daemon.cli(&["reload"]);
     assert!(!command.status.success(), "`dataplane reload` fails too");
-    assert!(String::from_utf8_lossy(&command.stderr).contains("listeners"), "and says what is wrong");
+    assert!(String::from_utf8_lossy(&command.stderr).contains("bindd"), "and says what is wrong");
     rig.daemon.rewrite(&Config::new("auto"));
     assert!(rig.daemon.cli(&["reload"]).status.success());
     rig.daemon.wait_metric("dataplane_config_last_reload_success", &[], 1.0);
@@ -165,7 +165,7 @@ fn without_file_descriptors_the_old_live_the_new_are_refused_and_nothing_spins()
         } else {
             let (answer, end) = read_to_end(&client, PATIENCE);
             assert_ne!(end, End::Silence, "neither forwarded nor refused, with {} open", open.len());
-            assert_eq!(answer, []);
+            assert_eq!(answer, b"");
             refused += 1;
         }
         if refused == 20 {
