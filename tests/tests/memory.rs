@@ -73,6 +73,7 @@ fn measure_stalled(engine: &str, both_ways: bool) -> Result<(), String> {
     assert!(own <= own_bound, "the daemon's own memory grew by {own} bytes, the bound is {own_bound}");
     let fell = before.available.saturating_sub(during.available);
     let accounted = during.sockets.saturating_sub(before.sockets) + during.pipes + own;
+    println!("{engine}: available memory fell by {fell} bytes, sockets, pipes and buffers account for {accounted}");
     if fell > accounted + NOISE {
         return Err(format!("available memory fell by {fell}, sockets and pipes account for {accounted}: {during:?}"));
     }
