@@ -31,6 +31,7 @@ pub const CLUSTER: [&str; 4] = ["100.64.0.2", "100.64.0.3", "fd7a:115c:a1e0::2",
 pub const BLACK_HOLE: &str = "100.64.0.66";
 
 const PREFIX: &str = "dp-test";
+const ROLES: [&str; 3] = ["client", "entrance", "cluster"];
 const NOWHERE: &str = "02:00:00:00:66:66";
 
 /// One host: a network namespace. Clones are the same host.
@@ -206,8 +207,25 @@ impl Net {
             sweep();
             raise_file_limit();
         });
-        let id = format!("{PREFIX}-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let [c, e, u] = ["client", "entrance", "cluster"].map(|role| format!("{id}-{role}"));
+        Self::make(&format!("{PREFIX}-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed)))
+    }
+
+    /// Makes hosts that are called `dp-NAME-client` and so on, and that no later run sweeps away; panics without root.
+    #[track_caller]
+    pub fn called(name: &str) -> Self {
+        Self::make(&format!("dp-{name}"))
+    }
+
+    /// Removes the hosts of that name, if there are any, with all that runs on them.
+    pub fn remove_called(name: &str) {
+        for role in ROLES {
+            remove(&format!("dp-{name}-{role}"));
+        }
+    }
+
+    #[track_caller]
+    fn make(id: &str) -> Self {
+        let [c, e, u] = ROLES.map(|role| format!("{id}-{role}"));
         ip_batch(&[], &format!("netns add {c}\nnetns add {e}\nnetns add {u}\n"));
         ip_batch(
             &["-n", &e],
