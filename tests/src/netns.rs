@@ -238,9 +238,16 @@ impl Net {
             let ns = File::open(Path::new("/run/netns").join(name)).expect("made above");
             let host = Host { name: name.into(), ns: Arc::new(ns) };
             let mut lines = String::from("link set lo up\n");
-            for (address, dev) in addresses {
-                let (length, nodad) = if address.contains(':') { (64, "nodad") } else { (24, "") };
-                let _ = writeln!(lines, "addr add {address}/{length} dev {dev} {nodad}");
+            for (n, (address, dev)) in addresses.iter().enumerate() {
+                let (length, flags) = match address.contains(':') {
+                    false => (24, ""),
+                    // An address that is not preferred is never the source by default.
+                    true if addresses[..n].iter().any(|(a, d)| a.contains(':') && d == dev) => {
+                        (64, "nodad preferred_lft 0")
+                    }
+                    true => (64, "nodad"),
+                };
+                let _ = writeln!(lines, "addr add {address}/{length} dev {dev} {flags}");
             }
             for dev in ["public", "inside"] {
                 if addresses.iter().any(|(_, d)| *d == dev) {
