@@ -129,8 +129,7 @@ impl Pattern {
 
 fn end_of(error: &io::Error) -> End {
     match error.kind() {
-        // EPIPE is what Linux makes of a RST that comes after a FIN.
-        ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => End::Reset,
+        ErrorKind::ConnectionReset => End::Reset,
         ErrorKind::WouldBlock | ErrorKind::TimedOut => End::Silence,
         _ => panic!("reading: {error}"),
     }
@@ -159,8 +158,26 @@ pub fn reset(stream: TcpStream) {
     drop(stream);
 }
 
-/// Waits for a RST without reading, so that unread bytes do not hide it; says how long it took, `None`: not within `limit`.
+/// Waits for a RST without reading, so that unread bytes do not hide it; says how long it took, `None`: not within `limit`. Panics when a FIN came
+/// before it: whoever had read to that point would have taken it for a clean end.
+#[track_caller]
 pub fn reset_within(stream: &TcpStream, limit: Duration) -> Option<Duration> {
+    let (error, took) = error_within(stream, limit)?;
+    assert_ne!(error.kind(), ErrorKind::BrokenPipe, "a FIN came before the RST");
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    Some(took)
+}
+
+/// As [`reset_within`], on a stream whose peer has already sent its FIN: Linux then says EPIPE.
+#[track_caller]
+pub fn reset_after_fin_within(stream: &TcpStream, limit: Duration) -> Option<Duration> {
+    let (error, took) = error_within(stream, limit)?;
+    assert_eq!(error.kind(), ErrorKind::BrokenPipe);
+    Some(took)
+}
+
+#[track_caller]
+fn error_within(stream: &TcpStream, limit: Duration) -> Option<(io::Error, Duration)> {
     let start = Instant::now();
     while let Some(left) = limit.checked_sub(start.elapsed()) {
         let mut fds = [PollFd::new(stream, PollFlags::empty())];
@@ -173,8 +190,7 @@ pub fn reset_within(stream: &TcpStream, limit: Duration) -> Option<Duration> {
         let revents = fds[0].revents();
         if revents.contains(PollFlags::ERR) {
             let error = stream.take_error().expect("SO_ERROR").expect("POLLERR comes with an error");
-            assert_eq!(end_of(&error), End::Reset, "another error than a RST: {error}");
-            return Some(start.elapsed());
+            return Some((error, start.elapsed()));
         }
         assert!(!revents.contains(PollFlags::HUP), "closed both ways without a RST");
     }

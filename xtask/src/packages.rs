@@ -1,8 +1,10 @@
 //! Debian packages: what a command needs is installed as root on Debian, and named elsewhere.
 
-use std::process::Command;
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use crate::run::{self, find_program, step};
 
@@ -39,7 +41,29 @@ pub fn install(packages: &[&str]) -> Result<()> {
     step(format_args!("apt-get install {}", packages.join(" ")));
     // Also on old lists the packages may be there.
     let _ = run::run(&mut apt_get(&["update"]));
-    run::run(apt_get(&["install", "--yes", "--no-install-recommends"]).args(packages))
+    // Errors go to stderr; stdout has a line or two for each package that comes along.
+    run::run(apt_get(&["install", "--yes", "--no-install-recommends"]).args(packages).stdout(Stdio::null()))
+}
+
+/// Brings one program of a package that would start a service of its own if it were installed: unpacked below `folder`, into its `usr/bin`.
+pub fn unpack(program: &str, package: &str, folder: &Path) -> Result<()> {
+    if find_program(program).is_some() || folder.join("usr/bin").join(program).exists() {
+        return Ok(());
+    }
+    if !can_install() {
+        bail!("needs {program}: on Debian it is in the package {package}");
+    }
+    step(format_args!("apt-get download {package}, for {program}"));
+    let download = folder.join("download");
+    let _ = fs::remove_dir_all(&download);
+    fs::create_dir_all(&download).with_context(|| format!("cannot make {}", download.display()))?;
+    let _ = run::run(&mut apt_get(&["update"]));
+    // apt would leave the download to a user of its own, who may not write here.
+    run::run(apt_get(&["--option", "APT::Sandbox::User=root", "download", package]).current_dir(&download))?;
+    for file in fs::read_dir(&download)? {
+        run::run(Command::new("dpkg-deb").arg("--extract").arg(file?.path()).arg(folder))?;
+    }
+    fs::remove_dir_all(&download).with_context(|| format!("cannot remove {}", download.display()))
 }
 
 fn apt_get(arguments: &[&str]) -> Command {

@@ -1,6 +1,6 @@
 //! Small things that every command needs: paths, child processes, a line of progress.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::{env, fs};
@@ -59,6 +59,13 @@ pub fn find_program(name: impl AsRef<OsStr>) -> Option<PathBuf> {
         .chain(["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from))
         .map(|folder| folder.join(name.as_ref()))
         .find(|file| file.is_file())
+}
+
+/// `PATH` with one more folder in front.
+pub fn path_with(folder: &Path) -> OsString {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::join_paths([folder.to_owned()].into_iter().chain(env::split_paths(&path)))
+        .expect("no colon in the workspace's path")
 }
 
 /// Writes a file by rename, so that a program that runs keeps its old file, and nobody reads half of the new one.

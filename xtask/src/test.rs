@@ -9,10 +9,9 @@ use anyhow::{Context, Result, bail};
 use crate::run::{self, step};
 use crate::{ebpf, packages};
 
-/// Programs that the end-to-end tests run, and the Debian packages that bring them.
+/// Programs that the end-to-end tests run, and the Debian packages that bring them. nginx and HAProxy come as newer builds from PyPI.
 pub const PROGRAMS: &[(&str, &str)] = &[
     ("curl", "curl"),
-    ("haproxy", "haproxy"),
     ("ip", "iproute2"),
     ("openssl", "openssl"),
     ("pip3", "python3-pip"),
@@ -34,6 +33,8 @@ pub fn run(options: &Options) -> Result<()> {
         bail!("the end-to-end tests make network namespaces and load eBPF programs: run them as root");
     }
     packages::ensure(PROGRAMS)?;
+    let unpacked = run::target().join("tools/debian");
+    packages::unpack("promtool", "prometheus", &unpacked)?;
     ebpf::build()?;
 
     // The development profile by default: its debug assertions and overflow checks are on, and nothing is compiled twice.
@@ -49,6 +50,7 @@ pub fn run(options: &Options) -> Result<()> {
         .arg("--")
         .args(&options.filter)
         .env("DATAPLANE_BIN", daemon)
+        .env("PATH", run::path_with(&unpacked.join("usr/bin")))
         .status()
         .context("cannot start cargo")?;
     exit(status.code().unwrap_or(1));

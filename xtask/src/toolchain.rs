@@ -35,14 +35,12 @@ pub struct Compiler {
 impl Compiler {
     /// A `cargo build` with this compiler, also if it is a stable one: `build-std` is for nightly compilers otherwise.
     pub fn cargo_build(&self, linker: &Linker) -> Command {
-        let path = env::var_os("PATH").unwrap_or_default();
-        let path = env::join_paths([linker.folder.clone()].into_iter().chain(env::split_paths(&path)));
         let mut command = Command::new(self.sysroot.join("bin/cargo"));
         command
             .arg("build")
             .env("RUSTC", self.sysroot.join("bin/rustc"))
             .env("RUSTC_BOOTSTRAP", "1")
-            .env("PATH", path.expect("came out of PATH"))
+            .env("PATH", run::path_with(&linker.folder))
             .env("LD_LIBRARY_PATH", &linker.llvm);
         // Meant for the workspace: these would override the configuration of the programs' own folder.
         for variable in
