@@ -15,6 +15,7 @@ pub mod netns;
 pub mod peers;
 pub mod rig;
 pub mod stream;
+pub mod systemd;
 
 /// Polls `probe` every 10 ms until it gives something; panics with `what` after `limit`.
 #[track_caller]
