@@ -22,7 +22,8 @@ pub fn init(format: Format) -> WorkerGuard {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt().with_writer(writer).with_env_filter(filter);
     match format {
-        Format::Json => builder.json().flatten_event(true).init(),
+        // Not flattened: an access line has a field `target`, and the event has a target too.
+        Format::Json => builder.json().init(),
         // The journal has its own clock.
         Format::Text if std::env::var_os("JOURNAL_STREAM").is_some() => builder.with_ansi(false).without_time().init(),
         Format::Text => builder.with_ansi(std::io::stderr().is_terminal()).with_timer(SystemTime).init(),

@@ -74,6 +74,9 @@ pub struct TcpInfo {
     pub snd_wnd: u32,
 }
 
+/// [`TcpInfo::state`] of a socket without a connection, for example after a RST (include/net/tcp_states.h).
+pub const TCP_CLOSE: u8 = 7;
+
 /// `getsockopt(TCP_INFO)`.
 pub fn tcp_info(socket: impl AsFd) -> io::Result<TcpInfo> {
     let mut info = MaybeUninit::<TcpInfo>::zeroed();

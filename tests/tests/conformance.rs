@@ -27,6 +27,7 @@ macro_rules! conformance {
                 a_reset_by_the_upstream_reaches_the_client_while_stalled,
                 a_reset_passes_while_both_sides_are_stalled,
                 a_reset_after_a_half_close_is_passed_on,
+                a_reset_in_mid_transfer_never_looks_like_its_end,
                 killing_the_daemon_in_mid_transfer_resets_both_sides,
                 a_fin_in_the_segment_of_the_last_byte_follows_that_byte,
                 a_fin_in_the_segment_of_the_hello_still_gets_an_answer,
@@ -218,6 +219,24 @@ fn a_reset_after_a_half_close_is_passed_on(engine: &str) {
         DOWN.receive_exactly(&first, 0, 1000);
         reset(first);
         assert!(reset_after_fin_within(&second, A_SECOND).is_some(), "half-close and reset by the client: {by_client}");
+    }
+    rig.wait_idle();
+}
+
+fn a_reset_in_mid_transfer_never_looks_like_its_end(engine: &str) {
+    let _turn = beside_others();
+    let rig = Rig::new(&Config::new(engine));
+    for round in 0..200 {
+        let (client, server) = rig.pair();
+        let (first, second) = if round % 2 == 0 { (server, client) } else { (client, server) };
+        let size = round * 104_729 % (2 * MEGABYTE);
+        std::thread::scope(|s| {
+            s.spawn(move || {
+                DOWN.send(&first, 0, size).expect("sent");
+                reset(first);
+            });
+            assert_eq!(DOWN.receive(&second, 0).1, End::Reset, "round {round}");
+        });
     }
     rig.wait_idle();
 }

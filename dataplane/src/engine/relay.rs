@@ -56,11 +56,14 @@ async fn forward(
 
     poll_fn(|cx| {
         let before = (up.moved, down.moved);
-        let up_done = up.poll(cx, client, upstream, &traffic.to_upstream);
-        let down_done = down.poll(cx, upstream, client, &traffic.to_client);
+        let up_done = up.poll(cx, client, upstream, &traffic.to_upstream, down.is_finished());
+        // A write that failed has taken the error off the socket: read now, it would look like a clean end of stream.
+        if let Poll::Ready(Err(broken)) = up_done {
+            return Poll::Ready(broken.end(Side::Client, Side::Upstream));
+        }
+        let down_done = down.poll(cx, upstream, client, &traffic.to_client, up.is_finished());
         match (up_done, down_done) {
             (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => return Poll::Ready(End::Done),
-            (Poll::Ready(Err(broken)), _) => return Poll::Ready(broken.end(Side::Client, Side::Upstream)),
             (_, Poll::Ready(Err(broken))) => return Poll::Ready(broken.end(Side::Upstream, Side::Client)),
             _ => {}
         }
@@ -146,24 +149,40 @@ fn ended_by(side: Side, error: io::Result<Option<io::Error>>) -> End {
     }
 }
 
+/// The end of a stream must have come with a FIN. A socket tells of a RST once, to whichever call comes first, and then reads like one that ended well.
+fn prove_fin(from: &TcpStream, has_our_fin: bool) -> io::Result<()> {
+    // After both FINs the kernel may have closed it too (TIME_WAIT); but then nothing was written to it that could have taken the error.
+    if has_our_fin || sys::tcp_info(from)?.state != sys::TCP_CLOSE {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::ConnectionReset.into())
+    }
+}
+
 impl Direction {
     fn new(kind: Kind, first: First) -> Self {
         let held = if first.bytes.is_empty() { Held::Nothing } else { Held::Buffer { bytes: first.bytes, sent: 0 } };
         Self { splice: kind == Kind::Splice, held, header: first.header, flow: Flow::Open, bulk: false, moved: 0 }
     }
 
-    /// Moves bytes until one side has to be waited for; ready when FIN was passed on.
+    fn is_finished(&self) -> bool {
+        self.flow == Flow::Finished
+    }
+
+    /// Moves bytes until one side has to be waited for; ready when FIN was passed on. `from_has_our_fin`: the other direction is finished.
     fn poll(
         &mut self,
         cx: &mut Context<'_>,
         from: &TcpStream,
         to: &TcpStream,
         counter: &Counter,
+        from_has_our_fin: bool,
     ) -> Poll<Result<(), Broken>> {
         let mut reads = READS_PER_TURN;
         while self.flow != Flow::Finished {
             ready!(self.poll_send(cx, to, counter))?;
             if self.flow == Flow::SourceEnded {
+                prove_fin(from, from_has_our_fin).map_err(Broken::Source)?;
                 match rustix::net::shutdown(to, rustix::net::Shutdown::Write) {
                     Ok(()) => self.flow = Flow::Finished,
                     Err(e) => return Poll::Ready(Err(Broken::Sink(e.into()))),
@@ -231,6 +250,11 @@ impl Direction {
                     self.bulk = n >= SMALL;
                     self.held = Held::Pipe(pipe);
                     return Ok(n);
+                }
+                // Told once: recv would find the socket without error, and take it for the end of the stream.
+                Err(e) if e.kind() != io::ErrorKind::WouldBlock => {
+                    pipe.put_back();
+                    return Err(e);
                 }
                 // The socket is empty, ended, or at its urgent mark, which only recv gets past.
                 _ => pipe.put_back(),
