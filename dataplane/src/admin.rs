@@ -97,8 +97,8 @@ fn control(app: App) -> Router {
         .route("/status", get(|State(app): State<App>| async move { Json(status(&app.shared)) }))
         .route("/connections", get(connections))
         .route("/reload", post(reload))
-        .route("/drain", post(|state, query| set_drained(state, query, true)))
-        .route("/undrain", post(|state, query| set_drained(state, query, false)))
+        .route("/drain", post(|State(app), Query(query)| async move { set_drained(&app, &query, true) }))
+        .route("/undrain", post(|State(app), Query(query)| async move { set_drained(&app, &query, false) }))
         .with_state(app)
 }
 
@@ -134,15 +134,11 @@ struct TargetName {
     target: String,
 }
 
-async fn set_drained(
-    State(app): State<App>,
-    Query(TargetName { target }): Query<TargetName>,
-    drained: bool,
-) -> (StatusCode, String) {
+fn set_drained(app: &App, TargetName { target }: &TargetName, drained: bool) -> (StatusCode, String) {
     let generation = app.shared.generation.load();
     let mut text = String::new();
     for pool in &generation.pools {
-        for t in pool.targets().iter().filter(|t| **t.text() == *target) {
+        for t in pool.targets().iter().filter(|t| **t.text() == **target) {
             t.set_drained(drained);
             let what = if drained { "gets no new connections" } else { "gets new connections again" };
             text += &format!("{target} of upstream {} {what}\n", pool.config.name);

@@ -65,6 +65,8 @@ struct Client {
     /// The address that it connected to.
     server: SocketAddr,
     server_name: Option<ServerName>,
+    /// Of the proxy in front of us, if it sent one.
+    unique_id: Option<Vec<u8>>,
     /// Wire format of the offered list's entries.
     alpn: Vec<Box<[u8]>>,
     /// Bytes read and not yet passed on.
@@ -81,6 +83,7 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
         address: peer,
         server: stream.local_addr().unwrap_or(listener.bind[0].addr),
         server_name: None,
+        unique_id: None,
         alpn: Vec::new(),
         read: Vec::new(),
     };
@@ -98,12 +101,11 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
             let entered = shared.admission.enter_client(address, limits.max_connections_per_client);
             client_place = Some(entered.ok_or(Reason::ClientLimit)?);
         }
-        let destination = match generation.by_tcp_listener(index) {
-            Some(destination) => destination,
-            None => {
-                let route = hello_route(&stream, &mut client, &generation, index, start.1, &shared).await?;
-                generation.by_route(route)
-            }
+        let destination = if let Some(destination) = generation.by_tcp_listener(index) {
+            destination
+        } else {
+            let route = hello_route(&stream, &mut client, &generation, index, start.1, &shared).await?;
+            generation.by_route(route)
         };
         Ok((destination, client_place))
     };
@@ -169,6 +171,7 @@ async fn proxy_header(stream: &TcpStream, client: &mut Client) -> Result<(), Rea
                 if let Some(source) = source {
                     client.address = source.client;
                     client.server = source.server;
+                    client.unique_id = source.unique_id.map(Into::into);
                 }
                 client.read.drain(..len);
                 return Ok(());
@@ -225,21 +228,21 @@ async fn read_some(stream: &TcpStream, buffer: &mut impl BufMut) -> io::Result<u
 }
 
 fn first_bytes(shared: &Shared, send_proxy: SendProxy, client: &Client) -> First {
-    let mut bytes = Vec::with_capacity(client.read.len() + 512);
+    let mut bytes = Vec::with_capacity(client.read.len() + proxy_protocol::MAX_ENCODED);
     match send_proxy {
         SendProxy::Off => {}
         SendProxy::V1 => proxy_protocol::encode_v1(&mut bytes, client.address, client.server),
         SendProxy::V2 => {
-            let mut unique_id = [0; 16];
-            unique_id[..8].copy_from_slice(&shared.id_prefix.to_be_bytes());
-            unique_id[8..].copy_from_slice(&shared.next_id.fetch_add(1, Relaxed).to_be_bytes());
+            let mut own_id = [0; 16];
+            own_id[..8].copy_from_slice(&shared.id_prefix.to_be_bytes());
+            own_id[8..].copy_from_slice(&shared.next_id.fetch_add(1, Relaxed).to_be_bytes());
             let header = Header {
                 client: client.address,
                 server: client.server,
                 authority: client.server_name.as_deref(),
-                // The header has room for one protocol: the one that the client prefers.
+                // The header has room for one protocol. What the ends will agree on is not known yet: this is what the client prefers.
                 alpn: client.alpn.first().map(|p| &**p),
-                unique_id: &unique_id,
+                unique_id: client.unique_id.as_deref().unwrap_or(&own_id),
             };
             proxy_protocol::encode_v2(&mut bytes, &header);
         }
@@ -258,11 +261,11 @@ fn printable(alpn: &[Box<[u8]>]) -> String {
 }
 
 /// Refuses a connection of which nothing was read.
-pub fn refuse(generation: &Generation, listener: usize, stream: TcpStream, peer: SocketAddr, reason: Reason) {
+pub fn refuse(generation: &Generation, listener: usize, stream: &TcpStream, peer: SocketAddr, reason: Reason) {
     generation.listener_metrics[listener].rejected(reason).inc();
     let start = (SystemTime::now(), Instant::now());
     log_rejection(&generation.config.listeners[listener], peer, None, reason, start);
-    close_rejected(&stream, None);
+    close_rejected(stream, None);
 }
 
 /// Closes with a FIN where possible, after the alert if there is one.

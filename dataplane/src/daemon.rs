@@ -1,4 +1,4 @@
-//! `dataplane run`: starts the threads, then waits for signals. Start and reload take the same way through [`Daemon::apply`].
+//! `dataplane run`: starts the threads, then waits for signals. Start and reload take the same way through `Daemon::take_effect`.
 //!
 //! The order of a start is: read and check the configuration, bind everything, then accept, then tell systemd. A reload binds what is new,
 //! then swaps; any failure leaves all as it was.
@@ -31,8 +31,14 @@ use crate::registry::{Registry, unix_seconds};
 use crate::shared::Shared;
 use crate::worker::{Command, Worker};
 
-/// Descriptors that are neither a connection's nor a pipe's nor open at start: admin clients, the resolver, spares.
-const DESCRIPTORS_FOR_US: u64 = 48;
+/// Descriptors that are neither a connection's nor a pipe's nor a listener's: admin clients, the resolver, the configuration.
+const DESCRIPTORS_FOR_US: u64 = 32;
+
+/// Of a worker: epoll, its wake-up, signals' pipe.
+const DESCRIPTORS_PER_WORKER: u64 = 4;
+
+/// Fewer connections than this are hardly meant.
+const TIGHT: usize = 64;
 
 /// How often a draining daemon looks whether it is alone.
 const DRAIN_TICK: Duration = Duration::from_millis(50);
@@ -42,6 +48,7 @@ struct Daemon {
     shared: Arc<Shared>,
     workers: Vec<Worker>,
     splice: Result<(), String>,
+    /// For workers, listeners, connections and pipes.
     descriptors: u64,
     /// Addresses that are listened on; the sockets are the workers'.
     bound: Vec<SocketAddr>,
@@ -50,7 +57,7 @@ struct Daemon {
 /// Runs until SIGTERM or SIGINT.
 pub fn run(path: &Path) -> Result<()> {
     let config = read_config(path)?;
-    let descriptors = raise_descriptor_limit();
+    let descriptors = raise_descriptor_limit().saturating_sub(open_descriptors() + DESCRIPTORS_FOR_US);
     let splice = splice::self_test();
     let engine = Effective::choose(config.engine, &splice);
     for reason in &engine.reasons {
@@ -201,8 +208,16 @@ impl Daemon {
         let config = &generation.config;
         self.shared.metrics.set_config(&config.hash, unix_seconds(SystemTime::now()));
 
-        let budget =
-            Budget::new(self.descriptors, open_descriptors() + (new.len() * self.workers.len()) as u64, config);
+        let binds = config.listeners.iter().map(|l| l.bind.len()).sum::<usize>() as u64;
+        // Each worker has a socket and a spare descriptor on each address.
+        let fixed = self.workers.len() as u64 * (DESCRIPTORS_PER_WORKER + 2 * binds);
+        let budget = Budget::new(self.descriptors.saturating_sub(fixed), config.limits.kernel_memory);
+        if budget.connections < TIGHT {
+            tracing::warn!(
+                connections = budget.connections,
+                "RLIMIT_NOFILE leaves room for few connections; raise LimitNOFILE"
+            );
+        }
         if config.limits.max_connections > budget.connections {
             tracing::warn!(
                 configured = config.limits.max_connections,
@@ -262,11 +277,10 @@ struct Budget {
 }
 
 impl Budget {
-    /// `limit` is RLIMIT_NOFILE, `in_use` what is open without any connection.
-    fn new(limit: u64, in_use: u64, config: &Config) -> Self {
-        let free = limit.saturating_sub(in_use + DESCRIPTORS_FOR_US);
+    /// Shares out `free` descriptors and `memory` bytes.
+    fn new(free: u64, memory: u64) -> Self {
         // A pipe is two descriptors and holds up to its capacity; without a pipe a connection is copied, so an eighth is plenty.
-        let by_memory = config.limits.kernel_memory / splice::CAPACITY as u64;
+        let by_memory = memory / splice::CAPACITY as u64;
         let pipes = by_memory.min(free / 8 / 2);
         Self { connections: ((free - 2 * pipes) / 2) as usize, pipes: pipes as usize }
     }
@@ -412,5 +426,22 @@ fn random_prefix() -> u64 {
 fn notify(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
         tracing::debug!(%error, "sd_notify");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_and_pipes_never_need_more_descriptors_than_there_are() {
+        for free in [0, 1, 7, 64, 1000, 20_000, 1 << 20] {
+            for memory in [64 << 10, 64 << 20, 1 << 40] {
+                let budget = Budget::new(free, memory);
+                assert!(2 * (budget.connections + budget.pipes) as u64 <= free, "{budget:?} of {free}");
+                assert!((budget.pipes * splice::CAPACITY) as u64 <= memory);
+            }
+        }
+        assert_eq!(Budget::new(19_900, 64 << 20), Budget { connections: 9694, pipes: 256 });
     }
 }

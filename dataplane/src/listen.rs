@@ -91,7 +91,7 @@ pub async fn accept(shared: Arc<Shared>, bound: SocketAddr, listener: TcpListene
                         let accepted = connection::Accepted { stream, peer, listener: index, place };
                         tokio::spawn(connection::serve(shared.clone(), generation, accepted));
                     }
-                    None => connection::refuse(&generation, index, stream, peer, Reason::TotalLimit),
+                    None => connection::refuse(&generation, index, &stream, peer, Reason::TotalLimit),
                 }
                 spare.restore();
             }

@@ -119,9 +119,9 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
         Command::Status { json } => {
             let status = ask(path, Method::GET, "/status")?;
             if *json {
-                writeln!(out, "{status}")?
+                writeln!(out, "{status}")?;
             } else {
-                write!(out, "{}", describe_status(&serde_json::from_str(&status)?))?
+                write!(out, "{}", describe_status(&serde_json::from_str(&status)?))?;
             }
         }
         Command::Connections { json } => {
@@ -139,7 +139,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
         }
         Command::Reload => write!(out, "{}", ask(path, Method::POST, "/reload")?)?,
         Command::Drain { target } => {
-            write!(out, "{}", ask(path, Method::POST, &format!("/drain?target={}", escape(target)))?)?
+            write!(out, "{}", ask(path, Method::POST, &format!("/drain?target={}", escape(target)))?)?;
         }
         Command::Undrain { target } => {
             write!(out, "{}", ask(path, Method::POST, &format!("/undrain?target={}", escape(target)))?)?;
@@ -193,7 +193,7 @@ fn explain(config: &Config, host: &str, listener: Option<&str>, alpn: &[String])
         bail!("no listener of mode `tls` is called `{wanted}`; there are: {}", known.join(", "));
     }
     for (index, listener) in asked {
-        let offered = alpn.iter().map(|p| p.as_bytes());
+        let offered = alpn.iter().map(String::as_bytes);
         text += &match table.find(index, Some(&name), offered) {
             Ok(found) => {
                 routed = true;

@@ -79,9 +79,9 @@ impl Table {
     ///
     /// # Errors
     /// `NoSni`, `UnknownHost` or `AlpnMismatch`.
-    pub fn find<'a, 'p, I>(&self, listener: usize, name: Option<&'a str>, alpn: I) -> Result<Match<'a>, Reason>
+    pub fn find<'a, 'p, I>(&self, listener: usize, name: Option<&'a str>, mut alpn: I) -> Result<Match<'a>, Reason>
     where
-        I: Iterator<Item = &'p [u8]> + Clone,
+        I: Iterator<Item = &'p [u8]>,
     {
         let name = name.ok_or(Reason::NoSni)?;
         let (candidates, by) = self.candidates(name).ok_or(Reason::UnknownHost)?;
@@ -89,8 +89,7 @@ impl Table {
         if here.peek().is_none() {
             return Err(Reason::UnknownHost);
         }
-        alpn.clone()
-            .find_map(|offered| here.clone().find(|c| c.alpn.iter().any(|p| **p == *offered)))
+        alpn.find_map(|offered| here.clone().find(|c| c.alpn.iter().any(|p| **p == *offered)))
             .or_else(|| here.find(|c| c.alpn.is_empty()))
             .map(|c| Match { route: c.route, by })
             .ok_or(Reason::AlpnMismatch)

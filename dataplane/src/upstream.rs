@@ -15,7 +15,7 @@ use prometheus::{Histogram, IntGauge};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tokio::net::{TcpSocket, TcpStream, lookup_host};
-use tokio::time::timeout_at;
+use tokio::time::{timeout, timeout_at};
 
 use crate::config::{self, Balance, TargetHost};
 use crate::engine::vigil;
@@ -74,7 +74,7 @@ pub struct Candidate {
 }
 
 /// Picks a target: of those that work if any is allowed, else of the failed ones, because a wrong verdict must not make an outage.
-pub fn choose(balance: Balance, turn: usize, candidates: impl Iterator<Item = Candidate> + Clone) -> Option<usize> {
+pub fn choose(balance: Balance, turn: usize, candidates: &(impl Iterator<Item = Candidate> + Clone)) -> Option<usize> {
     let count = candidates.clone().count();
     let eligible = |failed: bool| candidates.clone().enumerate().filter(move |(_, c)| c.allowed && c.failed == failed);
     // Position after the turn's starting point: breaks ties in turn.
@@ -191,14 +191,13 @@ impl Pool {
                     },
                 }
             });
-            let index = choose(self.config.balance, turn, candidates).ok_or(Reason::NoUpstream)?;
+            let index = choose(self.config.balance, turn, &candidates).ok_or(Reason::NoUpstream)?;
             let target = &self.targets[index];
             let lease = Lease::new(target);
             target.claim_trial(self.config.connect_timeout);
             let started = Instant::now();
             let deadline = started + self.config.connect_timeout;
-            let result = timeout_at(deadline.into(), target.connect(dial)).await;
-            match result.unwrap_or_else(|_| Err(Failure::new("timeout", "no answer within connect_timeout"))) {
+            match target.connect(dial, deadline).await {
                 Ok(stream) => {
                     self.connect_duration.observe(started.elapsed().as_secs_f64());
                     target.succeeded();
@@ -351,15 +350,22 @@ impl Target {
         digest[..8].iter().fold(0, |weight, byte| weight << 8 | u64::from(*byte))
     }
 
-    async fn connect(&self, dial: Dial<'_>) -> Result<TcpStream, Failure> {
+    /// Connects to one of the target's addresses. Those that are left share the time that is left, so that one that swallows packets does not use it up.
+    async fn connect(&self, dial: Dial<'_>, deadline: Instant) -> Result<TcpStream, Failure> {
+        let no_answer = |_| Failure::new("timeout", "no answer within connect_timeout");
+        let resolved = timeout_at(deadline.into(), self.addresses(dial.client.is_ipv6())).await;
+        let addresses = resolved.map_err(|_| Failure::new("resolve", "no answer within connect_timeout"))??;
         let mut last = Failure::new("resolve", "the name has no address");
-        for address in self.addresses(dial.client.is_ipv6()).await? {
-            match connect(address, dial.dead_peer_timeout).await {
-                Ok(stream) if is_own(&stream, dial.own) => {
+        for (i, address) in addresses.iter().enumerate() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let share = left / (addresses.len() - i) as u32;
+            match timeout(share, connect(*address, dial.dead_peer_timeout)).await.map_err(no_answer) {
+                Ok(Ok(stream)) if is_own(&stream, dial.own) => {
                     return Err(Failure::new("own_listener", format!("{address} is a listener of this daemon")));
                 }
-                Ok(stream) => return Ok(stream),
-                Err(error) => last = error.into(),
+                Ok(Ok(stream)) => return Ok(stream),
+                Ok(Err(error)) => last = error.into(),
+                Err(failure) => last = failure,
             }
         }
         Err(last)
@@ -429,14 +435,14 @@ mod tests {
     #[test]
     fn the_target_with_the_fewest_connections_is_chosen() {
         let candidates = [candidate(3, true, false), candidate(1, true, false), candidate(2, true, false)];
-        assert_eq!(choose(Balance::LeastConnections, 0, candidates.into_iter()), Some(1));
+        assert_eq!(choose(Balance::LeastConnections, 0, &candidates.into_iter()), Some(1));
     }
 
     #[test]
     fn equals_take_turns() {
         let candidates = [candidate(1, true, false); 3];
         for balance in [Balance::LeastConnections, Balance::RoundRobin] {
-            let chosen: Vec<_> = (0..6).map(|turn| choose(balance, turn, candidates.into_iter()).unwrap()).collect();
+            let chosen: Vec<_> = (0..6).map(|turn| choose(balance, turn, &candidates.into_iter()).unwrap()).collect();
             assert_eq!(chosen, [0, 1, 2, 0, 1, 2]);
         }
     }
@@ -444,16 +450,16 @@ mod tests {
     #[test]
     fn a_failed_target_is_chosen_only_when_no_other_is_allowed() {
         let candidates = [candidate(0, true, true), candidate(9, true, false)];
-        assert_eq!(choose(Balance::LeastConnections, 0, candidates.into_iter()), Some(1));
+        assert_eq!(choose(Balance::LeastConnections, 0, &candidates.into_iter()), Some(1));
         let candidates = [candidate(0, true, true), candidate(9, false, false)];
-        assert_eq!(choose(Balance::First, 0, candidates.into_iter()), Some(0));
+        assert_eq!(choose(Balance::First, 0, &candidates.into_iter()), Some(0));
     }
 
     #[test]
     fn nothing_is_chosen_when_nothing_is_allowed() {
         let candidates = [candidate(0, false, false), candidate(0, false, true)];
-        assert_eq!(choose(Balance::RoundRobin, 5, candidates.into_iter()), None);
-        assert_eq!(choose(Balance::RoundRobin, 5, std::iter::empty()), None);
+        assert_eq!(choose(Balance::RoundRobin, 5, &candidates.into_iter()), None);
+        assert_eq!(choose(Balance::RoundRobin, 5, &std::iter::empty()), None);
     }
 
     #[test]
@@ -477,7 +483,7 @@ mod tests {
                 failed: false,
                 weight: t.weight(client),
             });
-            choose(Balance::Hash, 0, candidates).unwrap()
+            choose(Balance::Hash, 0, &candidates).unwrap()
         };
         let mut counts = [0; 4];
         for n in 0..1000u32 {

@@ -35,9 +35,11 @@ impl Worker {
     pub fn start(index: usize, shared: Arc<Shared>) -> io::Result<Self> {
         let (commands, inbox) = mpsc::unbounded_channel();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let thread = std::thread::Builder::new()
-            .name(format!("worker-{index}"))
-            .spawn(move || runtime.block_on(work(shared, inbox)))?;
+        let thread = std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
+            runtime.block_on(work(shared, inbox));
+            // Drops the connections, and does not wait for a resolver that hangs.
+            runtime.shutdown_background();
+        })?;
         Ok(Self { commands, thread })
     }
 

@@ -1,1 +1,66 @@
 //! Hosts made of network namespaces, real peers, and streams that verify themselves.
+//!
+//! A test makes a [`netns::Net`] (three hosts), starts a [`daemon::Daemon`] on the middle one and talks through it, either with plain sockets and a
+//! self-verifying [`stream::Pattern`], or with the real programs of [`peers`]. The daemon is known only by what it promises in public:
+//! its command line, configuration, metrics and sockets; nothing here may use the `dataplane` library.
+//!
+//! What a test needs and cannot have (root, a peer program, a built daemon) is a failure that says what to do, never a skip.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+pub mod daemon;
+pub mod netns;
+pub mod peers;
+pub mod rig;
+pub mod stream;
+pub mod systemd;
+
+/// Polls `probe` every 10 ms until it gives something; panics with `what` after `limit`.
+#[track_caller]
+pub fn eventually<T>(limit: Duration, what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(found) = probe() {
+            return found;
+        }
+        assert!(start.elapsed() < limit, "not within {limit:?}: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// The build directory of the workspace.
+pub(crate) fn target_dir() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("a workspace").join("target"),
+        PathBuf::from,
+    )
+}
+
+/// Holds the machine for one kind of test; dropped, it lets the next one in.
+#[must_use]
+pub struct Turn {
+    _locked: File,
+}
+
+/// This test may run beside others, but not while an [`alone`] one measures.
+pub fn beside_others() -> Turn {
+    turn(rustix::fs::FlockOperation::LockShared)
+}
+
+/// This test measures the machine or fills it: no other test of this workspace runs meanwhile, in this process or another.
+pub fn alone() -> Turn {
+    turn(rustix::fs::FlockOperation::LockExclusive)
+}
+
+fn turn(how: rustix::fs::FlockOperation) -> Turn {
+    let dir = target_dir();
+    std::fs::create_dir_all(&dir).expect("the target directory can be made");
+    // Readers would keep a waiting writer out for ever; both therefore pass through a gate first.
+    let gate = File::create(dir.join("tests.gate")).expect("the target directory can be written");
+    rustix::fs::flock(&gate, rustix::fs::FlockOperation::LockExclusive).expect("flock");
+    let file = File::create(dir.join("tests.lock")).expect("the target directory can be written");
+    rustix::fs::flock(&file, how).expect("flock");
+    Turn { _locked: file }
+}

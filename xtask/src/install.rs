@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use rustix::fs::Mode;
 
 use crate::ebpf;
 use crate::run::{self, replace_file, step};
@@ -20,6 +21,9 @@ pub struct Options {
     /// Where bin/dataplane goes
     #[arg(long, value_name = "FOLDER", default_value = PREFIX)]
     prefix: PathBuf,
+    /// Install this build of the daemon instead of making one
+    #[arg(long, value_name = "FILE")]
+    binary: Option<PathBuf>,
 }
 
 pub fn run(options: &Options) -> Result<()> {
@@ -30,10 +34,12 @@ pub fn run(options: &Options) -> Result<()> {
     if !options.prefix.is_absolute() {
         bail!("--prefix must be an absolute path, got {}", options.prefix.display());
     }
-    ebpf::build()?;
-    step("building the daemon (release; some minutes the first time)");
-    run::run(run::cargo().args(["build", "--release", "--locked", "--package", "dataplane"]))?;
-    let built = run::binaries(true)?.join("dataplane");
+    let built = match &options.binary {
+        Some(binary) => fs::canonicalize(binary).with_context(|| format!("cannot read {}", binary.display()))?,
+        None => build()?,
+    };
+    // The daemon is another user, whatever umask the caller has.
+    rustix::process::umask(Mode::from_raw_mode(0o022));
 
     let program = options.prefix.join("bin/dataplane");
     let content = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
@@ -64,6 +70,14 @@ pub fn run(options: &Options) -> Result<()> {
         print_next_steps(configuration, is_new);
     }
     Ok(())
+}
+
+/// The release build, with the eBPF programs in it.
+fn build() -> Result<PathBuf> {
+    ebpf::build()?;
+    step("building the daemon (release; some minutes the first time)");
+    run::run(run::cargo().args(["build", "--release", "--locked", "--package", "dataplane"]))?;
+    Ok(run::binaries(true)?.join("dataplane"))
 }
 
 fn print_next_steps(configuration: &Path, is_new: bool) {

@@ -2,6 +2,7 @@
 //!
 //! Each brings what it needs where it can (rustup, apt as root on Debian, `cargo install` into `target/tools`), and otherwise says in one line what to install.
 
+mod demo;
 mod ebpf;
 mod install;
 mod packages;
@@ -26,6 +27,8 @@ enum Command {
     BuildEbpf,
     /// Run all tests, unit and end to end, as root; the exit code is that of `cargo test`
     Test(test::Options),
+    /// Show what it does, on three hosts made of network namespaces
+    Demo(demo::Options),
     /// Put the release build, its systemd unit and a starter configuration in place
     Install(install::Options),
 }
@@ -34,6 +37,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::BuildEbpf => ebpf::build().map(|object| println!("{}", object.display())),
         Command::Test(options) => test::run(&options),
+        Command::Demo(options) => demo::run(&options),
         Command::Install(options) => install::run(&options),
     };
     match done {

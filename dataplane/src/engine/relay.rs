@@ -1,7 +1,7 @@
 //! The loop that `copy` and `splice` share: both directions of one connection, until it ends.
 //!
 //! Each direction is a small state machine that sends what it holds before it reads on, so backpressure is the kernel's: a slow reader
-//! leaves the sender's bytes in the sender's socket buffers. Waiting is tokio's; moving bytes is [`copy`] and [`splice`].
+//! leaves the sender's bytes in the sender's socket buffers. Waiting is tokio's; moving bytes is [`copy`] and [`super::splice`].
 
 use std::future::poll_fn;
 use std::io;

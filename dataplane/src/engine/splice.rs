@@ -52,17 +52,13 @@ impl Pipe {
             EXISTING.fetch_sub(1, Relaxed);
             return None;
         }
-        match pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK) {
-            Ok((read, write)) => {
-                // A smaller pipe than asked for works as well.
-                let _ = fcntl_setpipe_size(&write, CAPACITY);
-                Some(Self { read, write, len: 0 })
-            }
-            Err(_) => {
-                EXISTING.fetch_sub(1, Relaxed);
-                None
-            }
-        }
+        let Ok((read, write)) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK) else {
+            EXISTING.fetch_sub(1, Relaxed);
+            return None;
+        };
+        // A smaller pipe than asked for works as well.
+        let _ = fcntl_setpipe_size(&write, CAPACITY);
+        Some(Self { read, write, len: 0 })
     }
 
     /// Gives an empty pipe back.

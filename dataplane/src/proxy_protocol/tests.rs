@@ -11,8 +11,11 @@ macro_rules! capture {
     };
 }
 
-/// From `testdata/proxy_protocol`: the bytes, the client and the address that it connected to; `None` where the sender names nobody.
-const CAPTURES: [(&[u8], Option<(&str, &str)>); 19] = [
+/// The client, and the address that it connected to.
+type Ends = (&'static str, &'static str);
+
+/// From `testdata/proxy_protocol`, with what the header says; `None` where the sender names nobody.
+const CAPTURES: [(&[u8], Option<Ends>); 19] = [
     (capture!("haproxy-v1-tcp4"), Some(("192.0.2.7:50001", "198.51.100.1:9101"))),
     (capture!("haproxy-v1-tcp6"), Some(("[2001:db8::7]:50002", "[2001:db8:1::1]:9101"))),
     (capture!("haproxy-v1-mapped"), Some(("192.0.2.7:50003", "198.51.100.1:9201"))),

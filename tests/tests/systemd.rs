@@ -1,0 +1,258 @@
+//! The daemon as the unit in `dist` runs it, under a real systemd: what an administrator does with it, and what the hardening leaves it.
+
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::time::{Duration, Instant};
+
+use tests::daemon::HOST;
+use tests::netns::{CLUSTER, Net};
+use tests::rig::{PATIENCE, accept, accept_within, hello, public};
+use tests::stream::{Pattern, client_hello, read_to_end};
+use tests::systemd::{CONFIG, Machine, install, text};
+use tests::{beside_others, eventually};
+
+const PATTERN: Pattern = Pattern::new(13);
+
+/// A machine in the entrance node's place, and an upstream behind it.
+struct Node {
+    machine: Machine,
+    upstream: TcpListener,
+    net: Net,
+}
+
+impl Node {
+    #[track_caller]
+    fn new() -> Self {
+        let net = Net::new();
+        let upstream = net.cluster.listen(&format!("{}:443", CLUSTER[0]));
+        Self { machine: Machine::boot(&net), upstream, net }
+    }
+
+    /// A node whose daemon routes [`HOST`] and runs.
+    #[track_caller]
+    fn started() -> Self {
+        let node = Self::new();
+        node.machine.write(CONFIG, &config(HOST));
+        node.machine.output(&["systemctl", "start", "dataplane"]);
+        node
+    }
+
+    #[track_caller]
+    fn says_hello(&self, name: &str) -> TcpStream {
+        let mut client = self.net.client.connect(public()).expect("the daemon accepts");
+        client.write_all(&client_hello(Some(name), &["h2", "http/1.1"])).expect("sent");
+        client
+    }
+
+    /// Both ends of a connection through the daemon.
+    #[track_caller]
+    fn pair(&self) -> (TcpStream, TcpStream) {
+        let client = self.says_hello(HOST);
+        let (server, preamble) = accept(&self.upstream, false);
+        assert_eq!(preamble.hello, hello());
+        (client, server)
+    }
+
+    #[track_caller]
+    fn forwards(&self, name: &str) {
+        let client = self.says_hello(name);
+        let (server, _) = accept(&self.upstream, false);
+        works(&(client, server));
+    }
+
+    #[track_caller]
+    fn refuses(&self, name: &str) {
+        let (answer, _) = read_to_end(&self.says_hello(name), PATIENCE);
+        assert_eq!(answer.first(), Some(&21), "a TLS alert (RFC 8446 section 6): {answer:02x?}");
+        assert!(accept_within(&self.upstream, Duration::from_millis(50)).is_none(), "{name} reaches the upstream");
+    }
+
+    #[track_caller]
+    fn wait_restarts(&self, n: &str) {
+        let machine = &self.machine;
+        eventually(PATIENCE, "systemd starts the daemon again", || {
+            (machine.property("NRestarts") == n && machine.property("ActiveState") == "active").then_some(())
+        });
+    }
+}
+
+fn config(host: &str) -> String {
+    format!(
+        "[listeners.public]\nbind = [\"0.0.0.0:443\", \"[::]:443\"]\n\
+         [upstreams.cluster]\ntargets = [\"{}:443\"]\n\
+         [[routes]]\nhosts = [\"{host}\"]\nupstream = \"cluster\"\n",
+        CLUSTER[0]
+    )
+}
+
+#[track_caller]
+fn works((client, server): &(TcpStream, TcpStream)) {
+    for (from, to) in [(client, server), (server, client)] {
+        PATTERN.send(from, 0, 10_000).expect("sent");
+        PATTERN.receive_exactly(to, 0, 10_000);
+    }
+}
+
+#[test]
+fn install_keeps_an_edited_configuration_and_lets_the_service_read_it() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let root = dir.path();
+    install(root);
+    let file = root.join("etc/dataplane/dataplane.toml");
+    let starter = std::fs::read_to_string(&file).expect("a starter configuration");
+    assert!(starter.contains("[listeners.public]"), "{starter}");
+    for (path, mode) in [
+        ("usr/local/bin", 0o755),
+        ("usr/local/bin/dataplane", 0o755),
+        ("etc/dataplane", 0o755),
+        ("etc/dataplane/dataplane.toml", 0o644),
+        ("etc/systemd/system/dataplane.service", 0o644),
+    ] {
+        let permissions = std::fs::metadata(root.join(path)).unwrap_or_else(|e| panic!("{path}: {e}")).permissions();
+        assert_eq!(permissions.mode() & 0o777, mode, "{path}");
+    }
+
+    std::fs::write(&file, "# mine\n").expect("written");
+    install(root);
+    assert_eq!(std::fs::read_to_string(&file).expect("still there"), "# mine\n");
+}
+
+#[test]
+fn a_fresh_install_starts_and_has_all_it_needs_and_no_more() {
+    let _turn = beside_others();
+    let node = Node::new();
+    let machine = &node.machine;
+    let unit = "/etc/systemd/system/dataplane.service";
+    let verified = machine.run(&["systemd-analyze", "verify", "--man=no", unit]);
+    assert!(verified.status.success() && text(&verified).is_empty(), "{}", text(&verified));
+    // In tenths: below 3.0.
+    machine.output(&["systemd-analyze", "security", "--no-pager", "--offline=true", "--threshold=29", unit]);
+
+    // The starter configuration, as it is.
+    machine.output(&["systemctl", "enable", "--now", "dataplane"]);
+    assert_eq!(machine.output(&["systemctl", "is-active", "dataplane"]), "active");
+    node.refuses(HOST);
+    machine.write(CONFIG, &config(HOST));
+    machine.output(&["systemctl", "reload", "dataplane"]);
+    node.forwards(HOST);
+
+    let pid = machine.property("MainPID");
+    let process = machine.output(&["cat", &format!("/proc/{pid}/status")]);
+    let field = |name: &str| process.lines().find_map(|l| l.strip_prefix(name)).expect("a field of proc(5)").trim();
+    // CAP_NET_BIND_SERVICE (10), CAP_NET_ADMIN (12), CAP_BPF (39), in each set.
+    for set in ["CapEff:", "CapPrm:", "CapBnd:"] {
+        assert_eq!(field(set), "0000008000001400", "{set}");
+    }
+    assert!(!field("Uid:").split('\t').any(|id| id == "0"), "runs as root: {}", field("Uid:"));
+    assert_eq!((field("NoNewPrivs:"), field("Seccomp:")), ("1", "2"));
+
+    let descriptors = machine.output(&["ls", "-l", &format!("/proc/{pid}/fd")]);
+    for kind in ["anon_inode:bpf-map", "anon_inode:bpf-prog"] {
+        assert!(
+            descriptors.contains(kind),
+            "the eBPF program is not loaded (`cargo xtask build-ebpf` before the daemon is built):\n{}",
+            machine.journal()
+        );
+    }
+    let status = machine.output(&["dataplane", "status", "--json"]);
+    let status: serde_json::Value = serde_json::from_str(&status).expect("JSON");
+    assert_eq!(status["engine"]["effective"], "splice", "{status}");
+    let journal = machine.journal();
+    assert!(journal.contains("listening") && !journal.contains("WARN") && !journal.contains("ERROR"), "{journal}");
+}
+
+#[test]
+fn start_waits_until_it_is_ready_and_fails_with_the_mistake_in_the_journal() {
+    let _turn = beside_others();
+    let node = Node::new();
+    let machine = &node.machine;
+    machine.write(CONFIG, &config(HOST).replace("upstream = \"cluster\"", "upstream = \"clutser\""));
+    let failed = machine.run(&["systemctl", "start", "dataplane"]);
+    assert!(!failed.status.success(), "the daemon never got ready: {}", text(&failed));
+    let journal = machine.journal();
+    assert!(journal.contains("dataplane.toml:7") && journal.contains("clutser"), "{journal}");
+
+    // It is tried again for ever, so that a mistake is mended by mending it.
+    machine.write(CONFIG, &config(HOST));
+    eventually(PATIENCE, "systemd starts it again", || (machine.property("ActiveState") == "active").then_some(()));
+    node.forwards(HOST);
+}
+
+#[test]
+fn reload_takes_effect_or_fails_with_the_mistake_shown_and_changes_nothing() {
+    let _turn = beside_others();
+    let node = Node::started();
+    let machine = &node.machine;
+    let established = node.pair();
+    let (one, two) = (HOST, "two.example.com");
+    machine.write(CONFIG, &config(two));
+    machine.output(&["systemctl", "reload", "dataplane"]);
+    node.forwards(two);
+    node.refuses(one);
+
+    let taken = node.net.entrance.listen("0.0.0.0:8443");
+    let broken = config(one).replace("upstream = \"cluster\"", "upstream = \"clutser\"");
+    let conflict = config(one).replace("[::]:443", "0.0.0.0:8443");
+    for (mistake, text_of_it) in [(broken, "clutser"), (conflict, "cannot listen on 0.0.0.0:8443")] {
+        machine.write(CONFIG, &mistake);
+        let failed = machine.run(&["systemctl", "reload", "dataplane"]);
+        assert!(!failed.status.success(), "{text_of_it}");
+        let shown = machine.output(&["systemctl", "status", "--no-pager", "--full", "dataplane"]);
+        assert!(shown.contains("dataplane.toml:") && shown.contains(text_of_it), "{shown}");
+        assert_eq!(machine.property("ActiveState"), "active");
+        node.forwards(two);
+        node.refuses(one);
+    }
+    drop(taken);
+    machine.output(&["systemctl", "reload", "dataplane"]);
+    node.forwards(one);
+    works(&established);
+    assert_eq!(machine.property("NRestarts"), "0");
+}
+
+#[test]
+fn a_killed_daemon_and_one_that_hangs_are_started_again_and_a_sound_one_is_not() {
+    let _turn = beside_others();
+    let node = Node::new();
+    let machine = &node.machine;
+    machine.write(CONFIG, &config(HOST));
+    machine.write("/etc/systemd/system/dataplane.service.d/test.conf", "[Service]\nWatchdogSec=2s\n");
+    machine.output(&["systemctl", "daemon-reload"]);
+    machine.output(&["systemctl", "start", "dataplane"]);
+
+    // Longer than the watchdog waits.
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!((machine.property("ActiveState"), machine.property("NRestarts")), ("active".into(), "0".into()));
+    node.forwards(HOST);
+
+    let kill =
+        |signal: &str| machine.output(&["systemctl", "kill", "--kill-who=main", "--signal", signal, "dataplane"]);
+    kill("SIGKILL");
+    node.wait_restarts("1");
+    node.forwards(HOST);
+
+    kill("SIGSTOP");
+    node.wait_restarts("2");
+    node.forwards(HOST);
+    let journal = machine.journal();
+    assert!(journal.contains("Watchdog timeout"), "{journal}");
+}
+
+#[test]
+fn stop_refuses_new_connections_lets_established_ones_finish_and_succeeds() {
+    let _turn = beside_others();
+    let node = Node::started();
+    let machine = &node.machine;
+    let pair = node.pair();
+    let start = Instant::now();
+    machine.output(&["systemctl", "stop", "--no-block", "dataplane"]);
+    eventually(PATIENCE, "new connections are refused", || node.net.client.connect(public()).is_err().then_some(()));
+    works(&pair);
+    assert_eq!(machine.property("ActiveState"), "deactivating");
+    drop(pair);
+    eventually(PATIENCE, "the service ends", || (machine.property("ActiveState") == "inactive").then_some(()));
+    assert!(start.elapsed() < Duration::from_secs(25), "it waited for drain_timeout: {:?}", start.elapsed());
+    assert_eq!((machine.property("Result"), machine.property("ExecMainStatus")), ("success".into(), "0".into()));
+    assert!(!machine.path("/run/dataplane").exists());
+}

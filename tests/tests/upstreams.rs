@@ -1,0 +1,144 @@
+//! Which target gets a connection, and what happens when it does not answer.
+
+use std::io::Write;
+use std::net::TcpListener;
+use std::time::{Duration, Instant};
+
+use tests::beside_others;
+use tests::daemon::{Config, Daemon, HOST};
+use tests::netns::{BLACK_HOLE, CLUSTER, Net};
+use tests::peers::{Peer, certificate, curl};
+use tests::rig::{PATIENCE, Rig, accept_within, hello, public};
+use tests::stream::{End, Pattern, read_to_end, reset};
+
+const FIRST: &str = "100.64.0.2:443";
+const SECOND: &str = "100.64.0.3:443";
+
+#[test]
+fn when_one_nginx_is_killed_the_next_request_succeeds() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let pem = certificate(&net, &[HOST]);
+    let node = |address: &str| {
+        let path = pem.display();
+        let server = format!(
+            "listen {address} ssl; ssl_certificate {path}; ssl_certificate_key {path}; location / {{ return 200 $server_addr; }}"
+        );
+        Peer::nginx(&net, &net.cluster, &format!("http {{ server {{ {server} }} }}"))
+    };
+    let (first, second) = (node(FIRST), node(SECOND));
+    let daemon =
+        Daemon::start(&net, &Config::new("auto").targets([FIRST, SECOND]).upstream("balance = \"round-robin\""));
+    let fetch = || curl(&net.client, &pem, HOST, "198.51.100.1:443", &[]);
+    let mut seen: Vec<_> = (0..4).map(|_| fetch().expect("both live")).collect();
+    seen.sort();
+    seen.dedup();
+    assert_eq!(seen, [CLUSTER[0], CLUSTER[1]], "round-robin reaches both");
+    drop(first);
+    for request in 0..10 {
+        assert_eq!(fetch().unwrap_or_else(|e| panic!("request {request} after the kill: {e}")), CLUSTER[1]);
+    }
+    let failures = daemon.metric("dataplane_upstream_connect_failures_total", &[("target", FIRST)]);
+    assert!((1.0..10.0).contains(&failures), "{failures} dials of the dead one: it is not asked every time");
+    drop(second);
+}
+
+#[test]
+fn a_target_that_swallows_everything_costs_one_connect_timeout() {
+    let _turn = beside_others();
+    let hole = format!("{BLACK_HOLE}:443");
+    let config = Config::new("auto").targets([&hole, FIRST]).upstream("balance = \"first\"\nconnect_timeout = \"1s\"");
+    let rig = Rig::new(&config);
+    let start = Instant::now();
+    let _first = rig.pair();
+    let took = start.elapsed();
+    assert!((Duration::from_millis(900)..Duration::from_secs(3)).contains(&took), "{took:?}");
+    // It has failed just now: the next connection need not wait for it again.
+    let start = Instant::now();
+    let _second = rig.pair();
+    assert!(start.elapsed() < Duration::from_millis(900), "{:?}", start.elapsed());
+}
+
+#[test]
+fn no_second_target_is_tried_after_a_byte_went_out() {
+    let _turn = beside_others();
+    let rig = Rig::new(&Config::new("auto").targets([FIRST, SECOND]).upstream("balance = \"first\""));
+    let second = rig.net.cluster.listen(SECOND);
+    let client = rig.open();
+    reset(rig.accept());
+    let (answer, end) = read_to_end(&client, PATIENCE);
+    assert_eq!((answer, end), (Vec::new(), End::Reset));
+    assert!(accept_within(&second, Duration::from_millis(500)).is_none(), "the hello went to a second target");
+    assert!(accept_within(&rig.upstream, Duration::ZERO).is_none(), "the hello went to the first target again");
+}
+
+/// Opens `count` connections; for each, which of the two listeners got it.
+fn spread(rig: &Rig, second: &TcpListener, count: usize) -> Vec<(bool, (std::net::TcpStream, std::net::TcpStream))> {
+    (0..count)
+        .map(|_| {
+            let client = rig.open();
+            tests::eventually(PATIENCE, "a target gets the connection", || {
+                let first = accept_within(&rig.upstream, Duration::from_millis(5));
+                let is_first = first.is_some();
+                let server = first.or_else(|| accept_within(second, Duration::from_millis(5)))?;
+                tests::stream::read_preamble(&server, false).expect("a hello");
+                Some((is_first, (client.try_clone().expect("dup"), server)))
+            })
+        })
+        .collect()
+}
+
+#[test]
+fn the_target_with_the_fewest_connections_gets_the_next_one() {
+    let _turn = beside_others();
+    let rig = Rig::new(&Config::new("auto").targets([FIRST, SECOND]));
+    let second = rig.net.cluster.listen(SECOND);
+    let open = spread(&rig, &second, 10);
+    assert_eq!(open.iter().filter(|(first, _)| *first).count(), 5);
+    let (at_first, at_second): (Vec<_>, Vec<_>) = open.into_iter().partition(|(first, _)| *first);
+    drop(at_first);
+    rig.daemon.wait_metric("dataplane_connections_active", &[], 5.0);
+    let more = spread(&rig, &second, 5);
+    assert!(more.iter().all(|(first, _)| *first), "all go to the one that became free");
+    drop((at_second, more));
+}
+
+#[test]
+fn a_drained_target_keeps_its_connections_and_gets_no_new_ones_until_undrained() {
+    let _turn = beside_others();
+    let rig = Rig::new(&Config::new("auto").targets([FIRST, SECOND]));
+    let second = rig.net.cluster.listen(SECOND);
+    let open = spread(&rig, &second, 2);
+    let command = |name| {
+        let out = rig.daemon.cli(&[name, FIRST]);
+        assert!(out.status.success(), "{name}: {}", String::from_utf8_lossy(&out.stderr));
+        assert!(!out.stdout.is_empty(), "it says what happened");
+    };
+    command("drain");
+    let more = spread(&rig, &second, 4);
+    assert!(more.iter().all(|(first, _)| !first), "a drained target got a connection");
+    let (_, (client, server)) = open.iter().find(|(first, _)| *first).expect("one went there before");
+    let pattern = Pattern::new(5);
+    pattern.send(client, 0, 5000).expect("sent");
+    pattern.receive_exactly(server, 0, 5000);
+    command("undrain");
+    let after = spread(&rig, &second, 4);
+    assert!(after.iter().all(|(first, _)| *first), "the one with fewer connections again");
+    let unknown = rig.daemon.cli(&["drain", "100.64.0.9:443"]);
+    assert!(!unknown.status.success() && !unknown.stderr.is_empty(), "an unknown target is an error");
+}
+
+#[test]
+fn a_target_is_reached_over_ipv6_and_by_name() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let v6 = net.cluster.listen(&format!("[{}]:443", CLUSTER[2]));
+    let local = net.entrance.listen("127.0.0.1:8443");
+    for (target, listener) in [(format!("[{}]:443", CLUSTER[2]), &v6), ("localhost:8443".to_owned(), &local)] {
+        let _daemon = Daemon::start(&net, &Config::new("auto").targets([&target]));
+        let mut client = net.client.connect(public()).expect("accepted");
+        client.write_all(&hello()).expect("sent");
+        let (_server, preamble) = tests::rig::accept(listener, false);
+        assert_eq!(preamble.hello, hello(), "{target}");
+    }
+}
