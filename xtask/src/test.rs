@@ -37,10 +37,11 @@ pub fn run(options: &Options) -> Result<()> {
     packages::unpack("promtool", "prometheus", &unpacked)?;
     ebpf::build()?;
 
-    // The development profile by default: its debug assertions and overflow checks are on, and nothing is compiled twice.
+    // The development profile by default: its debug assertions and overflow checks are on.
     let profile: &[&str] = if options.release { &["--release"] } else { &[] };
-    step("building the daemon");
-    run::run(run::cargo().args(["build", "--package", "dataplane"]).args(profile))?;
+    step("building the daemon and the tests");
+    // In one go: the daemon by itself would have its dependencies compiled once more, with the features that it alone asks for.
+    run::run(run::cargo().args(["build", "--workspace", "--bins", "--tests"]).args(profile))?;
     let daemon = run::binaries(options.release)?.join("dataplane");
 
     step("running the tests");
