@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use crate::daemon::{Config, Daemon, HOST};
 use crate::netns::{CLUSTER, ENTRANCE, Net};
-use crate::stream::{Preamble, client_hello, read_preamble};
+use crate::stream::{Preamble, client_hello, never_hang, read_preamble};
 
 /// How long the other end of a healthy connection may take to show up on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -39,7 +39,9 @@ impl Rig {
     /// A client that has connected to the listener's IPv4 address and has sent nothing.
     #[track_caller]
     pub fn connect(&self) -> TcpStream {
-        self.net.client.connect(public()).expect("the daemon accepts")
+        let client = self.net.client.connect(public()).expect("the daemon accepts");
+        never_hang(&client);
+        client
     }
 
     /// A client that has connected and sent the hello of the routed host.
@@ -88,7 +90,7 @@ pub fn accept(listener: &TcpListener, proxied: bool) -> (TcpStream, Preamble) {
     let stream = accept_within(listener, PATIENCE).expect("a connection reaches the upstream");
     stream.set_read_timeout(Some(PATIENCE)).expect("a time limit");
     let preamble = read_preamble(&stream, proxied).expect("a hello reaches the upstream");
-    stream.set_read_timeout(None).expect("no time limit");
+    never_hang(&stream);
     (stream, preamble)
 }
 
@@ -97,7 +99,11 @@ pub fn accept_within(listener: &TcpListener, limit: Duration) -> Option<TcpStrea
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     let timeout = Timespec::try_from(limit).expect("a short time");
     let ready = poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&timeout)).expect("poll");
-    (ready > 0).then(|| listener.accept().expect("accept").0)
+    (ready > 0).then(|| {
+        let stream = listener.accept().expect("accept").0;
+        never_hang(&stream);
+        stream
+    })
 }
 
 /// An upstream that answers each connection on a thread of its own; stops when dropped.

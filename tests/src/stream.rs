@@ -135,6 +135,12 @@ fn end_of(error: &io::Error) -> End {
     }
 }
 
+/// Bounds each read and write at a minute: a test that got stuck then fails, instead of waiting until somebody stops it.
+pub fn never_hang(stream: &TcpStream) {
+    const STUCK: Option<Duration> = Some(Duration::from_secs(60));
+    stream.set_read_timeout(STUCK).and(stream.set_write_timeout(STUCK)).expect("a time limit");
+}
+
 /// Reads what comes until the stream ends or is silent for `limit`.
 pub fn read_to_end(mut stream: &TcpStream, limit: Duration) -> (Vec<u8>, End) {
     stream.set_read_timeout(Some(limit)).expect("a time limit");
@@ -148,7 +154,7 @@ pub fn read_to_end(mut stream: &TcpStream, limit: Duration) -> (Vec<u8>, End) {
             Err(e) => break end_of(&e),
         }
     };
-    stream.set_read_timeout(None).expect("no time limit");
+    never_hang(stream);
     (all, end)
 }
 

@@ -9,7 +9,8 @@ use tests::daemon::{Config, ROUTE};
 use tests::netns::Link;
 use tests::rig::{PATIENCE, Rig, Server, hello};
 use tests::stream::{
-    End, Pattern, client_hello, reset, reset_after_fin_within, reset_within, send_in_segments, send_with_fin,
+    End, Pattern, client_hello, never_hang, reset, reset_after_fin_within, reset_within, send_in_segments,
+    send_with_fin,
 };
 use tests::{alone, beside_others, eventually};
 
@@ -444,6 +445,7 @@ fn exchange(hello: &[u8], seed: u64, with_reset: bool) {
     let pattern = Pattern::new(seed);
     let size = 1 + seed * 31 % 4999;
     let mut client = TcpStream::connect(tests::rig::public()).expect("the daemon accepts");
+    never_hang(&client);
     client.write_all(hello).expect("sent");
     pattern.send(&client, 0, size).expect("sent");
     if with_reset {
