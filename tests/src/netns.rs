@@ -140,6 +140,15 @@ impl Host {
             .sum()
     }
 
+    /// Bytes in the receive and send queues of this host's connections (`Recv-Q`, `Send-Q` of ss(8)): received and not read, sent and not acknowledged.
+    pub fn queued_bytes(&self) -> u64 {
+        let text = self.output(Command::new("ss").args(["-tnH"]));
+        text.lines()
+            .flat_map(|line| line.split_whitespace().skip(1).take(2))
+            .map(|q| q.parse::<u64>().expect("a number"))
+            .sum()
+    }
+
     /// Runs lines of ip(8) on this host.
     #[track_caller]
     pub fn ip(&self, lines: &str) {
@@ -298,6 +307,11 @@ impl Net {
     /// Kernel memory of all TCP sockets on the three hosts, bytes.
     pub fn socket_memory(&self) -> u64 {
         [&self.client, &self.entrance, &self.cluster].iter().map(|h| h.socket_memory()).sum()
+    }
+
+    /// Bytes in all TCP queues on the three hosts. Each byte is in one of them only, once nothing is in flight.
+    pub fn queued_bytes(&self) -> u64 {
+        [&self.client, &self.entrance, &self.cluster].iter().map(|h| h.queued_bytes()).sum()
     }
 }
 
