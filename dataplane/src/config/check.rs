@@ -3,8 +3,18 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 
-use super::parse::Places;
 use super::{Bind, Config, Diagnostic, HostPattern, Mode, Route, Span, TargetHost};
+
+/// Where things stand that the model does not keep: by index, as the lists of [`Config`].
+#[derive(Default)]
+pub(super) struct Places {
+    /// Names of listeners.
+    pub(super) listeners: Vec<Span>,
+    /// Names of upstreams.
+    pub(super) upstreams: Vec<Span>,
+    /// Each host of each route.
+    pub(super) hosts: Vec<Vec<Span>>,
+}
 
 /// Errors that can be told without looking at the machine. Indices that resolve to nothing have been reported before.
 pub(super) fn conflicts(config: &Config, places: &Places) -> Vec<Diagnostic> {

@@ -6,6 +6,7 @@
 mod check;
 mod diagnostic;
 pub mod host;
+mod keys;
 mod load;
 mod parse;
 mod reader;

@@ -12,48 +12,14 @@ use std::time::Duration;
 use sha2::{Digest, Sha256};
 use toml::de::DeTable;
 
+use super::check::Places;
+use super::keys;
 use super::reader::{Field, Reader, Section, quoted, suggest};
 use super::values::{parse_bind, parse_net};
 use super::{
     Admin, Balance, Bind, Config, Diagnostic, EngineChoice, HostPattern, Limits, Listener, Mode, Route, SendProxy,
     Source, Span, Target, Upstream, check, syntax,
 };
-
-const ROOT_KEYS: &[&str] = &["engine", "listeners", "upstreams", "routes", "limits", "admin"];
-const LISTENER_KEYS: &[&str] = &["bind", "mode", "upstream", "accept_proxy", "allow", "deny", "acme_port"];
-const UPSTREAM_KEYS: &[&str] = &[
-    "targets",
-    "send_proxy",
-    "balance",
-    "health",
-    "connect_timeout",
-    "max_connections_per_target",
-    "hedge_delay",
-    "on_down",
-];
-const HEALTH_KEYS: &[&str] = &["interval", "timeout", "fall", "rise"];
-const ROUTE_KEYS: &[&str] = &["hosts", "upstream", "alpn", "listeners"];
-const LIMIT_KEYS: &[&str] = &[
-    "hello_timeout",
-    "hello_max_bytes",
-    "idle_timeout",
-    "dead_peer_timeout",
-    "drain_timeout",
-    "max_connections",
-    "max_connections_per_client",
-    "kernel_memory",
-];
-const ADMIN_KEYS: &[&str] = &["bind", "socket"];
-
-/// Where each key is at home, for those that stand in the wrong place.
-pub(super) const KEYS: [(&str, &[&str]); 6] = [
-    ("the top level", ROOT_KEYS),
-    ("[limits]", LIMIT_KEYS),
-    ("[admin]", ADMIN_KEYS),
-    ("[[routes]]", ROUTE_KEYS),
-    ("[upstreams.NAME]", UPSTREAM_KEYS),
-    ("[listeners.NAME]", LISTENER_KEYS),
-];
 
 const MILLISECOND: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
@@ -100,17 +66,6 @@ fn hash(text: &str) -> String {
     format!("{first:016x}")
 }
 
-/// Where things stand that the model does not keep: by index, as the lists of [`Config`].
-#[derive(Default)]
-pub(super) struct Places {
-    /// Names of listeners.
-    pub(super) listeners: Vec<Span>,
-    /// Names of upstreams.
-    pub(super) upstreams: Vec<Span>,
-    /// Each host of each route.
-    pub(super) hosts: Vec<Vec<Span>>,
-}
-
 struct Parser {
     reader: Reader,
     places: Places,
@@ -123,7 +78,7 @@ type Root = (EngineChoice, Vec<Listener>, Vec<Upstream>, Vec<Route>, Limits, Adm
 
 impl Parser {
     fn root<'t>(&mut self, table: &'t DeTable<'t>) -> Root {
-        let root = self.reader.root(table, ROOT_KEYS);
+        let root = self.reader.root(table, keys::ROOT);
         let engine = root.get("engine").and_then(|field| {
             self.reader.choice(
                 field,
@@ -167,7 +122,7 @@ impl Parser {
 
     fn upstreams(&mut self, root: &Section<'_>) -> Vec<Upstream> {
         let mut upstreams = Vec::new();
-        for (span, name, section) in self.named(root, "upstreams", UPSTREAM_KEYS) {
+        for (span, name, section) in self.named(root, "upstreams", keys::UPSTREAM) {
             self.places.upstreams.push(span);
             upstreams.push(self.upstream(name, &section));
         }
@@ -239,7 +194,7 @@ impl Parser {
     fn not_yet_acted_on(&mut self, section: &Section<'_>) {
         let reader = &mut self.reader;
         if let Some(field) = section.get("health") {
-            if let Some(health) = reader.section(field, "`health`".into(), HEALTH_KEYS) {
+            if let Some(health) = reader.section(field, "`health`".into(), keys::HEALTH) {
                 for key in ["interval", "timeout"] {
                     health.get(key).and_then(|field| reader.duration(field, &DEADLINE));
                 }
@@ -275,7 +230,7 @@ impl Parser {
 
     fn listeners(&mut self, root: &Section<'_>, upstreams: &[Upstream]) -> Vec<Listener> {
         let mut listeners = Vec::new();
-        for (span, name, section) in self.named(root, "listeners", LISTENER_KEYS) {
+        for (span, name, section) in self.named(root, "listeners", keys::LISTENER) {
             self.places.listeners.push(span);
             listeners.push(self.listener(name, &section, upstreams));
         }
@@ -401,7 +356,7 @@ impl Parser {
 
     fn routes(&mut self, root: &Section<'_>, listeners: &[Listener], upstreams: &[Upstream]) -> Vec<Route> {
         let Some(field) = root.get("routes") else { return Vec::new() };
-        let sections = self.reader.sections(field, ROUTE_KEYS);
+        let sections = self.reader.sections(field, keys::ROUTE);
         sections.iter().map(|section| self.route(section, listeners, upstreams)).collect()
     }
 
@@ -528,7 +483,7 @@ impl Parser {
     fn limits(&mut self, root: &Section<'_>) -> Limits {
         let mut limits = Limits::default();
         let Some(section) =
-            root.get("limits").and_then(|field| self.reader.section(field, "[limits]".into(), LIMIT_KEYS))
+            root.get("limits").and_then(|field| self.reader.section(field, "[limits]".into(), keys::LIMITS))
         else {
             return limits;
         };
@@ -569,7 +524,7 @@ impl Parser {
             socket: PathBuf::from(super::DEFAULT_SOCKET),
         };
         let Some(section) =
-            root.get("admin").and_then(|field| self.reader.section(field, "[admin]".into(), ADMIN_KEYS))
+            root.get("admin").and_then(|field| self.reader.section(field, "[admin]".into(), keys::ADMIN))
         else {
             return admin;
         };

@@ -8,6 +8,7 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::keys;
 use super::values::{Refused, format_duration, format_size, parse_duration, parse_size};
 use super::{Diagnostic, Span};
 
@@ -412,7 +413,7 @@ fn meant<'k>(key: &str, keys: &[&'k str]) -> Option<&'k str> {
 }
 
 fn unknown_key_remedy(key: &str, section: &Section<'_>, keys: &[&str]) -> String {
-    if let Some((home, _)) = super::parse::KEYS.iter().find(|(home, keys)| *home != section.name && keys.contains(&key))
+    if let Some((home, _)) = keys::ALL.iter().find(|(home, keys)| *home != section.name && keys.contains(&key))
     {
         return match *home {
             "the top level" => format!("`{key}` belongs to the top level: move it above the first line in brackets"),

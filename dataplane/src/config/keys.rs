@@ -1,0 +1,37 @@
+//! The keys of each table. Knows nothing of what they may hold.
+
+pub const ROOT: &[&str] = &["engine", "listeners", "upstreams", "routes", "limits", "admin"];
+pub const LISTENER: &[&str] = &["bind", "mode", "upstream", "accept_proxy", "allow", "deny", "acme_port"];
+pub const UPSTREAM: &[&str] = &[
+    "targets",
+    "send_proxy",
+    "balance",
+    "health",
+    "connect_timeout",
+    "max_connections_per_target",
+    "hedge_delay",
+    "on_down",
+];
+pub const HEALTH: &[&str] = &["interval", "timeout", "fall", "rise"];
+pub const ROUTE: &[&str] = &["hosts", "upstream", "alpn", "listeners"];
+pub const LIMITS: &[&str] = &[
+    "hello_timeout",
+    "hello_max_bytes",
+    "idle_timeout",
+    "dead_peer_timeout",
+    "drain_timeout",
+    "max_connections",
+    "max_connections_per_client",
+    "kernel_memory",
+];
+pub const ADMIN: &[&str] = &["bind", "socket"];
+
+/// Where each key is at home, for those that stand in the wrong place.
+pub const ALL: [(&str, &[&str]); 6] = [
+    ("the top level", ROOT),
+    ("[limits]", LIMITS),
+    ("[admin]", ADMIN),
+    ("[[routes]]", ROUTE),
+    ("[upstreams.NAME]", UPSTREAM),
+    ("[listeners.NAME]", LISTENER),
+];
