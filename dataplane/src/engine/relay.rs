@@ -20,7 +20,8 @@ use crate::sys;
 /// Reads of one direction before other connections of the worker get their turn: a megabyte or so of a bulk transfer.
 const READS_PER_TURN: usize = 8;
 
-/// A splice that moved less is not bulk: below this, two more system calls cost more than copying the bytes.
+/// A splice that moved less is not bulk. Exchanges of 200 and of 2,000 bytes over 16 connections on loopback cost the process 3 to 16 % less CPU
+/// copied than spliced, those of 8,000 and more cost the same either way (three rounds, a noisy machine).
 const SMALL: usize = 4 * 1024;
 
 /// Forwards until the connection ends.

@@ -10,11 +10,11 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 
-/// Asked of F_SETPIPE_SZ: 64 buffers, each up to a whole fragment of an skb. More gained nothing at 16 flows, fewer cost system calls.
+/// Asked of F_SETPIPE_SZ: 64 buffers, each a fragment of an skb, so that a burst of GRO-sized segments fits; 256 pipes of it are the default `kernel_memory`.
 /// Without privileges the kernel may give less, which only makes the portions smaller.
 pub const CAPACITY: usize = 256 * 1024;
 
-/// Empty pipes that a worker keeps: as many as connections that are in mid-splice when it switches between them.
+/// Empty pipes that a worker keeps: one is in use at a time, unless receivers are slow.
 const IDLE_PER_WORKER: usize = 16;
 
 static EXISTING: AtomicUsize = AtomicUsize::new(0);
