@@ -413,8 +413,7 @@ fn meant<'k>(key: &str, keys: &[&'k str]) -> Option<&'k str> {
 }
 
 fn unknown_key_remedy(key: &str, section: &Section<'_>, keys: &[&str]) -> String {
-    if let Some((home, _)) = keys::ALL.iter().find(|(home, keys)| *home != section.name && keys.contains(&key))
-    {
+    if let Some((home, _)) = keys::ALL.iter().find(|(home, keys)| *home != section.name && keys.contains(&key)) {
         return match *home {
             "the top level" => format!("`{key}` belongs to the top level: move it above the first line in brackets"),
             home => format!("`{key}` belongs to {home}"),
