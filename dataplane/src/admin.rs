@@ -4,7 +4,7 @@
 
 use std::io;
 use std::net::TcpListener as StdTcpListener;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener as StdUnixListener, UnixStream as StdUnixStream};
 use std::path::Path;
 use std::sync::Arc;
@@ -74,12 +74,17 @@ pub fn bind_unix(path: &Path) -> io::Result<StdUnixListener> {
     }
     match StdUnixStream::connect(path) {
         Ok(_) => return Err(io::Error::new(io::ErrorKind::AddrInUse, "another daemon answers on it")),
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)?,
+        // A regular file refuses too, and is not ours to remove.
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused && is_socket(path)? => std::fs::remove_file(path)?,
         Err(_) => {}
     }
     let listener = StdUnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
     Ok(listener)
+}
+
+fn is_socket(path: &Path) -> io::Result<bool> {
+    Ok(std::fs::symlink_metadata(path)?.file_type().is_socket())
 }
 
 /// What anybody who reaches the address may see.

@@ -11,6 +11,7 @@ use std::time::{Instant, SystemTime};
 
 use bytes::BufMut;
 use ipnet::IpNet;
+use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::timeout_at;
 
@@ -23,6 +24,7 @@ use crate::proxy_protocol::{self, Decoded, Header};
 use crate::registry::{Entry, Record, unix_seconds};
 use crate::reject::Reason;
 use crate::shared::Shared;
+use crate::socket;
 use crate::upstream::{Dial, Lease};
 
 /// Room for a PROXY header and the usual hello behind it.
@@ -131,7 +133,13 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
         own: &generation.own,
         metrics: &shared.metrics,
     };
-    let dialled = match pool.dial(dial).await {
+    let dialled = tokio::select! {
+        biased;
+        dialled = pool.dial(dial) => dialled,
+        // Only a reset ends the attempt: a client that has sent FIN may still want its answer.
+        _ = stream.ready(Interest::ERROR) => Err(Reason::ClosedEarly),
+    };
+    let dialled = match dialled {
         Ok(dialled) => dialled,
         Err(reason) => {
             reject(stream, &client, reason);
@@ -276,8 +284,12 @@ fn close_rejected(stream: &TcpStream, alert: Option<u8>) {
     }
     // Unread bytes would turn the FIN into a RST, which can overtake the alert. What comes later is not waited for.
     let mut rest = [0; 16 * 1024];
-    while matches!(stream.try_read(&mut rest), Ok(n) if n > 0) {}
-    let _ = socket2::SockRef::from(stream).set_linger(None);
+    for _ in 0..16 {
+        if !matches!(stream.try_read(&mut rest), Ok(n) if n > 0) {
+            break;
+        }
+    }
+    socket::close_with_fin(stream);
 }
 
 fn log_rejection(

@@ -50,6 +50,8 @@ struct Daemon {
     splice: Result<(), String>,
     /// For workers, listeners, connections and pipes.
     descriptors: u64,
+    /// The control socket that this process made, whatever the file says by now.
+    control_socket: Option<PathBuf>,
     /// Addresses that are listened on; the sockets are the workers'.
     bound: Vec<SocketAddr>,
 }
@@ -75,6 +77,7 @@ pub fn run(path: &Path) -> Result<()> {
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
     let listening = bind_all(&config, &[], workers)?;
     let sockets = bind_admin(&config)?;
+    let control_socket = sockets.unix.is_some().then(|| config.admin.socket.clone());
 
     let metrics = Metrics::new();
     metrics.set_build_info(&kernel_release(), engine.kind);
@@ -97,7 +100,8 @@ pub fn run(path: &Path) -> Result<()> {
     let (reload, reload_requests) = mpsc::channel(4);
     admin::start(shared.clone(), sockets, reload).context("cannot start the admin thread")?;
 
-    let mut daemon = Daemon { path: path.to_owned(), shared, workers, splice, descriptors, bound: Vec::new() };
+    let mut daemon =
+        Daemon { path: path.to_owned(), shared, workers, splice, descriptors, control_socket, bound: Vec::new() };
     daemon.take_effect(listening);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(daemon.control(reload_requests))?;
@@ -135,8 +139,11 @@ impl Daemon {
 
         self.shared.ready.store(false, Relaxed);
         notify(&[NotifyState::Stopping]);
+        drop(reload_requests);
         for addr in std::mem::take(&mut self.bound) {
-            self.close(addr);
+            for closed in self.close(addr) {
+                let _ = tokio::time::timeout(Duration::from_secs(1), closed).await;
+            }
         }
         let timeout = self.shared.generation.load().config.limits.drain_timeout;
         tracing::info!(connections = self.shared.admission.open(), timeout = timeout.as_secs_f64(), "draining");
@@ -156,7 +163,9 @@ impl Daemon {
         for worker in self.workers {
             worker.end();
         }
-        let _ = std::fs::remove_file(&self.shared.generation.load().config.admin.socket);
+        if let Some(socket) = self.control_socket {
+            let _ = std::fs::remove_file(socket);
+        }
         Ok(())
     }
 
@@ -236,7 +245,7 @@ impl Daemon {
         self.bound = kept;
         let gone: Vec<SocketAddr> = gone;
         for addr in gone {
-            self.close(addr);
+            drop(self.close(addr));
         }
         for (addr, sockets) in new {
             for (worker, socket) in self.workers.iter().zip(sockets) {
@@ -248,11 +257,15 @@ impl Daemon {
         self.shared.ready.store(true, Relaxed);
     }
 
-    fn close(&self, addr: SocketAddr) {
-        for worker in &self.workers {
-            worker.send(Command::Close(addr));
-        }
+    /// The workers answer when they have accepted what the kernel had completed.
+    fn close(&self, addr: SocketAddr) -> Vec<oneshot::Receiver<()>> {
         tracing::info!(%addr, "no longer listening");
+        let ask = |worker: &Worker| {
+            let (closed, answer) = oneshot::channel();
+            worker.send(Command::Close(addr, closed));
+            answer
+        };
+        self.workers.iter().map(ask).collect()
     }
 
     /// Whether every worker's loop still turns.
@@ -324,8 +337,9 @@ fn local_addresses(config: &Config) -> Vec<std::net::IpAddr> {
 fn bind_all(config: &Config, bound: &[SocketAddr], workers: usize) -> Result<HashMap<SocketAddr, Vec<TcpListener>>> {
     let mut sockets = HashMap::new();
     let mut errors = String::new();
+    let beside_own = |addr: SocketAddr| bound.iter().any(|b| b.port() == addr.port() && b.is_ipv4() == addr.is_ipv4());
     for bind in config.listeners.iter().flat_map(|l| &l.bind).filter(|b| !bound.contains(&b.addr)) {
-        match listen::bind(bind.addr, workers, config.limits.dead_peer_timeout) {
+        match listen::bind(bind.addr, workers, config.limits.dead_peer_timeout, beside_own(bind.addr)) {
             Ok(listeners) => {
                 sockets.insert(bind.addr, listeners);
             }

@@ -31,4 +31,5 @@ pub mod ebpf;
 pub mod logging;
 pub mod metrics;
 
+pub mod socket;
 pub mod sys;

@@ -14,10 +14,9 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
 use crate::connection;
-use crate::engine::vigil;
 use crate::reject::Reason;
 use crate::shared::Shared;
-use crate::upstream::prepare;
+use crate::socket::{prepare, watch_peer};
 
 /// Connections that the kernel completes before we accept them; it caps this at net.core.somaxconn.
 const BACKLOG: i32 = 4096;
@@ -25,15 +24,20 @@ const BACKLOG: i32 = 4096;
 /// How long to wait when the kernel is out of memory for sockets: long enough not to spin, short enough to go unnoticed.
 const BREATHER: Duration = Duration::from_millis(50);
 
-/// Binds one address once for each worker.
+/// Binds one address once for each worker. `beside_own`: this process already listens on the port at another address.
 ///
 /// # Errors
 /// Those of bind(2); EADDRINUSE also when the other listener would have shared the port.
-pub fn bind(addr: SocketAddr, workers: usize, dead_peer_timeout: Duration) -> io::Result<Vec<StdListener>> {
+pub fn bind(
+    addr: SocketAddr,
+    workers: usize,
+    dead_peer_timeout: Duration,
+    beside_own: bool,
+) -> io::Result<Vec<StdListener>> {
     // SO_REUSEPORT would let a second daemon of the same user take half of the connections in silence: without it, bind finds out.
-    let probe = socket(addr)?;
-    probe.bind(&addr.into())?;
-    drop(probe);
+    if !beside_own {
+        socket(addr)?.bind(&addr.into())?;
+    }
     (0..workers)
         .map(|_| {
             let socket = socket(addr)?;
@@ -83,15 +87,15 @@ pub async fn accept(shared: Arc<Shared>, bound: SocketAddr, listener: TcpListene
                 if dead_peer != armed {
                     // A reload changed it. This connection has inherited the old one, the next ones inherit the new one.
                     armed = dead_peer;
-                    let _ = vigil::arm(&listener, dead_peer).and_then(|()| vigil::arm(&stream, dead_peer));
+                    let _ = watch_peer(&listener, dead_peer).and_then(|()| watch_peer(&stream, dead_peer));
                 }
                 let place = if spare.is_spent() { None } else { shared.admission.enter() };
-                match place {
-                    Some(place) => {
-                        let accepted = connection::Accepted { stream, peer, listener: index, place };
-                        tokio::spawn(connection::serve(shared.clone(), generation, accepted));
-                    }
-                    None => connection::refuse(&generation, index, &stream, peer, Reason::TotalLimit),
+                if let Some(place) = place {
+                    let accepted = connection::Accepted { stream, peer, listener: index, place };
+                    tokio::spawn(connection::serve(shared.clone(), generation, accepted));
+                } else {
+                    connection::refuse(&generation, index, &stream, peer, Reason::TotalLimit);
+                    drop(stream);
                 }
                 spare.restore();
             }

@@ -18,7 +18,6 @@ use tokio::net::{TcpSocket, TcpStream, lookup_host};
 use tokio::time::{timeout, timeout_at};
 
 use crate::config::{self, Balance, TargetHost};
-use crate::engine::vigil;
 use crate::metrics::Metrics;
 use crate::reject::Reason;
 
@@ -26,6 +25,8 @@ use crate::reject::Reason;
 const BACKOFF_FIRST: Duration = Duration::from_secs(1);
 /// The longest that a target is left alone.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
+/// How long the resolver may take before its last good answer is used instead: less than any sensible `connect_timeout`.
+const RESOLVE_PATIENCE: Duration = Duration::from_millis(500);
 /// How long an answer of the resolver is used before it is asked again.
 const RESOLVE_EVERY: Duration = Duration::from_secs(10);
 
@@ -57,6 +58,7 @@ pub struct Target {
 #[derive(Debug, Default)]
 struct Health {
     failures: u32,
+    failed_at: Option<Instant>,
     reason: Option<String>,
 }
 
@@ -206,7 +208,7 @@ impl Pool {
                 Err(failure) => {
                     dial.metrics.connect_failed(&self.config.name, &target.address.text, failure.reason);
                     match failure.blame {
-                        Blame::Target => target.failed(&failure),
+                        Blame::Target => target.failed(&failure, started),
                         Blame::OurDescriptors => return Err(Reason::TotalLimit),
                         Blame::OurPorts => {}
                     }
@@ -324,8 +326,13 @@ impl Target {
         self.up.set(1);
     }
 
-    fn failed(&self, failure: &Failure) {
+    fn failed(&self, failure: &Failure, started: Instant) {
         let mut health = self.health.lock().expect("no panic while held");
+        // Dials that were under way together failed of one event.
+        if health.failed_at.is_some_and(|at| started <= at) {
+            return;
+        }
+        health.failed_at = Some(Instant::now());
         let backoff = (BACKOFF_FIRST * 2u32.saturating_pow(health.failures.min(10))).min(BACKOFF_MAX);
         self.retry_at.store(self.now() + backoff.as_millis() as u64, Relaxed);
         health.failures += 1;
@@ -381,7 +388,10 @@ impl Target {
         // The lock is held while the resolver works, so that a burst of connections asks once.
         let mut resolved = self.resolved.lock().await;
         if resolved.as_ref().is_none_or(|(at, _)| at.elapsed() >= RESOLVE_EVERY) {
-            match lookup_host((name.as_str(), port)).await {
+            // Without an answer to fall back on, connect_timeout is the limit.
+            let patience = if resolved.is_some() { RESOLVE_PATIENCE } else { Duration::MAX };
+            let answer = timeout(patience, lookup_host((name.as_str(), port))).await;
+            match answer.unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut))) {
                 Ok(found) => {
                     let mut found: Vec<_> = found.collect();
                     found.dedup();
@@ -402,26 +412,18 @@ impl Target {
 
 async fn connect(address: SocketAddr, dead_peer_timeout: Duration) -> io::Result<TcpStream> {
     let socket = if address.is_ipv6() { TcpSocket::new_v6()? } else { TcpSocket::new_v4()? };
-    prepare(&socket, dead_peer_timeout)?;
+    crate::socket::prepare(&socket, dead_peer_timeout)?;
     socket.connect(address).await
-}
-
-/// Options of both legs; a listener's are inherited by what it accepts.
-pub fn prepare(socket: impl std::os::fd::AsFd, dead_peer_timeout: Duration) -> io::Result<()> {
-    vigil::arm(&socket, dead_peer_timeout)?;
-    let socket = socket2::SockRef::from(&socket);
-    // A process that dies must never look like the end of a stream: its sockets are reset.
-    socket.set_linger(Some(Duration::ZERO))?;
-    socket.set_tcp_nodelay(true)?;
-    // An urgent byte stays in its place in the stream.
-    socket.set_out_of_band_inline(true)
 }
 
 /// Whether a connection of ours arrived at one of our own listeners.
 fn is_own(stream: &TcpStream, own: &[SocketAddr]) -> bool {
     let (Ok(local), Ok(peer)) = (stream.local_addr(), stream.peer_addr()) else { return false };
     let local_host = local.ip() == peer.ip() || peer.ip().is_loopback();
-    local_host && own.iter().any(|o| o.port() == peer.port() && (o.ip() == peer.ip() || o.ip().is_unspecified()))
+    local_host
+        && own.iter().any(|o| {
+            o.is_ipv4() == peer.is_ipv4() && o.port() == peer.port() && (o.ip() == peer.ip() || o.ip().is_unspecified())
+        })
 }
 
 #[cfg(test)]

@@ -4,10 +4,11 @@ use std::collections::HashMap;
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdListener};
 use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::thread;
 
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
 
 use crate::listen;
 use crate::shared::Shared;
@@ -16,26 +17,30 @@ use crate::shared::Shared;
 pub enum Command {
     /// Accept on this socket, which is bound to this address.
     Listen(SocketAddr, StdListener),
-    /// Stop accepting on this address; its connections go on.
-    Close(SocketAddr),
+    /// Stop accepting on this address, and answer when all that the kernel had completed was accepted; its connections go on.
+    Close(SocketAddr, oneshot::Sender<()>),
     /// Answer, to prove that the thread is not stuck.
     Ping(oneshot::Sender<()>),
     /// End now: connections that are left are reset.
     End,
 }
 
+/// Polls of tasks between two looks at epoll. Tokio's default of 61 lets bulk transfers, which are always ready, keep everybody else waiting.
+pub const EVENT_INTERVAL: u32 = 4;
+
 /// A running worker.
 pub struct Worker {
     commands: mpsc::UnboundedSender<Command>,
-    thread: JoinHandle<()>,
+    thread: thread::JoinHandle<()>,
 }
 
 impl Worker {
     /// Starts one.
     pub fn start(index: usize, shared: Arc<Shared>) -> io::Result<Self> {
         let (commands, inbox) = mpsc::unbounded_channel();
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let thread = std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().event_interval(EVENT_INTERVAL).build()?;
+        let thread = thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
             runtime.block_on(work(shared, inbox));
             // Drops the connections, and does not wait for a resolver that hangs.
             runtime.shutdown_background();
@@ -56,18 +61,24 @@ impl Worker {
 }
 
 async fn work(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) {
-    let mut listening: HashMap<SocketAddr, oneshot::Sender<()>> = HashMap::new();
+    let mut listening: HashMap<SocketAddr, (oneshot::Sender<()>, JoinHandle<()>)> = HashMap::new();
     while let Some(command) = inbox.recv().await {
         match command {
             Command::Listen(addr, listener) => match TcpListener::from_std(listener) {
                 Ok(listener) => {
                     let (stop, stopped) = oneshot::channel();
-                    listening.insert(addr, stop);
-                    tokio::spawn(listen::accept(shared.clone(), addr, listener, stopped));
+                    let accepting = tokio::spawn(listen::accept(shared.clone(), addr, listener, stopped));
+                    listening.insert(addr, (stop, accepting));
                 }
                 Err(error) => tracing::error!(%addr, %error, "a listener could not be registered with epoll"),
             },
-            Command::Close(addr) => drop(listening.remove(&addr)),
+            Command::Close(addr, closed) => {
+                if let Some((stop, accepting)) = listening.remove(&addr) {
+                    drop(stop);
+                    let _ = accepting.await;
+                }
+                let _ = closed.send(());
+            }
             Command::Ping(pong) => drop(pong.send(())),
             Command::End => break,
         }

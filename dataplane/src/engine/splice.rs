@@ -68,7 +68,8 @@ impl Pipe {
             return;
         }
         IDLE.with_borrow_mut(|idle| {
-            if idle.len() < IDLE_PER_WORKER {
+            // Of a small limit no worker may hoard what others need.
+            if idle.len() < IDLE_PER_WORKER.min(LIMIT.load(Relaxed) / 8) {
                 idle.push(self);
             }
         });
