@@ -5,6 +5,7 @@
 mod demo;
 mod ebpf;
 mod install;
+mod matrix;
 mod packages;
 mod run;
 mod test;

@@ -53,7 +53,12 @@ pub fn unpack(program: &str, package: &str, folder: &Path) -> Result<()> {
     if !can_install() {
         bail!("needs {program}: on Debian it is in the package {package}");
     }
-    step(format_args!("apt-get download {package}, for {program}"));
+    extract(package, folder)
+}
+
+/// Downloads a package and unpacks it below `folder`; nothing is installed.
+pub fn extract(package: &str, folder: &Path) -> Result<()> {
+    step(format_args!("apt-get download {package}"));
     let download = folder.join("download");
     let _ = fs::remove_dir_all(&download);
     fs::create_dir_all(&download).with_context(|| format!("cannot make {}", download.display()))?;

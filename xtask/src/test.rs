@@ -2,12 +2,12 @@
 //!
 //! Knows no test: those are in the crates, and the end-to-end ones find the daemon by `DATAPLANE_BIN`.
 
-use std::process::exit;
+use std::process::{Command, exit};
 
 use anyhow::{Context, Result, bail};
 
 use crate::run::{self, step};
-use crate::{ebpf, packages};
+use crate::{ebpf, matrix, packages};
 
 /// Programs that the end-to-end tests run, and the Debian packages that bring them. nginx and HAProxy come as newer builds from PyPI.
 pub const PROGRAMS: &[(&str, &str)] = &[
@@ -26,28 +26,31 @@ pub struct Options {
     /// Test the release build
     #[arg(long)]
     release: bool,
+    /// Run the end-to-end tests that a kernel can break on this one, in a virtual machine
+    #[arg(long, value_name = "VERSION")]
+    kernel: Option<matrix::Kernel>,
 }
 
 pub fn run(options: &Options) -> Result<()> {
     if !rustix::process::geteuid().is_root() {
         bail!("the end-to-end tests make network namespaces and load eBPF programs: run them as root");
     }
+    if let Some(kernel) = options.kernel {
+        return matrix::run(kernel, options.release, &options.filter);
+    }
     packages::ensure(PROGRAMS)?;
     let unpacked = run::target().join("tools/debian");
     packages::unpack("promtool", "prometheus", &unpacked)?;
     ebpf::build()?;
 
-    // The development profile by default: its debug assertions and overflow checks are on.
-    let profile: &[&str] = if options.release { &["--release"] } else { &[] };
     step("building the daemon and the tests");
-    // In one go: the daemon by itself would have its dependencies compiled once more, with the features that it alone asks for.
-    run::run(run::cargo().args(["build", "--workspace", "--bins", "--tests"]).args(profile))?;
+    run::run(&mut build(options.release))?;
     let daemon = run::binaries(options.release)?.join("dataplane");
 
     step("running the tests");
     let status = run::cargo()
         .args(["test", "--workspace", "--no-fail-fast"])
-        .args(profile)
+        .args(profile(options.release))
         .arg("--")
         .args(&options.filter)
         .env("DATAPLANE_BIN", daemon)
@@ -55,4 +58,17 @@ pub fn run(options: &Options) -> Result<()> {
         .status()
         .context("cannot start cargo")?;
     exit(status.code().unwrap_or(1));
+}
+
+/// A `cargo build` of the daemon and all tests. In one go: the daemon by itself would have its dependencies compiled once more, with the features that it
+/// alone asks for.
+pub fn build(release: bool) -> Command {
+    let mut cargo = run::cargo();
+    cargo.args(["build", "--workspace", "--bins", "--tests"]).args(profile(release));
+    cargo
+}
+
+/// The development profile by default: its debug assertions and overflow checks are on.
+fn profile(release: bool) -> &'static [&'static str] {
+    if release { &["--release"] } else { &[] }
 }
