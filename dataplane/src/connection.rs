@@ -113,16 +113,10 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
     };
     let deadline = (start.1 + limits.hello_timeout).into();
     let routed = timeout_at(deadline, preread).await.unwrap_or(Err(Reason::Timeout));
-    let reject = |stream: TcpStream, client: &Client, reason: Reason| {
-        let answer = if listener.mode == Mode::Tls { reason.alert() } else { None };
-        generation.listener_metrics[index].rejected(reason).inc();
-        log_rejection(listener, client.address, client.server_name.as_deref(), reason, start);
-        close_rejected(&stream, answer);
-    };
     let (Destination { route, pool, metrics }, client_place) = match routed {
         Ok(routed) => routed,
         Err(reason) => {
-            reject(stream, &client, reason);
+            reject(&generation, index, &stream, client.address, client.server_name.as_deref(), reason, start);
             return None;
         }
     };
@@ -142,7 +136,7 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
     let dialled = match dialled {
         Ok(dialled) => dialled,
         Err(reason) => {
-            reject(stream, &client, reason);
+            reject(&generation, index, &stream, client.address, client.server_name.as_deref(), reason, start);
             return None;
         }
     };
@@ -270,10 +264,23 @@ fn printable(alpn: &[Box<[u8]>]) -> String {
 
 /// Refuses a connection of which nothing was read.
 pub fn refuse(generation: &Generation, listener: usize, stream: &TcpStream, peer: SocketAddr, reason: Reason) {
+    reject(generation, listener, stream, peer, None, reason, (SystemTime::now(), Instant::now()));
+}
+
+/// Counts, logs, answers, closes.
+fn reject(
+    generation: &Generation,
+    listener: usize,
+    stream: &TcpStream,
+    client: SocketAddr,
+    server_name: Option<&str>,
+    reason: Reason,
+    start: (SystemTime, Instant),
+) {
     generation.listener_metrics[listener].rejected(reason).inc();
-    let start = (SystemTime::now(), Instant::now());
-    log_rejection(&generation.config.listeners[listener], peer, None, reason, start);
-    close_rejected(stream, None);
+    let listener = &generation.config.listeners[listener];
+    log_rejection(listener, client, server_name, reason, start);
+    close_rejected(stream, if listener.mode == Mode::Tls { reason.alert() } else { None });
 }
 
 /// Closes with a FIN where possible, after the alert if there is one.

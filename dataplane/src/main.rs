@@ -118,19 +118,11 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
         }
         Command::Status { json } => {
             let status = ask(path, Method::GET, "/status")?;
-            if *json {
-                writeln!(out, "{status}")?;
-            } else {
-                write!(out, "{}", describe_status(&serde_json::from_str(&status)?))?;
-            }
+            write!(out, "{}", shown(status, *json, describe_status)?)?;
         }
         Command::Connections { json } => {
             let connections = ask(path, Method::GET, "/connections")?;
-            if *json {
-                writeln!(out, "{connections}")?;
-            } else {
-                write!(out, "{}", describe_connections(&serde_json::from_str(&connections)?))?;
-            }
+            write!(out, "{}", shown(connections, *json, describe_connections)?)?;
         }
         Command::Explain { host, listener, alpn } => {
             let (text, routed) = explain(&load(path)?, host, listener.as_deref(), alpn)?;
@@ -138,12 +130,8 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             return Ok(if routed { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         Command::Reload => write!(out, "{}", ask(path, Method::POST, "/reload")?)?,
-        Command::Drain { target } => {
-            write!(out, "{}", ask(path, Method::POST, &format!("/drain?target={}", escape(target)))?)?;
-        }
-        Command::Undrain { target } => {
-            write!(out, "{}", ask(path, Method::POST, &format!("/undrain?target={}", escape(target)))?)?;
-        }
+        Command::Drain { target } => write!(out, "{}", ask(path, Method::POST, &about("/drain", target))?)?,
+        Command::Undrain { target } => write!(out, "{}", ask(path, Method::POST, &about("/undrain", target))?)?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -155,6 +143,15 @@ fn load(path: &Path) -> Result<Config> {
         let _ = write!(std::io::stderr(), "{}", warning.render(&config.source));
     }
     Ok(config)
+}
+
+/// The daemon's document as it is, or for people.
+fn shown(document: String, json: bool, describe: fn(&Value) -> String) -> Result<String> {
+    Ok(if json { document + "\n" } else { describe(&serde_json::from_str(&document)?) })
+}
+
+fn about(command: &str, target: &str) -> String {
+    format!("{command}?target={}", escape(target))
 }
 
 /// Asks the daemon.

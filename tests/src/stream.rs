@@ -3,7 +3,7 @@
 //! A [`Pattern`] gives the byte at every position of a stream without keeping the stream, at the speed of a memory comparison. Nothing here speaks TLS
 //! beyond the hello: what follows it is opaque to whoever forwards it.
 
-use std::io::{self, ErrorKind, IoSlice, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
@@ -383,10 +383,4 @@ pub fn send_in_segments<'a>(mut stream: &TcpStream, parts: impl IntoIterator<Ite
         std::thread::sleep(Duration::from_micros(300));
     }
     Ok(())
-}
-
-/// Sends two slices with one system call, so that they leave in one segment when they fit.
-pub fn send_together(mut stream: &TcpStream, a: &[u8], b: &[u8]) -> io::Result<()> {
-    let sent = stream.write_vectored(&[IoSlice::new(a), IoSlice::new(b)])?;
-    if sent == a.len() + b.len() { Ok(()) } else { Err(io::Error::other("the socket buffer was full")) }
 }

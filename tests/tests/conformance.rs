@@ -39,6 +39,7 @@ macro_rules! conformance {
                 bytes_of_a_dead_connection_never_reach_the_next_one,
                 nothing_is_left_over_after_ten_thousand_connections,
                 a_stalled_reader_that_is_alive_is_not_cut,
+                a_reader_that_stalls_past_both_ends_still_gets_the_tail,
                 a_client_that_vanished_while_idle_is_cut,
                 a_client_that_vanished_while_reading_is_cut,
                 a_client_that_vanished_while_stalled_is_cut,
@@ -486,6 +487,21 @@ fn a_stalled_reader_that_is_alive_is_not_cut(engine: &str) {
     let (client, server) = idle;
     UP.send(&client, 0, 1000).expect("sent");
     UP.receive_exactly(&server, 0, 1000);
+}
+
+fn a_reader_that_stalls_past_both_ends_still_gets_the_tail(engine: &str) {
+    let _turn = beside_others();
+    let rig = impatient(engine);
+    let size = 3 * MEGABYTE;
+    let (client, server) = rig.pair();
+    close_write(&client);
+    assert_eq!(UP.receive(&server, 0), (0, End::Fin));
+    DOWN.send(&server, 0, size).expect("sent");
+    drop(server);
+    std::thread::sleep(3 * DEAD + A_SECOND);
+    assert_eq!(DOWN.receive(&client, 0), (size, End::Fin));
+    drop(client);
+    rig.wait_idle();
 }
 
 fn a_client_that_vanished_while_idle_is_cut(engine: &str) {
