@@ -108,7 +108,7 @@ fn control(app: App) -> Router {
 }
 
 async fn metrics(State(app): State<App>) -> Response {
-    app.shared.registry.collect();
+    app.shared.metrics.sockmap_backlog.set(app.shared.registry.collect() as i64);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], app.shared.metrics.render()).into_response()
 }
 
@@ -168,7 +168,7 @@ fn status(shared: &Shared) -> Value {
         "uptime": shared.started.elapsed().as_secs_f64(),
         "engine": {
             "configured": generation.engine.configured,
-            "effective": generation.engine.kind.as_str(),
+            "effective": generation.engine.name(),
             "reasons": generation.engine.reasons,
         },
         "config": {

@@ -17,7 +17,7 @@ use tokio::time::timeout_at;
 
 use crate::admission::{ClientPlace, Place};
 use crate::config::{Listener, Mode, SendProxy};
-use crate::engine::{self, First, Pair, Timeouts, Traffic};
+use crate::engine::{self, Effective, First, Pair, Timeouts, Traffic};
 use crate::generation::{Destination, Generation};
 use crate::hello::{Input, Machine, Progress, ServerName};
 use crate::proxy_protocol::{self, Decoded, Header};
@@ -46,14 +46,14 @@ pub struct Accepted {
 pub async fn serve(shared: Arc<Shared>, generation: Arc<Generation>, accepted: Accepted) {
     // In a box of its own: what is needed only to get here is freed before the connection's long life begins.
     let established = Box::pin(establish(shared, generation, accepted)).await;
-    let Some(Established { pair, timeouts, entry, places, lease }) = established else { return };
-    let record = &entry.record;
-    let end = engine::forward(record.engine, pair, timeouts, record.traffic.clone()).await;
+    let Some(Established { engine, pair, timeouts, entry, places, lease }) = established else { return };
+    let end = engine::forward(&engine, pair, timeouts, &entry.record.traffic).await;
     drop((places, lease));
     entry.finish(end);
 }
 
 struct Established {
+    engine: Arc<Effective>,
     pair: Pair,
     timeouts: Timeouts,
     entry: Entry,
@@ -152,10 +152,10 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
         route,
         upstream: pool.config.name.clone(),
         target: dialled.lease.target().clone(),
-        engine: generation.engine.kind,
-        traffic: Arc::new(Traffic::default()),
+        traffic: Arc::new(Traffic::new(&generation.engine)),
     };
     Some(Established {
+        engine: generation.engine.clone(),
         pair: Pair { client: stream, upstream: dialled.stream, first },
         timeouts: Timeouts { idle: limits.idle_timeout, dead_peer: limits.dead_peer_timeout },
         entry: shared.registry.enter(record, metrics),

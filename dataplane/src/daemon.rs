@@ -22,8 +22,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::admin::{self, ReloadRequest, Sockets};
 use crate::admission::Admission;
 use crate::config::{self, Bind, Config, Diagnostic, TargetHost};
-use crate::ebpf;
-use crate::engine::{Effective, splice};
+use crate::engine::{Abilities, Effective, splice};
 use crate::generation::Generation;
 use crate::listen;
 use crate::metrics::Metrics;
@@ -31,11 +30,11 @@ use crate::registry::{Registry, unix_seconds};
 use crate::shared::Shared;
 use crate::worker::{Command, Worker};
 
-/// Descriptors that are neither a connection's nor a pipe's nor a listener's: admin clients, the resolver, the configuration.
-const DESCRIPTORS_FOR_US: u64 = 32;
+/// Descriptors that are neither a connection's nor a pipe's nor a listener's: admin clients, the resolver, the configuration, eBPF maps and programs.
+const DESCRIPTORS_FOR_US: u64 = 48;
 
-/// Of a worker: epoll, its wake-up, signals' pipe.
-const DESCRIPTORS_PER_WORKER: u64 = 4;
+/// Of a worker: epoll, its wake-up, signals' pipe, epoll for the sockmap.
+const DESCRIPTORS_PER_WORKER: u64 = 5;
 
 /// Fewer connections than this are hardly meant.
 const TIGHT: usize = 64;
@@ -47,7 +46,7 @@ struct Daemon {
     path: PathBuf,
     shared: Arc<Shared>,
     workers: Vec<Worker>,
-    splice: Result<(), String>,
+    abilities: Abilities,
     /// For workers, listeners, connections and pipes.
     descriptors: u64,
     /// The control socket that this process made, whatever the file says by now.
@@ -60,27 +59,19 @@ struct Daemon {
 pub fn run(path: &Path) -> Result<()> {
     let config = read_config(path)?;
     let descriptors = raise_descriptor_limit().saturating_sub(open_descriptors() + DESCRIPTORS_FOR_US);
-    let splice = splice::self_test();
-    let engine = Effective::choose(config.engine, &splice);
+    let metrics = Metrics::new();
+    let abilities = Abilities::test(descriptors as usize / 2, metrics.sockmap_spills());
+    let engine = Effective::choose(config.engine, &abilities);
     for reason in &engine.reasons {
-        tracing::warn!(configured = ?engine.configured, effective = %engine.kind, reason, "engine");
+        tracing::warn!(configured = ?engine.configured, effective = engine.name(), reason, "engine");
     }
-    // The program that the sockmap engine will use. Kept loaded for as long as the daemon runs.
-    let ebpf = match ebpf::load() {
-        Ok(loaded) => Some(loaded),
-        Err(error) => {
-            tracing::warn!(%error, "no eBPF; connections are forwarded by {} all the same", engine.kind);
-            None
-        }
-    };
 
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
     let listening = bind_all(&config, &[], workers)?;
     let sockets = bind_admin(&config)?;
     let control_socket = sockets.unix.is_some().then(|| config.admin.socket.clone());
 
-    let metrics = Metrics::new();
-    metrics.set_build_info(&kernel_release(), engine.kind);
+    metrics.set_engine(&kernel_release(), &engine);
     let generation = Generation::new(config, engine, None, &metrics);
     let shared = Arc::new(Shared {
         generation: ArcSwap::from_pointee(generation),
@@ -101,12 +92,10 @@ pub fn run(path: &Path) -> Result<()> {
     admin::start(shared.clone(), sockets, reload).context("cannot start the admin thread")?;
 
     let mut daemon =
-        Daemon { path: path.to_owned(), shared, workers, splice, descriptors, control_socket, bound: Vec::new() };
+        Daemon { path: path.to_owned(), shared, workers, abilities, descriptors, control_socket, bound: Vec::new() };
     daemon.take_effect(listening);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(daemon.control(reload_requests))?;
-    drop(ebpf);
-    Ok(())
+    runtime.block_on(daemon.control(reload_requests))
 }
 
 impl Daemon {
@@ -202,8 +191,8 @@ impl Daemon {
         {
             text += "note: [admin] takes effect at the next start\n";
         }
-        let engine = Effective::choose(config.engine, &self.splice);
-        self.shared.metrics.set_build_info(&kernel_release(), engine.kind);
+        let engine = Effective::choose(config.engine, &self.abilities);
+        self.shared.metrics.set_engine(&kernel_release(), &engine);
         let generation = Generation::new(config, engine, Some(&before), &self.shared.metrics);
         forget_targets(&before, &generation, &self.shared.metrics);
         self.shared.generation.store(Arc::new(generation));
@@ -220,7 +209,12 @@ impl Daemon {
         let binds = config.listeners.iter().map(|l| l.bind.len()).sum::<usize>() as u64;
         // Each worker has a socket and a spare descriptor on each address.
         let fixed = self.workers.len() as u64 * (DESCRIPTORS_PER_WORKER + 2 * binds);
-        let budget = Budget::new(self.descriptors.saturating_sub(fixed), config.limits.kernel_memory);
+        let memory = config.limits.kernel_memory;
+        let for_pipes = generation.engine.share_of_pipes(memory);
+        if let Ok(table) = &self.abilities.sockmap {
+            table.set_memory(memory - for_pipes);
+        }
+        let budget = Budget::new(self.descriptors.saturating_sub(fixed), for_pipes);
         if budget.connections < TIGHT {
             tracing::warn!(
                 connections = budget.connections,

@@ -6,17 +6,17 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use crate::btf;
 use crate::config::{self, Config, EngineChoice};
 use crate::daemon::kernel_release;
-use crate::ebpf;
-use crate::engine::{Effective, splice};
+use crate::engine::{Abilities, Effective};
+use crate::metrics::Metrics;
 
 /// What was found.
 pub struct Findings {
     config: Result<Config, String>,
     engine: Effective,
-    splice: Result<(), String>,
-    ebpf: Result<(), String>,
+    abilities: Abilities,
 }
 
 /// What every owner should have been told once.
@@ -24,9 +24,10 @@ const SECURITY_NOTE: &str = "a client may send a listed server name and then, in
      that. Point routes at an ingress entry point that serves public hosts only.";
 
 /// The capabilities that something here needs, and what for (include/uapi/linux/capability.h).
-const CAPABILITIES: [(&str, u32, &str); 3] = [
+const CAPABILITIES: [(&str, u32, &str); 4] = [
     ("CAP_NET_BIND_SERVICE", 10, "ports below 1024"),
     ("CAP_NET_ADMIN", 12, "attaching eBPF programs to sockets"),
+    ("CAP_PERFMON", 38, "eBPF programs that read the kernel's structures"),
     ("CAP_BPF", 39, "loading eBPF programs"),
 ];
 
@@ -34,14 +35,10 @@ impl Findings {
     /// Looks.
     pub fn gather(path: &Path) -> Self {
         let config = config::load(path).map(|(config, _)| config).map_err(|e| e.to_string());
-        let splice = splice::self_test();
+        // Room for the self-test's connections.
+        let abilities = Abilities::test(16, Metrics::new().sockmap_spills());
         let choice = config.as_ref().map_or(EngineChoice::Auto, |c| c.engine);
-        Self {
-            engine: Effective::choose(choice, &splice),
-            ebpf: ebpf::load().map(drop).map_err(|e| e.to_string()),
-            splice,
-            config,
-        }
+        Self { engine: Effective::choose(choice, &abilities), abilities, config }
     }
 
     /// Whether the engine that is configured can run.
@@ -52,8 +49,8 @@ impl Findings {
     fn engines(&self) -> [(&'static str, Result<(), String>); 4] {
         [
             ("copy", Ok(())),
-            ("splice", self.splice.clone()),
-            ("sockmap", Err("not in this version".to_owned())),
+            ("splice", self.abilities.splice.clone()),
+            ("sockmap", self.abilities.sockmap.as_ref().map(drop).map_err(Clone::clone)),
             ("translate", Err("not in this version".to_owned())),
         ]
     }
@@ -75,11 +72,10 @@ impl Findings {
                 .map(|(name, bit, _)| ((*name).to_owned(), json!(effective >> bit & 1 == 1)))
                 .collect::<serde_json::Map<_, _>>(),
             "nofile": rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum,
-            "ebpf": outcome(&self.ebpf),
             "engines": engines,
             "engine": {
                 "configured": self.engine.configured,
-                "effective": self.engine.kind.as_str(),
+                "effective": self.engine.name(),
                 "reasons": self.engine.reasons,
                 "as_configured": self.is_good(),
             },
@@ -107,10 +103,6 @@ impl Findings {
         let nofile = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
         let nofile = nofile.map_or("no limit".to_owned(), |n| format!("{n}, two for each connection"));
         line(true, "file descriptors", &nofile);
-        match &self.ebpf {
-            Ok(()) => line(true, "eBPF program verdict", "loads, and attaches to an empty sockmap"),
-            Err(why) => line(false, "eBPF program verdict", why),
-        }
         for (name, result) in self.engines() {
             match result {
                 Ok(()) => line(true, &format!("engine {name}"), "passed its self-test"),
@@ -121,8 +113,12 @@ impl Findings {
             Ok(config) => line(true, "configuration", &config.source.path.display().to_string()),
             Err(why) => line(false, "configuration", why.trim_end()),
         }
-        let _ =
-            writeln!(out, "\nengine: {} is configured, {} runs", choice_name(self.engine.configured), self.engine.kind);
+        let _ = writeln!(
+            out,
+            "\nengine: {} is configured, {} runs",
+            choice_name(self.engine.configured),
+            self.engine.name()
+        );
         for reason in &self.engine.reasons {
             let _ = writeln!(out, "  because {reason}");
         }
@@ -136,7 +132,7 @@ fn choice_name(choice: EngineChoice) -> String {
 }
 
 fn has_btf() -> bool {
-    Path::new("/sys/kernel/btf/vmlinux").exists()
+    Path::new(btf::KERNEL).exists()
 }
 
 /// The effective set as a bit mask; 0 when /proc does not say.

@@ -1,24 +1,31 @@
 //! The programs that run in the kernel: embedded at build time, loaded and attached here.
 //!
-//! What they do is in `dataplane-ebpf`, the names that both sides share in `common`. This module knows no connection: whoever forwards through the map
-//! puts its sockets in.
+//! What they do is in `dataplane-ebpf`, what both sides share in `common`. This module knows no connection: whoever forwards through the map puts its
+//! sockets in.
 
 use std::error::Error;
+use std::os::fd::AsFd;
 use std::path::Path;
+use std::sync::Mutex;
 use std::{fmt, io};
 
-use aya::maps::{MapData, MapError, SockMap};
-use aya::programs::SkSkb;
-use aya::{Ebpf, EbpfError};
+use aya::maps::{HashMap, Map, MapData, MapError, RingBuf, SockMap};
+use aya::programs::{SkSkb, SocketFilter};
+use aya::{Ebpf, EbpfError, EbpfLoader};
+use common::{Budget, Row, offset};
 use rustix::io::Errno;
 use rustix::thread::CapabilitySet;
 
-/// The type information of the running kernel (kernel: Documentation/bpf/btf.rst).
-const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
+use crate::btf;
+use crate::sys::{Shareable, SharedArray};
 
-/// What bpf(2) asks for when it makes a socket map and loads a program for it (kernel: kernel/bpf/syscall.c).
-const CAPABILITIES: [(CapabilitySet, &str); 2] =
-    [(CapabilitySet::BPF, "CAP_BPF"), (CapabilitySet::NET_ADMIN, "CAP_NET_ADMIN")];
+/// What bpf(2) asks for when it makes a socket map, loads a program for it (kernel: kernel/bpf/syscall.c), and when that program reads a socket's structure
+/// (kernel/bpf/verifier.c, `check_ptr_to_btf_access`).
+const CAPABILITIES: [(CapabilitySet, &str); 3] = [
+    (CapabilitySet::BPF, "CAP_BPF"),
+    (CapabilitySet::NET_ADMIN, "CAP_NET_ADMIN"),
+    (CapabilitySet::PERFMON, "CAP_PERFMON"),
+];
 
 /// The eBPF object that this binary was built with, aligned for ELF.
 #[cfg(embedded_ebpf)]
@@ -34,45 +41,99 @@ pub fn object() -> Option<&'static [u8]> {
     None
 }
 
-/// The programs in the kernel. They are detached and unloaded when it is dropped.
-#[derive(Debug)]
-pub struct Loaded {
+/// The programs in the kernel, and the maps that they share with the daemon. All is gone when it is dropped.
+pub struct Programs {
+    /// The forwarded sockets, by key.
+    pub sockets: Mutex<SockMap<MapData>>,
+    /// Cookie of a socket to its key.
+    pub keys: Mutex<HashMap<MapData, u64, u32>>,
+    /// One a key.
+    pub rows: SharedArray<Row>,
+    /// One.
+    pub budget: SharedArray<Budget>,
+    /// Keys of directions that left the kernel's path; whoever reads them takes it.
+    pub events: Option<RingBuf<MapData>>,
+    verdict_id: u32,
+    /// Keeps the verdict attached.
     ebpf: Ebpf,
-    program_id: u32,
 }
 
-impl Loaded {
+impl fmt::Debug for Programs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Programs").field("verdict_id", &self.verdict_id).finish_non_exhaustive()
+    }
+}
+
+impl Programs {
     /// The kernel's number for the stream verdict program, as in `bpftool prog`.
     #[must_use]
-    pub fn program_id(&self) -> u32 {
-        self.program_id
+    pub fn verdict_id(&self) -> u32 {
+        self.verdict_id
     }
 
-    /// The map of the forwarded sockets; empty at first.
-    pub fn sockets(&mut self) -> SockMap<&mut MapData> {
-        let map = self.ebpf.map_mut(common::SOCKS).expect("load() found it");
-        SockMap::try_from(map).expect("load() found it to be a sockmap")
+    /// From now on only acknowledgements and resets reach the socket.
+    pub fn quiesce(&self, socket: impl AsFd) -> io::Result<()> {
+        let program = self.ebpf.program(common::QUIESCE).expect("load() found it");
+        let filter: &SocketFilter = program.try_into().expect("load() found it to be a socket filter");
+        filter.attach(socket).map_err(io::Error::other)
+    }
+
+    /// Ends what [`quiesce`](Self::quiesce) began.
+    pub fn unquiesce(socket: impl AsFd) -> io::Result<()> {
+        SocketFilter::detach(socket).map_err(io::Error::other)
     }
 }
 
-/// Loads the embedded programs and attaches the stream verdict to its map.
-pub fn load() -> Result<Loaded, LoadError> {
+/// Loads the embedded programs, with room for so many connections, and attaches the stream verdict to its map.
+pub fn load(connections: u32) -> Result<Programs, LoadError> {
     let object = object().ok_or(LoadError::NotBuiltIn)?;
-    if !Path::new(KERNEL_BTF).exists() {
-        return Err(LoadError::NoKernelBtf);
-    }
-    load_object(object).map_err(LoadError::from)
+    let offsets = btf::offsets(
+        Path::new(btf::KERNEL),
+        [("tcp_sock", "write_seq"), ("tcp_sock", "copied_seq"), ("sock", "sk_wmem_queued"), ("sock", "sk_sndbuf")],
+    )
+    .map_err(LoadError::KernelTypes)?;
+    load_object(object, offsets, connections * 2).map_err(LoadError::from)
 }
 
-fn load_object(object: &[u8]) -> Result<Loaded, EbpfError> {
-    let mut ebpf = Ebpf::load(object)?;
-    let sockets = SockMap::try_from(ebpf.map(common::SOCKS).expect("in dataplane-ebpf"))?;
-    let sockets = sockets.fd().try_clone().map_err(MapError::IoError)?;
+fn load_object(object: &[u8], offsets: [u32; 4], keys: u32) -> Result<Programs, EbpfError> {
+    let names = [offset::WRITE_SEQ, offset::COPIED_SEQ, offset::WMEM_QUEUED, offset::SNDBUF];
+    let mut loader = EbpfLoader::new();
+    for (name, offset) in names.into_iter().zip(&offsets) {
+        loader.override_global(name, offset, true);
+    }
+    for map in [common::SOCKS, common::KEYS, common::ROWS] {
+        loader.map_max_entries(map, keys);
+    }
+    loader.map_max_entries(common::EVENTS, common::events_bytes(keys));
+    let mut ebpf = loader.load(object)?;
+
+    let sockets = SockMap::try_from(take(&mut ebpf, common::SOCKS))?;
+    let sockets_fd = sockets.fd().try_clone().map_err(MapError::IoError)?;
     let verdict: &mut SkSkb = ebpf.program_mut(common::VERDICT).expect("in dataplane-ebpf").try_into()?;
     verdict.load()?;
-    verdict.attach(&sockets)?;
-    let program_id = verdict.info()?.id();
-    Ok(Loaded { ebpf, program_id })
+    verdict.attach(&sockets_fd)?;
+    let verdict_id = verdict.info()?.id();
+    let quiesce: &mut SocketFilter = ebpf.program_mut(common::QUIESCE).expect("in dataplane-ebpf").try_into()?;
+    quiesce.load()?;
+    Ok(Programs {
+        sockets: Mutex::new(sockets),
+        keys: Mutex::new(HashMap::try_from(take(&mut ebpf, common::KEYS))?),
+        rows: shared(&take(&mut ebpf, common::ROWS), keys as usize)?,
+        budget: shared(&take(&mut ebpf, common::BUDGET), 1)?,
+        events: Some(RingBuf::try_from(take(&mut ebpf, common::EVENTS))?),
+        verdict_id,
+        ebpf,
+    })
+}
+
+fn take(ebpf: &mut Ebpf, map: &str) -> Map {
+    ebpf.take_map(map).expect("in dataplane-ebpf")
+}
+
+/// The mapping holds the map: the file descriptor may go.
+fn shared<T: Shareable>(map: &Map, len: usize) -> Result<SharedArray<T>, MapError> {
+    let Map::Array(data) = map else { unreachable!("an array in dataplane-ebpf") };
+    SharedArray::new(data.fd(), len).map_err(MapError::IoError)
 }
 
 /// Why the programs are not in the kernel, in words that say what to change.
@@ -80,8 +141,8 @@ fn load_object(object: &[u8]) -> Result<Loaded, EbpfError> {
 pub enum LoadError {
     /// The binary was built without an object.
     NotBuiltIn,
-    /// The kernel was built without `CONFIG_DEBUG_INFO_BTF`, or /sys is not mounted here.
-    NoKernelBtf,
+    /// The kernel was built without `CONFIG_DEBUG_INFO_BTF`, /sys is not mounted here, or a structure is not as expected.
+    KernelTypes(io::Error),
     /// bpf(2) said EPERM. Holds the capabilities that the process lacks; none if it has all.
     NotPermitted(Vec<&'static str>),
     /// The kernel was built without bpf(2).
@@ -106,7 +167,11 @@ impl fmt::Display for LoadError {
             Self::NotBuiltIn => {
                 f.write_str("this binary was built without the eBPF programs: run `cargo xtask build-ebpf`, then build it again")
             }
-            Self::NoKernelBtf => write!(f, "the kernel's type information is missing ({KERNEL_BTF}): needs a kernel with CONFIG_DEBUG_INFO_BTF, and /sys"),
+            Self::KernelTypes(error) => write!(
+                f,
+                "the kernel's type information cannot be read: {}: {error}: needs a kernel with CONFIG_DEBUG_INFO_BTF, and /sys",
+                btf::KERNEL
+            ),
             Self::NotPermitted(missing) if missing.is_empty() => f.write_str(
                 "bpf(2) is forbidden although the capabilities are there: allow it in the container's seccomp filter (in a systemd unit, SystemCallFilter=bpf), \
                  run outside of a user namespace, and look at the kernel's lockdown mode",

@@ -18,7 +18,7 @@ pub struct Generation {
     /// What the owner wrote.
     pub config: Config,
     /// What carries bytes.
-    pub engine: Effective,
+    pub engine: Arc<Effective>,
     /// Host names to routes.
     pub table: Table,
     /// By index of the upstream.
@@ -78,7 +78,7 @@ impl Generation {
             own,
             loaded_at: SystemTime::now(),
             config,
-            engine,
+            engine: Arc::new(engine),
         }
     }
 

@@ -25,6 +25,7 @@ pub mod daemon;
 pub mod worker;
 
 pub mod admin;
+pub mod btf;
 pub mod control;
 pub mod doctor;
 pub mod ebpf;

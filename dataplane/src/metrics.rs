@@ -10,7 +10,7 @@ use prometheus::{
     Registry, TextEncoder,
 };
 
-use crate::engine::{End, Kind, Path};
+use crate::engine::{Effective, End, Kind, Path};
 use crate::reject::Reason;
 
 /// All metrics of the process.
@@ -35,6 +35,10 @@ pub struct Metrics {
     /// accept(2) calls that failed for want of a file descriptor or memory.
     pub accept_errors: IntCounter,
     pipes: IntGauge,
+    /// Bytes queued in the kernel on our behalf, besides those in pipes.
+    pub sockmap_backlog: IntGauge,
+    sockmap_spills: IntCounterVec,
+    engine_refused: IntGaugeVec,
     listeners: Mutex<HashMap<Arc<str>, Arc<ListenerMetrics>>>,
     routes: Mutex<HashMap<Arc<str>, Arc<RouteMetrics>>>,
 }
@@ -148,6 +152,18 @@ impl Metrics {
             "accept(2) calls that failed for want of a file descriptor or of memory."
         )));
         let pipes = register!(IntGauge::with_opts(opts("splice_pipes", "Pipes that exist for splice(2).")));
+        let sockmap_backlog = register!(IntGauge::with_opts(opts(
+            "sockmap_backlog_bytes",
+            "Bytes redirected inside the kernel that the receiving socket has not yet taken."
+        )));
+        let sockmap_spills = register!(IntCounterVec::new(
+            opts("sockmap_spills_total", "Times that a flow left the kernel path because its reader was slow."),
+            &["direction"]
+        ));
+        let engine_refused = register!(IntGaugeVec::new(
+            opts("engine_refused", "Engines that were wanted and cannot run on this machine: 1, with the reason."),
+            &["reason"]
+        ));
         Self {
             registry,
             build_info,
@@ -165,15 +181,27 @@ impl Metrics {
             target_up,
             accept_errors,
             pipes,
+            sockmap_backlog,
+            sockmap_spills,
+            engine_refused,
             listeners: Mutex::default(),
             routes: Mutex::default(),
         }
     }
 
-    /// Sets `dataplane_build_info`.
-    pub fn set_build_info(&self, kernel: &str, engine: Kind) {
+    /// Sets `dataplane_build_info` and `dataplane_engine_refused`.
+    pub fn set_engine(&self, kernel: &str, engine: &Effective) {
         self.build_info.reset();
-        self.build_info.with_label_values(&[env!("CARGO_PKG_VERSION"), kernel, engine.as_str()]).set(1.0);
+        self.build_info.with_label_values(&[env!("CARGO_PKG_VERSION"), kernel, engine.name()]).set(1.0);
+        self.engine_refused.reset();
+        for reason in &engine.reasons {
+            self.engine_refused.with_label_values(&[reason.as_str()]).set(1);
+        }
+    }
+
+    /// The counters of flows that left the kernel path, by the side of their source.
+    pub fn sockmap_spills(&self) -> [IntCounter; 2] {
+        ["to_upstream", "to_client"].map(|direction| self.sockmap_spills.with_label_values(&[direction]))
     }
 
     /// Sets `dataplane_config_info` and notes a successful load.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
-use crate::engine::{End, Kind, Path, Traffic};
+use crate::engine::{End, Kind, Look, Traffic};
 use crate::metrics::RouteMetrics;
 
 /// All live connections.
@@ -27,6 +27,8 @@ struct Live {
     metrics: Arc<RouteMetrics>,
     /// What the metrics already have.
     collected: [u64; 4],
+    /// Under which engine the metrics count it.
+    engine: Kind,
 }
 
 /// What is known of a connection from its beginning on.
@@ -50,9 +52,7 @@ pub struct Record {
     pub upstream: Arc<str>,
     /// The target as written in the configuration.
     pub target: Arc<str>,
-    /// What forwards it.
-    pub engine: Kind,
-    /// Payload so far.
+    /// What forwards it, and payload so far.
     pub traffic: Arc<Traffic>,
 }
 
@@ -76,18 +76,8 @@ pub struct Connection {
 }
 
 impl Record {
-    fn bytes(&self) -> [u64; 4] {
-        let Traffic { to_upstream, to_client, .. } = &*self.traffic;
-        [
-            to_upstream.by(Path::Kernel),
-            to_upstream.by(Path::Userspace),
-            to_client.by(Path::Kernel),
-            to_client.by(Path::Userspace),
-        ]
-    }
-
     fn describe(&self) -> Connection {
-        let [up_kernel, up_userspace, down_kernel, down_userspace] = self.bytes();
+        let Look { engine, to_upstream, to_client, idle } = self.traffic.look();
         Connection {
             client: self.client,
             listener: self.listener.clone(),
@@ -96,18 +86,18 @@ impl Record {
             route: self.route.clone(),
             upstream: self.upstream.clone(),
             target: self.target.clone(),
-            engine: self.engine.as_str(),
-            bytes_to_upstream: up_kernel + up_userspace,
-            bytes_to_client: down_kernel + down_userspace,
-            bytes_kernel: up_kernel + down_kernel,
+            engine: engine.as_str(),
+            bytes_to_upstream: to_upstream.iter().sum(),
+            bytes_to_client: to_client.iter().sum(),
+            bytes_kernel: to_upstream[0] + to_client[0],
             age: self.accepted.elapsed().as_secs_f64(),
-            idle: self.traffic.idle().as_secs_f64(),
-            backlog: 0,
+            idle: idle.as_secs_f64(),
+            backlog: self.traffic.backlog(),
         }
     }
 
     fn log(&self, end: End) {
-        let [up_kernel, up_userspace, down_kernel, down_userspace] = self.bytes();
+        let Look { to_upstream, to_client, .. } = self.traffic.look();
         tracing::info!(
             target: "access",
             start = unix_seconds(self.start),
@@ -119,11 +109,11 @@ impl Record {
             route = &*self.route,
             upstream = &*self.upstream,
             target = &*self.target,
-            engine = self.engine.as_str(),
-            bytes_to_upstream = up_kernel + up_userspace,
-            bytes_to_client = down_kernel + down_userspace,
-            bytes_kernel = up_kernel + down_kernel,
-            bytes_userspace = up_userspace + down_userspace,
+            engine = self.traffic.last_engine().as_str(),
+            bytes_to_upstream = to_upstream.iter().sum::<u64>(),
+            bytes_to_client = to_client.iter().sum::<u64>(),
+            bytes_kernel = to_upstream[0] + to_client[0],
+            bytes_userspace = to_upstream[1] + to_client[1],
             reason = end.as_str(),
         );
     }
@@ -138,18 +128,25 @@ impl Registry {
     /// Enters a connection; it leaves when the guard is finished or dropped.
     pub fn enter(self: &Arc<Self>, record: Record, metrics: Arc<RouteMetrics>) -> Entry {
         let id = self.next_id.fetch_add(1, Relaxed);
-        metrics.active(record.engine).inc();
+        let engine = record.traffic.look().engine;
+        metrics.active(engine).inc();
         let record = Arc::new(record);
-        let live = Live { record: record.clone(), metrics: metrics.clone(), collected: [0; 4] };
+        let live = Live { record: record.clone(), metrics: metrics.clone(), collected: [0; 4], engine };
         self.live().insert(id, live);
         Entry { id, record, metrics, registry: self.clone(), end: End::Drained }
     }
 
-    /// Brings `dataplane_bytes_total` up to date.
-    pub fn collect(&self) {
+    /// Brings `dataplane_bytes_total` and `dataplane_connections_active` up to date. Bytes queued in the kernel on our behalf.
+    pub fn collect(&self) -> u64 {
+        let mut records = Vec::new();
         for live in self.live().values_mut() {
             live.collect();
+            if live.engine == Kind::Sockmap {
+                records.push(live.record.clone());
+            }
         }
+        // Sockets are asked when the lock is free again.
+        records.iter().map(|record| record.traffic.backlog()).sum()
     }
 
     /// The live connections, oldest first.
@@ -166,10 +163,16 @@ impl Registry {
 
 impl Live {
     fn collect(&mut self) {
-        let now = self.record.bytes();
+        let Look { engine, to_upstream, to_client, .. } = self.record.traffic.look();
+        let now = [to_upstream, to_client].concat();
         for ((counter, now), collected) in self.metrics.bytes.iter().zip(now).zip(&mut self.collected) {
             counter.inc_by(now - *collected);
             *collected = now;
+        }
+        if engine != self.engine {
+            self.metrics.active(self.engine).dec();
+            self.metrics.active(engine).inc();
+            self.engine = engine;
         }
     }
 }
@@ -197,8 +200,8 @@ impl Drop for Entry {
         let live = self.registry.live().remove(&self.id);
         if let Some(mut live) = live {
             live.collect();
+            live.metrics.active(live.engine).dec();
         }
-        self.metrics.active(self.record.engine).dec();
         self.metrics.closed(self.end).inc();
         self.record.log(self.end);
     }

@@ -5,85 +5,138 @@
 //! why the pair was made: no host names, no routes, no PROXY protocol.
 
 pub mod copy;
+pub mod promotion;
 pub mod relay;
+pub mod sockmap;
 pub mod splice;
 pub mod vigil;
+pub mod watch;
 
-use std::fmt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use prometheus::IntCounter;
 use tokio::net::TcpStream;
 
 use crate::config::EngineChoice;
+use promotion::Promotion;
+use relay::Relayed;
+use sockmap::{Engaged, Left, Outcome, Table};
 
-/// An engine that this version has.
+/// What carries the bytes of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Kind {
     /// Through a buffer in userspace: the reference, runs anywhere.
     Copy,
     /// Bulk through pipes with splice(2), small messages through a buffer.
     Splice,
+    /// Redirected inside the kernel.
+    Sockmap,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 2] = [Self::Copy, Self::Splice];
+    pub const ALL: [Self; 3] = [Self::Copy, Self::Splice, Self::Sockmap];
 
     /// As in the configuration and in metrics.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Copy => "copy",
             Self::Splice => "splice",
+            Self::Sockmap => "sockmap",
         }
     }
 }
 
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
+/// What a machine can do, as the self-tests found it; the error says why not.
+#[derive(Debug, Clone)]
+pub struct Abilities {
+    /// splice(2)
+    pub splice: Result<(), String>,
+    /// The programs in the kernel, and how the kernel behaves with them.
+    pub sockmap: Result<Arc<Table>, String>,
+}
+
+impl Abilities {
+    /// Tries everything. The table that comes of it has room for so many connections, and counts spills there.
+    pub fn test(connections: usize, spills: [IntCounter; 2]) -> Self {
+        let sockmap = Table::load(connections, spills).map_err(|error| error.to_string());
+        Self {
+            splice: splice::self_test(),
+            sockmap: sockmap.and_then(|table| sockmap::self_test::run(&table).map(|()| table)),
+        }
     }
 }
 
 /// What runs when the configuration asks for `choice`, and why it is something else.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Effective {
     /// What was asked for.
     pub configured: EngineChoice,
-    /// What runs.
-    pub kind: Kind,
+    /// What carries a connection's first bytes, and all of them if it is not moved.
+    relay: Kind,
+    /// Where connections are moved to.
+    sockmap: Option<Arc<Table>>,
     /// One line for each engine that was passed over.
     pub reasons: Vec<String>,
 }
 
 impl Effective {
-    /// Decides; `splice` is what the self-test of splice(2) said.
-    pub fn choose(choice: EngineChoice, splice: &Result<(), String>) -> Self {
+    /// Decides.
+    pub fn choose(choice: EngineChoice, abilities: &Abilities) -> Self {
         let mut reasons = Vec::new();
-        match choice {
-            EngineChoice::Translate => reasons.push("translate: this version has no packet-level engine".to_owned()),
-            EngineChoice::Sockmap => reasons.push("sockmap: this version has no sockmap engine".to_owned()),
-            EngineChoice::Auto | EngineChoice::Splice | EngineChoice::Copy => {}
-        }
-        let kind = match (choice, splice) {
-            (EngineChoice::Copy, _) => Kind::Copy,
-            (_, Ok(())) => Kind::Splice,
-            (_, Err(why)) => {
-                reasons.push(format!("splice: {why}"));
-                Kind::Copy
+        let mut able = |name: &str, ability: Result<(), &String>| match ability {
+            Ok(()) => true,
+            Err(why) => {
+                reasons.push(format!("{name}: {why}"));
+                false
             }
         };
-        Self { configured: choice, kind, reasons }
+        if choice == EngineChoice::Translate {
+            able("translate", Err(&"this version has no packet-level engine".to_owned()));
+        }
+        let wants_sockmap = matches!(choice, EngineChoice::Auto | EngineChoice::Sockmap);
+        let sockmap = wants_sockmap && able("sockmap", abilities.sockmap.as_ref().map(drop));
+        let splice = choice != EngineChoice::Copy && able("splice", abilities.splice.as_ref().map(drop));
+        Self {
+            configured: choice,
+            relay: if splice { Kind::Splice } else { Kind::Copy },
+            sockmap: abilities.sockmap.as_ref().ok().filter(|_| sockmap).cloned(),
+            reasons,
+        }
+    }
+
+    /// What runs: `auto` when connections are moved between engines, else the one that they all have.
+    pub fn name(&self) -> &'static str {
+        match (&self.sockmap, self.configured) {
+            (Some(_), EngineChoice::Auto) => "auto",
+            (Some(_), _) => Kind::Sockmap.as_str(),
+            (None, _) => self.relay.as_str(),
+        }
     }
 
     /// Whether what was asked for is what runs.
     pub fn as_configured(&self) -> bool {
         match self.configured {
             EngineChoice::Auto => true,
-            EngineChoice::Splice => self.kind == Kind::Splice,
-            EngineChoice::Copy => self.kind == Kind::Copy,
-            EngineChoice::Translate | EngineChoice::Sockmap => false,
+            EngineChoice::Sockmap => self.sockmap.is_some(),
+            EngineChoice::Splice => self.relay == Kind::Splice,
+            EngineChoice::Copy => self.relay == Kind::Copy,
+            EngineChoice::Translate => false,
+        }
+    }
+
+    /// How much of a budget for bytes queued in the kernel pipes may have; the rest is for the sockmap.
+    pub fn share_of_pipes(&self, memory: u64) -> u64 {
+        if self.sockmap.is_some() { memory / 2 } else { memory }
+    }
+
+    fn promotion(&self) -> Promotion {
+        match (&self.sockmap, self.configured) {
+            (Some(_), EngineChoice::Auto) => Promotion::Earned(promotion::Conduct::default()),
+            (Some(_), _) => Promotion::AtOnce,
+            (None, _) => Promotion::Never,
         }
     }
 }
@@ -95,6 +148,17 @@ pub enum Side {
     Client,
     /// Whom we dialled.
     Upstream,
+}
+
+impl Side {
+    /// The peer.
+    #[must_use]
+    pub const fn other(self) -> Self {
+        match self {
+            Self::Client => Self::Upstream,
+            Self::Upstream => Self::Client,
+        }
+    }
 }
 
 /// A client and an upstream, both connected, with SO_LINGER {on, 0} set: dropping it resets both.
@@ -115,6 +179,17 @@ pub struct First {
     pub bytes: Vec<u8>,
     /// Length of the header in front, which is not the client's payload.
     pub header: usize,
+}
+
+/// The sockets of a connection between two engines: all that was read was also sent.
+#[derive(Debug)]
+pub struct Legs {
+    /// The accepted socket.
+    pub client: TcpStream,
+    /// The dialled socket.
+    pub upstream: TcpStream,
+    /// By side: its peer has sent FIN, and all before it was sent on; FIN was not.
+    pub ended: [bool; 2],
 }
 
 /// Deadlines of an established connection.
@@ -200,29 +275,101 @@ pub struct Traffic {
     begun: Instant,
     /// Milliseconds after `begun`.
     last_bytes: AtomicU64,
+    /// What forwards it while it is not in the sockmap.
+    relay: Kind,
+    /// While it is: what only the kernel counts.
+    engaged: Mutex<Option<Arc<Engaged>>>,
+    /// It ever was.
+    promoted: AtomicBool,
 }
 
-impl Default for Traffic {
-    fn default() -> Self {
+impl Traffic {
+    /// Of a connection that begins as this engine says.
+    pub fn new(engine: &Effective) -> Self {
         Self {
             to_upstream: Counter::default(),
             to_client: Counter::default(),
             begun: Instant::now(),
             last_bytes: AtomicU64::new(0),
+            relay: engine.relay,
+            engaged: Mutex::default(),
+            promoted: AtomicBool::new(false),
         }
     }
-}
 
-impl Traffic {
+    /// The furthest that the connection got: for the record of one that has ended.
+    pub fn last_engine(&self) -> Kind {
+        if self.promoted.load(Relaxed) { Kind::Sockmap } else { self.relay }
+    }
+
+    /// The counter of the direction from this side.
+    pub fn direction(&self, from: Side) -> &Counter {
+        match from {
+            Side::Client => &self.to_upstream,
+            Side::Upstream => &self.to_client,
+        }
+    }
+
     /// Notes that bytes moved just now.
     pub fn touch(&self, now: Instant) {
         self.last_bytes.store(now.saturating_duration_since(self.begun).as_millis() as u64, Relaxed);
     }
 
-    /// Since when no byte moved.
-    pub fn idle(&self) -> Duration {
-        self.begun.elapsed().saturating_sub(Duration::from_millis(self.last_bytes.load(Relaxed)))
+    /// What is known now.
+    pub fn look(&self) -> Look {
+        let engaged = self.engaged();
+        let bytes = |from: Side| {
+            let counter = self.direction(from);
+            let redirected = engaged.as_ref().map_or(0, |engaged| engaged.redirected(from));
+            [counter.by(Path::Kernel) + redirected, counter.by(Path::Userspace)]
+        };
+        let idle = self.begun.elapsed().saturating_sub(Duration::from_millis(self.last_bytes.load(Relaxed)));
+        Look {
+            engine: if engaged.is_some() { Kind::Sockmap } else { self.relay },
+            to_upstream: bytes(Side::Client),
+            to_client: bytes(Side::Upstream),
+            idle: engaged.as_ref().map_or(idle, |engaged| engaged.idle()),
+        }
     }
+
+    /// Bytes queued in the kernel on behalf of this connection.
+    pub fn backlog(&self) -> u64 {
+        self.engaged().as_ref().map_or(0, |engaged| engaged.backlog())
+    }
+
+    fn engage(&self, engaged: Arc<Engaged>) {
+        *self.engaged() = Some(engaged);
+        self.promoted.store(true, Relaxed);
+    }
+
+    /// From now on what the kernel has counted is counted here.
+    fn disengage(&self) -> Option<Arc<Engaged>> {
+        let mut engaged = self.engaged();
+        if let Some(engaged) = &*engaged {
+            for from in [Side::Client, Side::Upstream] {
+                self.direction(from).add(Path::Kernel, engaged.redirected(from) as usize);
+            }
+            self.touch(Instant::now().checked_sub(engaged.idle()).unwrap_or(self.begun));
+        }
+        engaged.take()
+    }
+
+    fn engaged(&self) -> MutexGuard<'_, Option<Arc<Engaged>>> {
+        self.engaged.lock().expect("no panic while held")
+    }
+}
+
+/// What is known of a live connection's traffic.
+#[derive(Debug, Clone, Copy)]
+pub struct Look {
+    /// What forwards it.
+    pub engine: Kind,
+    /// Bytes by path: kernel, userspace.
+    pub to_upstream: [u64; 2],
+    /// The same.
+    pub to_client: [u64; 2],
+    /// Since when no byte moved.
+    pub idle: Duration,
 }
 
 /// Bytes of one direction, by path.
@@ -249,14 +396,32 @@ impl Counter {
             Path::Userspace => self.userspace.load(Relaxed),
         }
     }
-
-    /// All bytes.
-    pub fn total(&self) -> u64 {
-        self.by(Path::Kernel) + self.by(Path::Userspace)
-    }
 }
 
 /// Forwards until the connection ends. On [`End::Done`] both sockets were closed with FIN, on anything else with RST.
-pub async fn forward(kind: Kind, pair: Pair, timeouts: Timeouts, traffic: Arc<Traffic>) -> End {
-    relay::run(kind, pair, timeouts, &traffic).await
+pub async fn forward(engine: &Effective, pair: Pair, timeouts: Timeouts, traffic: &Traffic) -> End {
+    let Pair { client, upstream, mut first } = pair;
+    let mut legs = Legs { client, upstream, ended: [false; 2] };
+    let mut promotion = engine.promotion();
+    loop {
+        legs = match relay::run(engine.relay, legs, std::mem::take(&mut first), promotion.clone(), timeouts, traffic)
+            .await
+        {
+            Relayed::Ended(end) => return end,
+            Relayed::Promoted(legs) => legs,
+        };
+        let Some(table) = &engine.sockmap else { unreachable!("promoted to an engine that is not there") };
+        let leave_on_bulk = engine.configured == EngineChoice::Auto;
+        // In a box: most connections never get here, and should not pay for the room.
+        let outcome = Box::pin(sockmap::forward(table, legs, leave_on_bulk, timeouts, traffic)).await;
+        let why;
+        (legs, why) = match outcome {
+            Outcome::Ended(end) => return end,
+            Outcome::Left(legs, why) => (legs, why),
+        };
+        promotion = match why {
+            Left::Bulk => promotion.after_bulk(),
+            Left::Refused | Left::Ending => Promotion::Never,
+        };
+    }
 }

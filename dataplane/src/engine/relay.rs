@@ -7,52 +7,66 @@ use std::future::poll_fn;
 use std::io;
 use std::pin::pin;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
 
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep_until};
 
+use super::promotion::Promotion;
 use super::splice::Pipe;
-use super::vigil::{self, Finding, Leg};
-use super::{Counter, End, First, Kind, Pair, Path, Side, Timeouts, Traffic, copy};
+use super::watch::Watch;
+use super::{Counter, End, First, Kind, Legs, Path, Side, Timeouts, Traffic, copy};
 use crate::{socket, sys};
 
 /// Reads of one direction before other connections of the worker get their turn. With [`crate::worker::EVENT_INTERVAL`]: an echo beside four bulk transfers
 /// on one worker had a p99 of 36 to 59 ms, against 181 to 339 ms with 8 reads and tokio's interval, at the same throughput.
 const READS_PER_TURN: usize = 4;
 
-/// How often to see whether a slow reader has taken the last bytes of a connection that has ended otherwise.
-const TAIL_TICK: Duration = Duration::from_millis(500);
-
 /// A splice that moved less is not bulk. Exchanges of 200 and of 2,000 bytes over 16 connections on loopback cost the process 3 to 16 % less CPU
 /// copied than spliced, those of 8,000 and more cost the same either way (three rounds, a noisy machine).
 const SMALL: usize = 4 * 1024;
 
-/// Forwards until the connection ends.
-pub async fn run(kind: Kind, pair: Pair, timeouts: Timeouts, traffic: &Traffic) -> End {
-    let Pair { client, upstream, first } = pair;
-    let end = forward(kind, &client, &upstream, first, timeouts, traffic).await;
+/// What became of a connection.
+pub enum Relayed {
+    /// It has ended.
+    Ended(End),
+    /// It is to move to the sockmap: nothing is held.
+    Promoted(Legs),
+}
+
+/// Forwards until the connection ends, or moves; sends `first` to the upstream before anything else.
+pub async fn run(
+    kind: Kind,
+    legs: Legs,
+    first: First,
+    promotion: Promotion,
+    timeouts: Timeouts,
+    traffic: &Traffic,
+) -> Relayed {
+    let end = forward(kind, &legs, first, promotion, timeouts, traffic).await;
+    let Some(end) = end else { return Relayed::Promoted(legs) };
     if end == End::Done {
         // Both directions are complete and proven: only now may close() mean FIN instead of RST.
-        for leg in [&client, &upstream] {
+        for leg in [&legs.client, &legs.upstream] {
             let _ = socket::no_user_timeout(leg);
             socket::close_with_fin(leg);
         }
     }
-    end
+    Relayed::Ended(end)
 }
 
+/// `None`: it is to move.
 async fn forward(
     kind: Kind,
-    client: &TcpStream,
-    upstream: &TcpStream,
+    legs: &Legs,
     first: First,
+    mut promotion: Promotion,
     timeouts: Timeouts,
     traffic: &Traffic,
-) -> End {
-    let mut up = Direction::new(kind, first);
-    let mut down = Direction::new(kind, First::default());
+) -> Option<End> {
+    let Legs { client, upstream, ended: [client_ended, upstream_ended] } = legs;
+    let mut up = Direction::new(kind, first, *client_ended);
+    let mut down = Direction::new(kind, First::default(), *upstream_ended);
     let mut watch = Watch::new(timeouts);
     let mut timer = pin!(sleep_until(watch.deadline()));
     // A side that resets while nothing is read from it or written to it, because the other side is stalled, is noticed here.
@@ -61,29 +75,29 @@ async fn forward(
 
     poll_fn(|cx| {
         let before = (up.moved, down.moved);
-        let up_done = up.poll(cx, client, upstream, &traffic.to_upstream, down.is_finished());
+        let up_done = up.poll(cx, client, upstream, &traffic.to_upstream, &mut promotion, down.is_finished());
         // A write that failed has taken the error off the socket: read now, it would look like a clean end of stream.
         if let Poll::Ready(Err(broken)) = up_done {
-            return Poll::Ready(broken.end(Side::Client, Side::Upstream));
+            return Poll::Ready(Some(broken.end(Side::Client, Side::Upstream)));
         }
-        let down_done = down.poll(cx, upstream, client, &traffic.to_client, up.is_finished());
+        let down_done = down.poll(cx, upstream, client, &traffic.to_client, &mut promotion, up.is_finished());
         if let Poll::Ready(Err(broken)) = down_done {
-            return Poll::Ready(broken.end(Side::Upstream, Side::Client));
+            return Poll::Ready(Some(broken.end(Side::Upstream, Side::Client)));
         }
         // The kernel gives up soon on a closed socket whose reader is slow, so it is kept until the last byte could be sent.
         let finished = up.is_finished() && down.is_finished();
         if finished {
             if all_sent(client) && all_sent(upstream) {
-                return Poll::Ready(End::Done);
+                return Poll::Ready(Some(End::Done));
             }
             watch.keep_looking();
             timer.as_mut().reset(watch.deadline());
         }
         if client_error.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(ended_by(Side::Client, client.take_error()));
+            return Poll::Ready(Some(ended_by(Side::Client, client.take_error())));
         }
         if upstream_error.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(ended_by(Side::Upstream, upstream.take_error()));
+            return Poll::Ready(Some(ended_by(Side::Upstream, upstream.take_error())));
         }
         if before != (up.moved, down.moved) {
             let now = Instant::now();
@@ -92,9 +106,12 @@ async fn forward(
                 timer.as_mut().reset(watch.deadline());
             }
         }
+        if up.is_empty() && down.is_empty() && promotion.is_due(Instant::now()) {
+            return Poll::Ready(None);
+        }
         while timer.as_mut().poll(cx).is_ready() {
             if let Some(end) = watch.look(client, upstream) {
-                return Poll::Ready(end);
+                return Poll::Ready(Some(end));
             }
             if finished {
                 watch.keep_looking();
@@ -160,7 +177,8 @@ impl Broken {
     }
 }
 
-fn ended_by(side: Side, error: io::Result<Option<io::Error>>) -> End {
+/// How a connection ends of which this side's socket has this error.
+pub(super) fn ended_by(side: Side, error: io::Result<Option<io::Error>>) -> End {
     let Ok(Some(error)) = error else { return End::Reset(side) };
     match error.kind() {
         io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe | io::ErrorKind::NotConnected => End::Reset(side),
@@ -185,9 +203,15 @@ fn prove_fin(from: &TcpStream, has_our_fin: bool) -> io::Result<()> {
 }
 
 impl Direction {
-    fn new(kind: Kind, first: First) -> Self {
+    fn new(kind: Kind, first: First, ended: bool) -> Self {
         let held = if first.bytes.is_empty() { Held::Nothing } else { Held::Buffer { bytes: first.bytes, sent: 0 } };
-        Self { splice: kind == Kind::Splice, held, header: first.header, flow: Flow::Open, bulk: false, moved: 0 }
+        let flow = if ended { Flow::SourceEnded } else { Flow::Open };
+        Self { splice: kind == Kind::Splice, held, header: first.header, flow, bulk: false, moved: 0 }
+    }
+
+    /// Whether it is open and holds nothing.
+    fn is_empty(&self) -> bool {
+        self.flow == Flow::Open && matches!(self.held, Held::Nothing)
     }
 
     fn is_finished(&self) -> bool {
@@ -201,6 +225,7 @@ impl Direction {
         from: &TcpStream,
         to: &TcpStream,
         counter: &Counter,
+        promotion: &mut Promotion,
         from_has_our_fin: bool,
     ) -> Poll<Result<(), Broken>> {
         let mut reads = READS_PER_TURN;
@@ -221,7 +246,7 @@ impl Direction {
             reads -= 1;
             match from.try_io(Interest::READABLE, || self.receive(from, to, counter)) {
                 Ok(0) => self.flow = Flow::SourceEnded,
-                Ok(_) => {}
+                Ok(n) => promotion.note(n, Instant::now),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     ready!(from.poll_read_ready(cx)).map_err(Broken::Source)?;
                 }
@@ -300,79 +325,5 @@ impl Direction {
         self.header -= header;
         counter.add(path, sent - header);
         self.moved += sent as u64;
-    }
-}
-
-/// Idle timeout and vanished peers, with one timer that rests while nothing moves.
-struct Watch {
-    timeouts: Timeouts,
-    last_bytes: Instant,
-    /// When to look at the legs; `None` while both are quiet.
-    next_look: Option<Instant>,
-    legs: [Leg; 2],
-    /// Whether TCP_USER_TIMEOUT is on.
-    user_timeout: bool,
-}
-
-impl Watch {
-    fn new(timeouts: Timeouts) -> Self {
-        Self {
-            timeouts,
-            last_bytes: Instant::now(),
-            next_look: None,
-            legs: [Leg::default(), Leg::default()],
-            user_timeout: true,
-        }
-    }
-
-    fn deadline(&self) -> Instant {
-        let idle = self.last_bytes + self.timeouts.idle;
-        self.next_look.map_or(idle, |look| look.min(idle))
-    }
-
-    /// Notes that bytes moved; true when the timer has to be set anew.
-    fn bytes_moved(&mut self, now: Instant) -> bool {
-        self.last_bytes = now;
-        let was_quiet = self.next_look.is_none();
-        if was_quiet {
-            self.next_look = Some(self.last_bytes + vigil::interval(self.timeouts.dead_peer));
-        }
-        was_quiet
-    }
-
-    /// No event will tell what is waited for: look again before long.
-    fn keep_looking(&mut self) {
-        let soon = Instant::now() + vigil::interval(self.timeouts.dead_peer).min(TAIL_TICK);
-        self.next_look = Some(self.next_look.map_or(soon, |look| look.min(soon)));
-    }
-
-    /// The timer fired.
-    fn look(&mut self, client: &TcpStream, upstream: &TcpStream) -> Option<End> {
-        let now = Instant::now();
-        if now >= self.last_bytes + self.timeouts.idle {
-            return Some(End::Idle);
-        }
-        if self.next_look.is_none_or(|look| look > now) {
-            return None;
-        }
-        let dead_peer = self.timeouts.dead_peer;
-        let mut quiet = now >= self.last_bytes + vigil::interval(dead_peer);
-        for (leg, (side, socket)) in self.legs.iter_mut().zip([(Side::Client, client), (Side::Upstream, upstream)]) {
-            let Ok(info) = sys::tcp_info(socket) else { continue };
-            match leg.judge(&info, now.into_std(), dead_peer) {
-                Finding::Quiet => {}
-                Finding::Vanished => return Some(End::Vanished(side)),
-                Finding::Waiting => {
-                    quiet = false;
-                    if self.user_timeout {
-                        self.user_timeout = false;
-                        let _ = socket::no_user_timeout(client);
-                        let _ = socket::no_user_timeout(upstream);
-                    }
-                }
-            }
-        }
-        self.next_look = (!quiet).then(|| now + vigil::interval(dead_peer));
-        None
     }
 }

@@ -1,0 +1,102 @@
+//! When to look at a connection that nothing woke: idle timeout and vanished peers, with one timer that rests while nothing moves.
+//!
+//! Knows neither how bytes move nor who forwards them.
+
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::vigil::{self, Finding, Leg};
+use super::{End, Side, Timeouts};
+use crate::{socket, sys};
+
+/// How often to see whether a slow reader has taken the last bytes of a connection that has ended otherwise.
+const TAIL_TICK: Duration = Duration::from_millis(500);
+
+/// See the module.
+pub struct Watch {
+    timeouts: Timeouts,
+    last_bytes: Instant,
+    /// When to look at the legs; `None` while both are quiet.
+    next_look: Option<Instant>,
+    legs: [Leg; 2],
+    /// Whether TCP_USER_TIMEOUT is on.
+    user_timeout: bool,
+    /// Nobody tells when bytes move: look all the time.
+    unattended: bool,
+}
+
+impl Watch {
+    /// For a connection of which every byte is noticed by [`bytes_moved`](Self::bytes_moved).
+    pub fn new(timeouts: Timeouts) -> Self {
+        Self {
+            timeouts,
+            last_bytes: Instant::now(),
+            next_look: None,
+            legs: [Leg::default(), Leg::default()],
+            user_timeout: true,
+            unattended: false,
+        }
+    }
+
+    /// For one whose bytes the kernel moves: looks at it for as long as it lives.
+    pub fn unattended(timeouts: Timeouts) -> Self {
+        let watch = Self::new(timeouts);
+        let next_look = Some(watch.last_bytes + vigil::interval(timeouts.dead_peer));
+        Self { unattended: true, next_look, ..watch }
+    }
+
+    /// When to call [`look`](Self::look).
+    pub fn deadline(&self) -> Instant {
+        let idle = self.last_bytes + self.timeouts.idle;
+        self.next_look.map_or(idle, |look| look.min(idle))
+    }
+
+    /// Notes that bytes moved; true when the timer has to be set anew.
+    pub fn bytes_moved(&mut self, at: Instant) -> bool {
+        self.last_bytes = at;
+        let was_quiet = self.next_look.is_none();
+        if was_quiet {
+            self.next_look = Some(self.last_bytes + vigil::interval(self.timeouts.dead_peer));
+        }
+        was_quiet
+    }
+
+    /// No event will tell what is waited for: look again before long.
+    pub fn keep_looking(&mut self) {
+        let soon = Instant::now() + vigil::interval(self.timeouts.dead_peer).min(TAIL_TICK);
+        self.next_look = Some(self.next_look.map_or(soon, |look| look.min(soon)));
+    }
+
+    /// The deadline has come.
+    pub fn look(&mut self, client: impl AsFd, upstream: impl AsFd) -> Option<End> {
+        let now = Instant::now();
+        if now >= self.last_bytes + self.timeouts.idle {
+            return Some(End::Idle);
+        }
+        if self.next_look.is_none_or(|look| look > now) {
+            return None;
+        }
+        let dead_peer = self.timeouts.dead_peer;
+        let mut quiet = now >= self.last_bytes + vigil::interval(dead_peer);
+        let sockets = [(Side::Client, client.as_fd()), (Side::Upstream, upstream.as_fd())];
+        for (leg, (side, socket)) in self.legs.iter_mut().zip(sockets) {
+            let Ok(info) = sys::tcp_info(socket) else { continue };
+            match leg.judge(&info, now.into_std(), dead_peer) {
+                Finding::Quiet => {}
+                Finding::Vanished => return Some(End::Vanished(side)),
+                Finding::Waiting => {
+                    quiet = false;
+                    if self.user_timeout {
+                        self.user_timeout = false;
+                        let _ = socket::no_user_timeout(sockets[0].1);
+                        let _ = socket::no_user_timeout(sockets[1].1);
+                    }
+                }
+            }
+        }
+        self.next_look = (self.unattended || !quiet).then(|| now + vigil::interval(dead_peer));
+        None
+    }
+}
