@@ -135,9 +135,12 @@ impl Host {
             .filter_map(|field| {
                 let digits = field.find(|c: char| c.is_ascii_digit())?;
                 let (name, value) = field.split_at(digits);
-                matches!(name, "r" | "w" | "f" | "bl").then(|| value.parse::<u64>().expect("a number"))
+                // What is forward-allocated may be owed: ss(8) prints it as if it had no sign.
+                matches!(name, "r" | "w" | "f" | "bl")
+                    .then(|| i64::from(value.parse::<u32>().expect("a number") as i32))
             })
-            .sum()
+            .sum::<i64>()
+            .max(0) as u64
     }
 
     /// Bytes in the receive and send queues of this host's connections (`Recv-Q`, `Send-Q` of ss(8)): received and not read, sent and not acknowledged.

@@ -56,7 +56,7 @@ macro_rules! conformance {
     )+ };
 }
 
-conformance!(copy, splice, auto);
+conformance!(copy, splice, sockmap, auto);
 
 const UP: Pattern = Pattern::new(1);
 const DOWN: Pattern = Pattern::new(2);

@@ -140,9 +140,9 @@ fn a_fresh_install_starts_and_has_all_it_needs_and_no_more() {
     let pid = machine.property("MainPID");
     let process = machine.output(&["cat", &format!("/proc/{pid}/status")]);
     let field = |name: &str| process.lines().find_map(|l| l.strip_prefix(name)).expect("a field of proc(5)").trim();
-    // CAP_NET_BIND_SERVICE (10), CAP_NET_ADMIN (12), CAP_BPF (39), in each set.
+    // CAP_NET_BIND_SERVICE (10), CAP_NET_ADMIN (12), CAP_PERFMON (38), CAP_BPF (39), in each set.
     for set in ["CapEff:", "CapPrm:", "CapBnd:"] {
-        assert_eq!(field(set), "0000008000001400", "{set}");
+        assert_eq!(field(set), "000000c000001400", "{set}");
     }
     assert!(!field("Uid:").split('\t').any(|id| id == "0"), "runs as root: {}", field("Uid:"));
     assert_eq!((field("NoNewPrivs:"), field("Seccomp:")), ("1", "2"));
@@ -157,7 +157,7 @@ fn a_fresh_install_starts_and_has_all_it_needs_and_no_more() {
     }
     let status = machine.output(&["dataplane", "status", "--json"]);
     let status: serde_json::Value = serde_json::from_str(&status).expect("JSON");
-    assert_eq!(status["engine"]["effective"], "splice", "{status}");
+    assert_eq!(status["engine"]["effective"], "auto", "{status}");
     let journal = machine.journal();
     assert!(journal.contains("listening") && !journal.contains("WARN") && !journal.contains("ERROR"), "{journal}");
 }
