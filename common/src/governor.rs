@@ -135,9 +135,10 @@ impl Sequence for u32 {
     }
 }
 
-/// Decides on `len` new bytes of the source.
+/// Decides on `len` new bytes of the source. The sink is asked when the daemon is known not to write to it: what was read before that could lag behind what
+/// the daemon has published since.
 #[inline(always)]
-pub fn judge(row: &Row, opposite: &Row, budget: &Budget, len: u32, sink: Option<Sink>) -> Action {
+pub fn judge(row: &Row, opposite: &Row, budget: &Budget, len: u32, sink: impl FnOnce() -> Option<Sink>) -> Action {
     if Reason::from_u32(row.reason.get()).is_final() {
         return Action::Drop { tell: false };
     }
@@ -150,7 +151,7 @@ pub fn judge(row: &Row, opposite: &Row, budget: &Budget, len: u32, sink: Option<
     }
     let reason = if mode == HOLD || unread != 0 {
         Reason::Held
-    } else if let Some(sink) = sink {
+    } else if let Some(sink) = sink() {
         match room(row, opposite, budget, len, sink) {
             None => {
                 row.redirected.set(row.redirected.get().wrapping_add(len as u64));
@@ -244,7 +245,7 @@ mod tests {
     }
 
     fn decide(row: &Row, len: u32, sink: Sink) -> Action {
-        judge(row, &Row::default(), &budget(), len, Some(sink))
+        judge(row, &Row::default(), &budget(), len, || Some(sink))
     }
 
     fn reason(row: &Row) -> Reason {
@@ -314,7 +315,7 @@ mod tests {
     #[test]
     fn without_a_sink_bytes_are_passed() {
         let row = running();
-        assert_eq!(judge(&row, &Row::default(), &budget(), 100, None), TOLD);
+        assert_eq!(judge(&row, &Row::default(), &budget(), 100, || None), TOLD);
         assert_eq!(reason(&row), Reason::NoSink);
     }
 
@@ -507,7 +508,7 @@ mod tests {
     fn run_of(row: &Row, other: &Row, len: u32, most: u32) -> u32 {
         let passed = |_: &u32| {
             let sink = idle(row.redirected.get() as u32);
-            judge(row, other, &budget(), len, Some(sink)) != Action::Redirect
+            judge(row, other, &budget(), len, || Some(sink)) != Action::Redirect
         };
         (0..most).find(passed).unwrap_or(most)
     }

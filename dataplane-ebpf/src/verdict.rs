@@ -90,7 +90,7 @@ fn verdict(ctx: SkBuffContext) -> u32 {
         return SK_DROP;
     }
 
-    match governor::judge(row, opposite, budget, len, sink(key ^ 1)) {
+    match governor::judge(row, opposite, budget, len, || sink(key ^ 1)) {
         Action::Redirect => {
             // SAFETY: the context and the map are what the helper asks for.
             match unsafe { SOCKS.redirect_skb(&ctx, key ^ 1, 0) } as u32 {

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::time::Duration;
 
-use common::governor::{self, Action, SEGMENT_COST, Sink};
+use common::governor::{self, Action, BASE_KNOWN, SEGMENT_COST, Sink};
 use common::{Budget, Row};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
@@ -170,10 +170,10 @@ enum Queued {
 /// How far the verdict on the head of the receive queue is.
 #[derive(Debug, Clone, Copy)]
 enum Verdict {
-    /// What the sink looks like is known.
-    Sink(Sink),
-    /// So is the mode.
-    Mode(Sink, u32),
+    /// The mode is known.
+    Mode(u32),
+    /// So is what the sink looks like.
+    Sink(u32, Sink),
 }
 
 /// A socket in the map, and its peer.
@@ -511,9 +511,11 @@ impl World {
         let Some(span) = kernel.sides[side].receive_queue.front().copied() else { return false };
         let row = &self.rows[side];
         match kernel.sides[side].verdict {
-            None => kernel.sides[side].verdict = Some(Verdict::Sink(kernel.look_at(1 - side))),
-            Some(Verdict::Sink(sink)) => kernel.sides[side].verdict = Some(Verdict::Mode(sink, row.mode.get())),
-            Some(Verdict::Mode(sink, mode)) => {
+            None => kernel.sides[side].verdict = Some(Verdict::Mode(row.mode.get())),
+            Some(Verdict::Mode(mode)) => {
+                kernel.sides[side].verdict = Some(Verdict::Sink(mode, kernel.look_at(1 - side)))
+            }
+            Some(Verdict::Sink(mode, sink)) => {
                 kernel.sides[side].verdict = None;
                 kernel.sides[side].receive_queue.pop_front();
                 if span.len > 0 {
@@ -543,9 +545,12 @@ impl World {
         if kernel.fault == Fault::IgnoresUnread {
             row.consumed.set(row.passed.get());
         }
-        let action = governor::judge(row, &self.rows[1 - side], &self.budget, span.len as u32, Some(sink));
+        let action = governor::judge(row, &self.rows[1 - side], &self.budget, span.len as u32, || Some(sink));
         row.mode.set(mode_now);
         row.consumed.set(consumed);
+        if row.known.get() & BASE_KNOWN != 0 && row.base.get() != kernel.sides[1 - side].first_write_seq {
+            kernel.wrong("base: where the sink began is not where it began".to_owned());
+        }
 
         let tell = match action {
             Action::Redirect => {
