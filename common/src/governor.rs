@@ -22,6 +22,9 @@ pub const BASE_KNOWN: u32 = 2;
 /// What one queued segment costs besides its bytes: an sk_buff, its head, and what its page holds in vain. One-byte segments cost 1 to 4 KiB each.
 pub const SEGMENT_COST: u32 = 2048;
 
+/// What the receive buffer may be exceeded by: the largest segment, and what was in flight when the window closed.
+pub const FLOOD_MARGIN: u64 = 256 * 1024;
+
 /// A run of so many bytes without one in the other direction is bulk, unless its segments are small. Exchanges of a few hundred KiB stay in the kernel; a
 /// download of a megabyte pays for its way out.
 pub const BULK_BYTES: u32 = 256 * 1024;
@@ -41,7 +44,7 @@ pub enum Reason {
     Bulk = 2,
     /// The sink is not in the map (any more).
     NoSink = 3,
-    /// More is unread than any receive buffer holds: the receive window does not bound it. The connection is lost; nothing more is kept.
+    /// More is unread than the receive buffer holds: it is not charged to it, and the window does not bound it. The connection is lost; nothing more is kept.
     Flood = 4,
     /// The kernel did not do as it was told with acknowledged bytes. The connection is lost; nothing more is kept.
     Lost = 5,
@@ -135,17 +138,23 @@ impl Sequence for u32 {
     }
 }
 
-/// Decides on `len` new bytes of the source. The sink is asked when the daemon is known not to write to it: what was read before that could lag behind what
+/// Decides on `len` new bytes of the source. `receive_buffer` is its `sk_rcvbuf`. The sink is asked when the daemon is known not to write to it: what was read before that could lag behind what
 /// the daemon has published since.
 #[inline(always)]
-pub fn judge(row: &Row, opposite: &Row, budget: &Budget, len: u32, sink: impl FnOnce() -> Option<Sink>) -> Action {
+pub fn judge(
+    row: &Row,
+    opposite: &Row,
+    budget: &Budget,
+    len: u32,
+    receive_buffer: impl FnOnce() -> u32,
+    sink: impl FnOnce() -> Option<Sink>,
+) -> Action {
     if Reason::from_u32(row.reason.get()).is_final() {
         return Action::Drop { tell: false };
     }
     let mode = row.mode.get();
-    // The budget is far more than the daemon consumes in one go, so the reason stands until it has seen it.
     let unread = row.passed.get().wrapping_sub(row.consumed.get());
-    if unread > budget.unread.get() as u64 {
+    if unread != 0 && unread > receive_buffer() as u64 + FLOOD_MARGIN {
         row.reason.set(Reason::Flood as u32);
         return Action::Drop { tell: true };
     }
@@ -195,7 +204,12 @@ fn room(row: &Row, opposite: &Row, budget: &Budget, len: u32, sink: Sink) -> Opt
     }
     let segments = before.wrapping_add(after);
     let cost = queued.saturating_add(len).saturating_add(segments.saturating_mul(SEGMENT_COST));
-    let memory = sink.wmem_queued.saturating_add(queued).saturating_add(len);
+    // What is redirected must not have to wait for the peer: passed bytes of the other direction queue behind it, and are charged to nobody there. The send queue
+    // costs more memory than it holds bytes, the more so on older kernels, which copy.
+    let memory = sink
+        .wmem_queued
+        .saturating_add(queued.saturating_add(len).saturating_mul(2))
+        .saturating_add(segments.saturating_add(1).saturating_mul(SEGMENT_COST));
     if cost > budget.queue.get() || memory > sink.sndbuf {
         row.segments_after.set(after);
         return Some(Reason::Slow);
@@ -225,11 +239,12 @@ mod tests {
     use super::*;
 
     const QUEUE: u32 = 64 * 1024;
+    const RECEIVE_BUFFER: u32 = 1 << 20;
+    const MOST_UNREAD: u64 = RECEIVE_BUFFER as u64 + FLOOD_MARGIN;
 
     fn budget() -> Budget {
         let budget = Budget::default();
         budget.queue.set(QUEUE);
-        budget.unread.set(1 << 20);
         budget
     }
 
@@ -245,7 +260,7 @@ mod tests {
     }
 
     fn decide(row: &Row, len: u32, sink: Sink) -> Action {
-        judge(row, &Row::default(), &budget(), len, || Some(sink))
+        judge(row, &Row::default(), &budget(), len, || RECEIVE_BUFFER, || Some(sink))
     }
 
     fn reason(row: &Row) -> Reason {
@@ -315,24 +330,24 @@ mod tests {
     #[test]
     fn without_a_sink_bytes_are_passed() {
         let row = running();
-        assert_eq!(judge(&row, &Row::default(), &budget(), 100, || None), TOLD);
+        assert_eq!(judge(&row, &Row::default(), &budget(), 100, || RECEIVE_BUFFER, || None), TOLD);
         assert_eq!(reason(&row), Reason::NoSink);
     }
 
     #[test]
-    fn more_unread_than_any_window_allows_is_dropped_and_told_once() {
+    fn more_unread_than_the_window_allows_is_dropped_and_told_once() {
         let row = running();
-        row.passed.set((1 << 20) + 1);
+        row.passed.set(MOST_UNREAD + 1);
         assert_eq!(decide(&row, 100, idle(0)), Action::Drop { tell: true });
         assert_eq!(decide(&row, 100, idle(0)), Action::Drop { tell: false });
         assert_eq!(reason(&row), Reason::Flood);
-        assert_eq!(row.passed.get(), (1 << 20) + 1, "what is dropped is not counted");
+        assert_eq!(row.passed.get(), MOST_UNREAD + 1, "what is dropped is not counted");
     }
 
     #[test]
     fn a_full_receive_buffer_is_no_flood() {
         let row = running();
-        row.passed.set(1 << 20);
+        row.passed.set(MOST_UNREAD);
         assert_eq!(decide(&row, 100, idle(0)), UNTOLD);
     }
 
@@ -345,15 +360,15 @@ mod tests {
 
     #[test]
     fn a_segment_that_does_not_fit_the_send_buffer_is_passed() {
-        let sink = |wmem_queued| Sink { wmem_queued, sndbuf: 10_000, write_seq: 0 };
-        assert_eq!(decide(&running(), 1_000, sink(9_000)), Action::Redirect);
-        assert_eq!(decide(&running(), 1_000, sink(9_001)), TOLD);
+        let sink = |wmem_queued| Sink { wmem_queued, sndbuf: 10_000 + 2_000 + SEGMENT_COST, write_seq: 0 };
+        assert_eq!(decide(&running(), 1_000, sink(10_000)), Action::Redirect);
+        assert_eq!(decide(&running(), 1_000, sink(10_001)), TOLD);
     }
 
     #[test]
     fn what_is_queued_already_needs_room_in_the_send_buffer_too() {
         let row = running();
-        let sink = Sink { write_seq: 0, wmem_queued: 0, sndbuf: 2_500 };
+        let sink = Sink { write_seq: 0, wmem_queued: 0, sndbuf: 2 * (2_500 + SEGMENT_COST) };
         assert_eq!(decide(&row, 1_000, sink), Action::Redirect);
         assert_eq!(decide(&row, 1_000, sink), Action::Redirect);
         assert_eq!(decide(&row, 1_000, sink), TOLD);
@@ -395,7 +410,7 @@ mod tests {
         row.passed.set(350);
         row.consumed.set(350);
         let write_seq = before.wrapping_add(1_350);
-        let tight = Sink { write_seq, wmem_queued: 0, sndbuf: 10 };
+        let tight = Sink { write_seq, wmem_queued: 0, sndbuf: 20 + SEGMENT_COST };
         assert_eq!(decide(&row, 10, tight), Action::Redirect, "nothing is queued");
         assert_eq!(row.base.get(), before);
     }
@@ -508,7 +523,7 @@ mod tests {
     fn run_of(row: &Row, other: &Row, len: u32, most: u32) -> u32 {
         let passed = |_: &u32| {
             let sink = idle(row.redirected.get() as u32);
-            judge(row, other, &budget(), len, || Some(sink)) != Action::Redirect
+            judge(row, other, &budget(), len, || RECEIVE_BUFFER, || Some(sink)) != Action::Redirect
         };
         (0..most).find(passed).unwrap_or(most)
     }

@@ -50,6 +50,8 @@ pub mod offset {
     pub const WMEM_QUEUED: &str = "OFFSET_WMEM_QUEUED";
     /// `sock.sk_sndbuf`
     pub const SNDBUF: &str = "OFFSET_SNDBUF";
+    /// `sock.sk_rcvbuf`
+    pub const RCVBUF: &str = "OFFSET_RCVBUF";
 }
 
 /// One direction of a forwarded connection: bytes that its *source* receives, for its *sink*. Positions count bytes since the source went into [`SOCKS`].
@@ -102,7 +104,5 @@ pub struct Row {
 pub struct Budget {
     /// What one direction may have queued on its way to the sink's send buffer, bytes, overhead included.
     pub queue: Word,
-    /// How many bytes may have been passed and not consumed: more than any receive buffer holds.
-    pub unread: Word,
-    spare: [u64; 7],
+    spare: [u32; 15],
 }

@@ -89,14 +89,20 @@ pub fn load(connections: u32) -> Result<Programs, LoadError> {
     let object = object().ok_or(LoadError::NotBuiltIn)?;
     let offsets = btf::offsets(
         Path::new(btf::KERNEL),
-        [("tcp_sock", "write_seq"), ("tcp_sock", "copied_seq"), ("sock", "sk_wmem_queued"), ("sock", "sk_sndbuf")],
+        [
+            ("tcp_sock", "write_seq"),
+            ("tcp_sock", "copied_seq"),
+            ("sock", "sk_wmem_queued"),
+            ("sock", "sk_sndbuf"),
+            ("sock", "sk_rcvbuf"),
+        ],
     )
     .map_err(LoadError::KernelTypes)?;
     load_object(object, offsets, connections * 2).map_err(LoadError::from)
 }
 
-fn load_object(object: &[u8], offsets: [u32; 4], keys: u32) -> Result<Programs, EbpfError> {
-    let names = [offset::WRITE_SEQ, offset::COPIED_SEQ, offset::WMEM_QUEUED, offset::SNDBUF];
+fn load_object(object: &[u8], offsets: [u32; 5], keys: u32) -> Result<Programs, EbpfError> {
+    let names = [offset::WRITE_SEQ, offset::COPIED_SEQ, offset::WMEM_QUEUED, offset::SNDBUF, offset::RCVBUF];
     let mut loader = EbpfLoader::new();
     for (name, offset) in names.into_iter().zip(&offsets) {
         loader.override_global(name, offset, true);

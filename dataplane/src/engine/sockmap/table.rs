@@ -28,9 +28,6 @@ const LARGEST_QUEUE: u64 = 256 * 1024;
 /// Less is not worth a place: one message of 2 KiB and its overhead.
 const SMALLEST_QUEUE: u64 = 4 * 1024;
 
-/// More than any receive buffer holds is a flood: what is above `tcp_rmem`'s maximum by so much.
-const FLOOD_MARGIN: u32 = 1 << 20;
-
 /// See the module.
 #[derive(Debug)]
 pub struct Table {
@@ -94,7 +91,6 @@ impl Table {
     pub fn load(connections: usize, spills: [IntCounter; 2]) -> Result<Arc<Self>, LoadError> {
         let places = MOST.min(connections as u32).max(1);
         let mut programs = load(places)?;
-        programs.budget[0].unread.set(largest_receive_buffer().saturating_add(FLOOD_MARGIN));
         let events = programs.events.take().expect("nobody took it before");
         let (grace, requests) = mpsc::channel();
         let table = Arc::new(Self {
@@ -295,10 +291,4 @@ fn serve_grace_periods(requests: &mpsc::Receiver<oneshot::Sender<io::Result<()>>
             let _ = answer.send(errno.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno))));
         }
     }
-}
-
-/// The largest receive buffer that the kernel gives a socket by itself (kernel: Documentation/networking/ip-sysctl.rst, tcp_rmem).
-fn largest_receive_buffer() -> u32 {
-    let text = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_rmem").unwrap_or_default();
-    text.split_whitespace().nth(2).and_then(|max| max.parse().ok()).unwrap_or(64 << 20)
 }
