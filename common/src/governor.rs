@@ -25,9 +25,12 @@ pub const SEGMENT_COST: u32 = 2048;
 /// What the receive buffer may be exceeded by: the largest segment, and what was in flight when the window closed.
 pub const FLOOD_MARGIN: u64 = 256 * 1024;
 
-/// A run of so many bytes without one in the other direction is bulk, unless its segments are small. Exchanges of a few hundred KiB stay in the kernel; a
+/// A run of so many bytes without an answer in the other direction is bulk, unless its segments are small. Exchanges of a few hundred KiB stay in the kernel; a
 /// download of a megabyte pays for its way out.
 pub const BULK_BYTES: u32 = 256 * 1024;
+
+/// A run ends when the other direction has carried more than this part of it.
+pub const ANSWER: u32 = 16;
 
 /// The mean segment of a run of bulk is larger than this: bulk fills its packets, or GRO its segments.
 pub const BULK_SEGMENT: u32 = 1000;
@@ -217,7 +220,8 @@ fn room(row: &Row, opposite: &Row, budget: &Budget, len: u32, sink: Sink) -> Opt
 
     let other = opposite.redirected.get().wrapping_add(opposite.passed.get()) as u32;
     let (mut bytes, mut run) = (row.run_bytes.get(), row.run_segments.get());
-    if row.run_began.get() != other {
+    // What comes back in the course of a download, window updates for one, is no answer.
+    if other.wrapping_sub(row.run_began.get()).saturating_mul(ANSWER) > bytes {
         row.run_began.set(other);
         (bytes, run) = (0, 0);
     }
@@ -537,15 +541,30 @@ mod tests {
     }
 
     #[test]
-    fn a_run_ends_when_the_other_direction_speaks() {
+    fn a_run_ends_when_the_other_direction_answers() {
         let (row, other) = (running(), running());
         row.leave_on_bulk.set(1);
         for exchange in 0..20 {
             assert_eq!(run_of(&row, &other, 1_448, 100), 100, "{exchange}");
             // By either way.
-            other.redirected.set(other.redirected.get() + exchange % 2);
-            other.passed.set(other.passed.get() + 1 - exchange % 2);
+            let answer = 100 * 1_448 / u64::from(ANSWER) + 1;
+            other.redirected.set(other.redirected.get() + exchange % 2 * answer);
+            other.passed.set(other.passed.get() + (1 - exchange % 2) * answer);
         }
+    }
+
+    #[test]
+    fn window_updates_do_not_end_a_run() {
+        let (row, other) = (running(), running());
+        row.leave_on_bulk.set(1);
+        // A first answer begins the run.
+        other.redirected.set(500);
+        let mut segments = 0;
+        while segments < 10_000 && run_of(&row, &other, 1_448, 45) == 45 {
+            segments += 45;
+            other.redirected.set(other.redirected.get() + 40);
+        }
+        assert!(segments <= BULK_BYTES / 1_448, "{segments}");
     }
 
     #[test]

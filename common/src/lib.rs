@@ -18,6 +18,9 @@ pub const VERDICT: &str = "verdict";
 /// The socket filter that keeps data away from a socket for a moment.
 pub const QUIESCE: &str = "quiesce";
 
+/// The socket filter that keeps the end of the stream away from a socket.
+pub const POSTPONE_END: &str = "postpone_end";
+
 /// The forwarded sockets, to which [`VERDICT`] is attached. Key: the [`Row`] of which the socket is the source.
 pub const SOCKS: &str = "SOCKS";
 
@@ -33,7 +36,8 @@ pub const BUDGET: &str = "BUDGET";
 /// A ring buffer of `u32`s: keys whose direction left the kernel's path.
 pub const EVENTS: &str = "EVENTS";
 
-/// Bytes of [`EVENTS`] for so many keys: an event is 16 bytes there, and a direction has one at a time, or two while the daemon is late to look.
+/// Bytes of [`EVENTS`] for so many keys: an event is 16 bytes there, and a direction has one at a time, or two while the daemon is late to
+/// look. Were there ever more, the daemon would see the row itself at its next look, within seconds.
 pub const fn events_bytes(keys: u32) -> u32 {
     let bytes = (keys * 32).next_power_of_two();
     // A whole number of pages, however large a page is.
@@ -56,7 +60,7 @@ pub mod offset {
 
 /// One direction of a forwarded connection: bytes that its *source* receives, for its *sink*. Positions count bytes since the source went into [`SOCKS`].
 ///
-/// The first cache line is written by [`VERDICT`] alone, which the kernel runs with the source locked; the second by the daemon alone.
+/// While the source is in the map, the first cache line is written by [`VERDICT`] alone, which the kernel runs with the source locked, the second by the daemon alone.
 #[repr(C, align(64))]
 #[derive(Debug, Default)]
 pub struct Row {
@@ -74,7 +78,7 @@ pub struct Row {
     pub known: Word,
     /// Why the direction last left the kernel's path: a [`governor::Reason`].
     pub reason: Word,
-    /// Bytes redirected since the other direction last carried one.
+    /// Bytes redirected since the other direction last answered.
     pub run_bytes: Word,
     /// Segments of that run.
     pub run_segments: Word,

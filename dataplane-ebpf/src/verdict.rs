@@ -89,6 +89,7 @@ fn verdict(ctx: SkBuffContext) -> u32 {
     }
     let len = len - before;
     if len == 0 {
+        // Cut to nothing first: a drop advances `copied_seq` by what is left of the segment (net/core/skmsg.c, `sk_psock_verdict_apply`).
         return SK_DROP;
     }
 
@@ -121,7 +122,7 @@ fn lose(row: &Row, key: u32) -> u32 {
 
 fn told(key: u32, tell: bool) {
     if tell {
-        // The ring has room: a direction has at most one unanswered event.
+        // There is room: see `common::events_bytes`.
         let _ = EVENTS.output::<u32>(key, 0);
     }
 }

@@ -73,13 +73,22 @@ impl Programs {
 
     /// From now on only acknowledgements and resets reach the socket.
     pub fn quiesce(&self, socket: impl AsFd) -> io::Result<()> {
-        let program = self.ebpf.program(common::QUIESCE).expect("load() found it");
+        self.filter(common::QUIESCE, socket)
+    }
+
+    /// From now on no FIN reaches the socket.
+    pub fn postpone_end(&self, socket: impl AsFd) -> io::Result<()> {
+        self.filter(common::POSTPONE_END, socket)
+    }
+
+    fn filter(&self, name: &str, socket: impl AsFd) -> io::Result<()> {
+        let program = self.ebpf.program(name).expect("load() found it");
         let filter: &SocketFilter = program.try_into().expect("load() found it to be a socket filter");
         filter.attach(socket).map_err(io::Error::other)
     }
 
-    /// Ends what [`quiesce`](Self::quiesce) began.
-    pub fn unquiesce(socket: impl AsFd) -> io::Result<()> {
+    /// From now on everything reaches the socket.
+    pub fn unfilter(socket: impl AsFd) -> io::Result<()> {
         SocketFilter::detach(socket).map_err(io::Error::other)
     }
 }
@@ -119,8 +128,10 @@ fn load_object(object: &[u8], offsets: [u32; 5], keys: u32) -> Result<Programs, 
     verdict.load()?;
     verdict.attach(&sockets_fd)?;
     let verdict_id = verdict.info()?.id();
-    let quiesce: &mut SocketFilter = ebpf.program_mut(common::QUIESCE).expect("in dataplane-ebpf").try_into()?;
-    quiesce.load()?;
+    for name in [common::QUIESCE, common::POSTPONE_END] {
+        let filter: &mut SocketFilter = ebpf.program_mut(name).expect("in dataplane-ebpf").try_into()?;
+        filter.load()?;
+    }
     Ok(Programs {
         sockets: Mutex::new(sockets),
         keys: Mutex::new(HashMap::try_from(take(&mut ebpf, common::KEYS))?),

@@ -85,6 +85,9 @@ pub struct TcpInfo {
 /// [`TcpInfo::state`] of a socket to which both sides may still write.
 pub const TCP_ESTABLISHED: u8 = 1;
 
+/// [`TcpInfo::state`] of a socket that has received FIN and sent none.
+pub const TCP_CLOSE_WAIT: u8 = 8;
+
 /// [`TcpInfo::state`] of a socket without a connection, for example after a RST (include/net/tcp_states.h).
 pub const TCP_CLOSE: u8 = 7;
 

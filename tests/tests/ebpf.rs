@@ -11,7 +11,7 @@ use aya::sys::{Stats, enable_stats};
 use dataplane::config::EngineChoice;
 use dataplane::ebpf::{self, Programs};
 use dataplane::engine::sockmap::{self, Left, Outcome, Table};
-use dataplane::engine::{Abilities, Effective, Legs, Timeouts, Traffic};
+use dataplane::engine::{Abilities, Effective, Legs, StreamState, Timeouts, Traffic};
 use dataplane::metrics::Metrics;
 use rustix::net::sockopt::socket_cookie;
 
@@ -140,7 +140,7 @@ fn quiesced_a_socket_gets_no_data_until_it_is_let_in_again_and_resets_at_once() 
     // What goes the other way is acknowledged meanwhile.
     server.write_all(b"now").expect("connected");
     eventually("acknowledged", || dataplane::sys::unacknowledged(&server).expect("SIOCOUTQ") == 0);
-    Programs::unquiesce(&server).expect("detached");
+    Programs::unfilter(&server).expect("detached");
     server.set_read_timeout(Some(Duration::from_secs(5))).expect("a timeout");
     server.read_exact(&mut received).expect("sent again");
     assert_eq!(&received, b"later");
@@ -169,11 +169,15 @@ fn a_connection_of_which_only_one_socket_can_be_inserted_goes_on_with_the_relay(
             stream.set_nonblocking(true).expect("fcntl");
             tokio::net::TcpStream::from_std(stream).expect("registered")
         };
-        let legs = Legs { client: tokio_stream(client_near), upstream: tokio_stream(upstream_near), ended: [false; 2] };
+        let legs = Legs {
+            client: tokio_stream(client_near),
+            upstream: tokio_stream(upstream_near),
+            streams: [StreamState::Open; 2],
+        };
         let Outcome::Left(legs, why) = sockmap::forward(&table, legs, false, timeouts, &traffic).await else {
             panic!("the connection ended");
         };
-        assert_eq!((why, legs.ended), (Left::Refused, [false; 2]));
+        assert_eq!((why, legs.streams), (Left::Refused, [StreamState::Open; 2]));
         (legs.client.into_std().expect("a socket"), legs.upstream.into_std().expect("a socket"))
     });
     // What came meanwhile is still there, and no verdict gets in the way.

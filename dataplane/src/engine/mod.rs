@@ -62,10 +62,12 @@ impl Abilities {
     /// Tries everything. The table that comes of it has room for so many connections, and counts spills there.
     pub fn test(connections: usize, spills: [IntCounter; 2]) -> Self {
         let sockmap = Table::load(connections, spills).map_err(|error| error.to_string());
-        Self {
-            splice: splice::self_test(),
-            sockmap: sockmap.and_then(|table| sockmap::self_test::run(&table).map(|()| table)),
+        let sockmap = sockmap.and_then(|table| sockmap::self_test::run(&table).map(|()| table));
+        if let Ok(table) = &sockmap {
+            // Those of the self-test are nobody's.
+            table.spills.iter().for_each(IntCounter::reset);
         }
+        Self { splice: splice::self_test(), sockmap }
     }
 }
 
@@ -188,8 +190,19 @@ pub struct Legs {
     pub client: TcpStream,
     /// The dialled socket.
     pub upstream: TcpStream,
-    /// By side: its peer has sent FIN, and all before it was sent on; FIN was not.
-    pub ended: [bool; 2],
+    /// By side of the source.
+    pub streams: [StreamState; 2],
+}
+
+/// How far a direction of a connection between two engines is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StreamState {
+    /// Bytes may come.
+    Open,
+    /// Its source has sent FIN, and all before it was sent on.
+    Ended,
+    /// FIN was sent on, too.
+    Finished,
 }
 
 /// Deadlines of an established connection.
@@ -401,7 +414,7 @@ impl Counter {
 /// Forwards until the connection ends. On [`End::Done`] both sockets were closed with FIN, on anything else with RST.
 pub async fn forward(engine: &Effective, pair: Pair, timeouts: Timeouts, traffic: &Traffic) -> End {
     let Pair { client, upstream, mut first } = pair;
-    let mut legs = Legs { client, upstream, ended: [false; 2] };
+    let mut legs = Legs { client, upstream, streams: [StreamState::Open; 2] };
     let mut promotion = engine.promotion();
     loop {
         legs = match relay::run(engine.relay, legs, std::mem::take(&mut first), promotion.clone(), timeouts, traffic)
@@ -420,8 +433,8 @@ pub async fn forward(engine: &Effective, pair: Pair, timeouts: Timeouts, traffic
             Outcome::Left(legs, why) => (legs, why),
         };
         promotion = match why {
-            Left::Bulk => promotion.after_bulk(),
-            Left::Refused | Left::Ending => Promotion::Never,
+            Left::Bulk | Left::Refused => promotion.after_return(),
+            Left::Ending => Promotion::Never,
         };
     }
 }

@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep_until};
 use super::promotion::Promotion;
 use super::splice::Pipe;
 use super::watch::Watch;
-use super::{Counter, End, First, Kind, Legs, Path, Side, Timeouts, Traffic, copy};
+use super::{Counter, End, First, Kind, Legs, Path, Side, StreamState, Timeouts, Traffic, copy};
 use crate::{socket, sys};
 
 /// Reads of one direction before other connections of the worker get their turn. With [`crate::worker::EVENT_INTERVAL`]: an echo beside four bulk transfers
@@ -64,9 +64,9 @@ async fn forward(
     timeouts: Timeouts,
     traffic: &Traffic,
 ) -> Option<End> {
-    let Legs { client, upstream, ended: [client_ended, upstream_ended] } = legs;
-    let mut up = Direction::new(kind, first, *client_ended);
-    let mut down = Direction::new(kind, First::default(), *upstream_ended);
+    let Legs { client, upstream, streams: [to_upstream, to_client] } = legs;
+    let mut up = Direction::new(kind, Side::Client, first, *to_upstream);
+    let mut down = Direction::new(kind, Side::Upstream, First::default(), *to_client);
     let mut watch = Watch::new(timeouts);
     let mut timer = pin!(sleep_until(watch.deadline()));
     // A side that resets while nothing is read from it or written to it, because the other side is stalled, is noticed here.
@@ -130,6 +130,7 @@ fn all_sent(socket: &TcpStream) -> bool {
 
 /// One direction.
 struct Direction {
+    from: Side,
     splice: bool,
     held: Held,
     /// Bytes at the front of what is held that are not payload.
@@ -203,10 +204,14 @@ fn prove_fin(from: &TcpStream, has_our_fin: bool) -> io::Result<()> {
 }
 
 impl Direction {
-    fn new(kind: Kind, first: First, ended: bool) -> Self {
+    fn new(kind: Kind, from: Side, first: First, state: StreamState) -> Self {
         let held = if first.bytes.is_empty() { Held::Nothing } else { Held::Buffer { bytes: first.bytes, sent: 0 } };
-        let flow = if ended { Flow::SourceEnded } else { Flow::Open };
-        Self { splice: kind == Kind::Splice, held, header: first.header, flow, bulk: false, moved: 0 }
+        let flow = match state {
+            StreamState::Open => Flow::Open,
+            StreamState::Ended => Flow::SourceEnded,
+            StreamState::Finished => Flow::Finished,
+        };
+        Self { from, splice: kind == Kind::Splice, held, header: first.header, flow, bulk: false, moved: 0 }
     }
 
     /// Whether it is open and holds nothing.
@@ -246,7 +251,7 @@ impl Direction {
             reads -= 1;
             match from.try_io(Interest::READABLE, || self.receive(from, to, counter)) {
                 Ok(0) => self.flow = Flow::SourceEnded,
-                Ok(n) => promotion.note(n, Instant::now),
+                Ok(n) => promotion.note(self.from, n, Instant::now),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     ready!(from.poll_read_ready(cx)).map_err(Broken::Source)?;
                 }

@@ -4,7 +4,7 @@
 
 use std::future::{Future, poll_fn};
 use std::io;
-use std::net::TcpStream as StdStream;
+use std::net::{Shutdown, TcpStream as StdStream};
 use std::os::fd::AsFd;
 use std::pin::pin;
 use std::sync::Arc;
@@ -22,14 +22,18 @@ use super::table::{Place, Signal, Table};
 use crate::ebpf::Programs;
 use crate::engine::relay::ended_by;
 use crate::engine::watch::Watch;
-use crate::engine::{End, Legs, Path, Side, Timeouts, Traffic, copy};
+use crate::engine::{End, Legs, Path, Side, StreamState, Timeouts, Traffic, copy};
 use crate::{socket, sys};
 
 /// How long data is kept away from a socket that leaves the map, until both directions have nothing left to forward. Its sender sees a loss.
 const PATIENCE: Duration = Duration::from_millis(100);
 
-/// How long to let a direction go on before the next attempt to leave.
+/// How long to let a direction go on before the next attempt to leave, doubling.
 const LEAVE_AGAIN: Duration = Duration::from_secs(1);
+const LONGEST_LEAVE_AGAIN: Duration = Duration::from_secs(16);
+
+/// How long a FIN may wait for the socket to leave the map, before it is sent by a socket that is still there.
+const FIN_PATIENCE: Duration = Duration::from_millis(300);
 
 const SIDES: [Side; 2] = [Side::Client, Side::Upstream];
 
@@ -152,11 +156,15 @@ struct Flow<'a> {
     streams: [Stream; 2],
     /// By side of the source: what it had received before.
     received_before: [u64; 2],
-    /// By side; those that are in the map.
+    /// By side.
     registrations: [Option<Registration>; 2],
+    /// By side.
+    in_map: [bool; 2],
     /// By side of the source: what of the stream's bytes was counted.
     counted: [u64; 2],
     leave_on_bulk: bool,
+    /// By side: we have sent FIN on this socket.
+    fin_sent: [bool; 2],
 }
 
 /// A direction's sockets.
@@ -185,7 +193,7 @@ impl Ports for Sockets<'_> {
         // TCP_INFO takes the socket's lock (net/ipv4/tcp.c, `tcp_get_info`).
         let info = sys::tcp_info(self.source())?;
         // FIN has a place in the sequence, and so in this count.
-        let fin = u64::from(!matches!(info.state, sys::TCP_ESTABLISHED | sys::TCP_CLOSE));
+        let fin = u64::from(info.state == sys::TCP_CLOSE_WAIT);
         Ok(Received {
             bytes: (info.bytes_received - fin).saturating_sub(self.received_before),
             reset: info.state == sys::TCP_CLOSE,
@@ -258,17 +266,19 @@ impl<'a> Flow<'a> {
         // From here on the sockets belong to this worker's epoll instance.
         let sockets = [legs.client.into_std()?, legs.upstream.into_std()?];
         let mut registrations = [None, None];
-        // The sink of a direction has to be there before its source.
-        for side in [Side::Upstream, Side::Client] {
+        for side in SIDES {
             let socket = &sockets[side as usize];
             let _ = socket::no_user_timeout(socket);
-            let registration = Registration::new(epoll.clone(), &place, side, socket)?;
-            if let Err(error) = place.insert(side, socket) {
+            registrations[side as usize] = Some(Registration::new(epoll.clone(), &place, side, socket)?);
+        }
+        let mut in_map = [false; 2];
+        // The sink of a direction has to be there before its source.
+        for side in [Side::Upstream, Side::Client] {
+            if let Err(error) = place.insert(side, &sockets[side as usize]) {
                 tracing::debug!(?side, %error, "not taken by the sockmap");
-                registration.end(socket);
                 break;
             }
-            registrations[side as usize] = Some(registration);
+            in_map[side as usize] = true;
         }
         let now = Instant::now();
         let engaged = Arc::new(Engaged { sockets, accepted_before, place });
@@ -278,8 +288,10 @@ impl<'a> Flow<'a> {
             streams: [Stream::new(now), Stream::new(now)],
             received_before: [client_received, upstream_received],
             registrations,
+            in_map,
             counted: [0; 2],
             leave_on_bulk,
+            fin_sent: [false; 2],
             traffic: Shared(traffic),
         })
     }
@@ -287,8 +299,9 @@ impl<'a> Flow<'a> {
     async fn run(mut self, timeouts: Timeouts) -> Outcome {
         let mut watch = Watch::unattended(timeouts);
         let mut leaving = SIDES.into_iter().any(|side| !self.is_in_map(side)).then_some(Left::Refused);
-        let mut not_before = Instant::now();
-        let mut moved = 0;
+        let (mut not_before, mut pause) = (Instant::now(), LEAVE_AGAIN);
+        let mut fin_due = not_before;
+        let mut moved = (0, 0);
         loop {
             let want = if leaving.is_some() { Want::Userspace } else { Want::Kernel };
             let next = match self.advance(want) {
@@ -297,6 +310,7 @@ impl<'a> Flow<'a> {
             };
             if leaving.is_none() {
                 leaving = self.reason_to_leave();
+                fin_due = Instant::now() + FIN_PATIENCE;
                 if leaving.is_some() {
                     // What is wanted of both directions has changed.
                     continue;
@@ -309,17 +323,31 @@ impl<'a> Flow<'a> {
             {
                 match self.leave().await {
                     Ok(true) => return self.into_left(why),
-                    Ok(false) => not_before = Instant::now() + LEAVE_AGAIN,
+                    Ok(false) => {
+                        not_before = Instant::now() + pause;
+                        pause = (pause * 2).min(LONGEST_LEAVE_AGAIN);
+                    }
                     Err(end) => return Outcome::Ended(end),
                 }
                 continue;
             }
+            let fin_waits = leaving == Some(Left::Ending) && SIDES.into_iter().any(|side| self.owes_fin(side));
+            if fin_waits && now >= fin_due {
+                if let Err(end) = self.finish_in_map().await {
+                    return Outcome::Ended(end);
+                }
+                fin_due = Instant::now() + LEAVE_AGAIN;
+                continue;
+            }
 
-            let total = self.total();
-            if total != moved {
-                moved = total;
+            let total = self.moved();
+            if total.1 != moved.1 {
+                self.traffic.0.touch(now.into_std());
+                watch.bytes_moved(now);
+            } else if total.0 != moved.0 {
                 watch.bytes_moved(now.checked_sub(self.engaged.idle()).unwrap_or(now));
             }
+            moved = total;
             if now >= watch.deadline() {
                 let [client, upstream] = &self.engaged.sockets;
                 if let Some(end) = watch.look(client, upstream) {
@@ -338,6 +366,9 @@ impl<'a> Flow<'a> {
             if leaving.is_some() && self.may_leave() {
                 deadline = deadline.min(not_before);
             }
+            if fin_waits {
+                deadline = deadline.min(fin_due);
+            }
             if let Err(end) = self.wait(deadline).await {
                 return Outcome::Ended(end);
             }
@@ -345,7 +376,7 @@ impl<'a> Flow<'a> {
     }
 
     fn is_in_map(&self, side: Side) -> bool {
-        self.registrations[side as usize].is_some()
+        self.in_map[side as usize]
     }
 
     /// Lets both directions do what they can.
@@ -378,6 +409,9 @@ impl<'a> Flow<'a> {
         if self.streams.iter().any(|stream| stream.phase == Phase::Complete) {
             return Some(Left::Ending);
         }
+        if !self.engaged.place.table().has_room() {
+            return Some(Left::Refused);
+        }
         let mut bulk = false;
         for from in SIDES {
             let stream = &mut self.streams[from as usize];
@@ -391,10 +425,10 @@ impl<'a> Flow<'a> {
         bulk.then_some(Left::Bulk)
     }
 
-    /// Bytes that this flow has seen to move.
-    fn total(&self) -> u64 {
-        let one = |from: Side| self.engaged.redirected(from) + self.streams[from as usize].written();
-        SIDES.into_iter().map(one).sum()
+    /// Bytes that have moved, inside the kernel and through userspace.
+    fn moved(&self) -> (u64, u64) {
+        let kernel = SIDES.into_iter().map(|from| self.engaged.redirected(from)).sum();
+        (kernel, self.streams.iter().map(Stream::written).sum())
     }
 
     /// Whether an attempt to leave has prospects: userspace forwards, and no reader keeps it waiting.
@@ -423,13 +457,15 @@ impl<'a> Flow<'a> {
         drop(self.traffic.0.disengage());
         let engaged = Arc::get_mut(&mut self.engaged).expect("only looked at under the lock of Traffic");
         for side in SIDES {
-            if let Some(registration) = self.registrations[side as usize].take() {
+            if std::mem::take(&mut self.in_map[side as usize]) {
                 engaged.place.remove(side);
+            }
+            if let Some(registration) = self.registrations[side as usize].take() {
                 registration.end(&engaged.sockets[side as usize]);
             }
         }
         for side in open {
-            let _ = Programs::unquiesce(&engaged.sockets[side as usize]);
+            let _ = Programs::unfilter(&engaged.sockets[side as usize]);
         }
         Ok(true)
     }
@@ -453,7 +489,9 @@ impl<'a> Flow<'a> {
                     let next = self.advance(Want::Userspace)?;
                     drained =
                         open.iter().all(|side| self.streams[*side as usize].is_drained(self.engaged.place.row(*side)));
-                    if !drained && next != Next::Turn {
+                    if next == Next::Turn {
+                        tokio::task::yield_now().await;
+                    } else if !drained {
                         self.wait(Instant::now() + Duration::from_millis(1)).await?;
                     }
                 }
@@ -462,20 +500,64 @@ impl<'a> Flow<'a> {
         }
         if !drained {
             for side in open {
-                let _ = Programs::unquiesce(&self.engaged.sockets[*side as usize]);
+                let socket = &self.engaged.sockets[*side as usize];
+                // Of two filters the later one counts.
+                let _ = if self.fin_sent[*side as usize] {
+                    table.programs.postpone_end(socket)
+                } else {
+                    Programs::unfilter(socket)
+                };
             }
         }
         Ok(drained)
     }
 
+    /// Whether the peer of this side has still to be told that the other side has ended.
+    fn owes_fin(&self, side: Side) -> bool {
+        self.is_in_map(side)
+            && !self.fin_sent[side as usize]
+            && self.streams[side.other() as usize].phase == Phase::Complete
+            && !self.streams[side as usize].source_ended
+    }
+
+    /// Passes the end of a stream on although the socket is in the map, since a slow reader of what that socket receives keeps it there.
+    ///
+    /// From the exchange of both FINs on, passed bytes that are unread would be lost. So the peer's is kept away until the socket has left; the peer sends it again.
+    /// Where it has come already, ours waits: that peer has nothing more to say.
+    async fn finish_in_map(&mut self) -> Result<(), End> {
+        let table = self.engaged.place.table().clone();
+        for side in SIDES {
+            let socket = &self.engaged.sockets[side as usize];
+            if !self.owes_fin(side) || table.programs.postpone_end(socket).is_err() {
+                continue;
+            }
+            let waited = table.grace_period().await;
+            let socket = &self.engaged.sockets[side as usize];
+            let established = sys::tcp_info(socket).is_ok_and(|info| info.state == sys::TCP_ESTABLISHED);
+            if waited.is_err() || !established {
+                let _ = Programs::unfilter(socket);
+                continue;
+            }
+            if let Err(error) = socket.shutdown(Shutdown::Write) {
+                return Err(end_of(Broken::Source(error), side));
+            }
+            self.fin_sent[side as usize] = true;
+        }
+        Ok(())
+    }
+
     fn into_left(self, why: Left) -> Outcome {
-        let ended = self.streams.each_ref().map(|stream| stream.phase == Phase::Complete);
+        let streams = SIDES.map(|from| match self.streams[from as usize].phase {
+            Phase::Complete if self.fin_sent[from.other() as usize] => StreamState::Finished,
+            Phase::Complete => StreamState::Ended,
+            _ => StreamState::Open,
+        });
         let Some(Engaged { sockets: [client, upstream], place, .. }) = Arc::into_inner(self.engaged) else {
             unreachable!("only looked at under the lock of Traffic");
         };
         drop(place);
         match (TcpStream::from_std(client), TcpStream::from_std(upstream)) {
-            (Ok(client), Ok(upstream)) => Outcome::Left(Legs { client, upstream, ended }, why),
+            (Ok(client), Ok(upstream)) => Outcome::Left(Legs { client, upstream, streams }, why),
             (Err(error), _) | (_, Err(error)) => lost(&error),
         }
     }
@@ -485,7 +567,7 @@ impl<'a> Flow<'a> {
         for side in SIDES {
             let Some(registration) = &mut self.registrations[side as usize] else { continue };
             let (source, sink) = (&self.streams[side as usize], &self.streams[side.other() as usize]);
-            let readable = source.phase == Phase::Userspace && !source.is_blocked();
+            let readable = self.in_map[side as usize] && source.phase == Phase::Userspace && !source.is_blocked();
             registration
                 .want(&self.engaged.sockets[side as usize], readable, sink.is_blocked())
                 .map_err(|error| end_of(Broken::Source(error), side))?;

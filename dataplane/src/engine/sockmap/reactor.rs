@@ -26,7 +26,7 @@ thread_local! {
     static EPOLL: OnceCell<Arc<OwnedFd>> = const { OnceCell::new() };
 }
 
-/// A socket's registration; the socket must still be open when it is dropped.
+/// A socket's registration, which goes with the socket or is [`end`](Self::end)ed.
 #[derive(Debug)]
 pub struct Registration {
     epoll: Arc<OwnedFd>,

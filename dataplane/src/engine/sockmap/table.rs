@@ -142,6 +142,11 @@ impl Table {
         answered.await.map_err(io::Error::other)?
     }
 
+    /// Whether the budget still has a share for each connection that is in the map: a reload may have taken it.
+    pub fn has_room(&self) -> bool {
+        u64::from(self.programs.budget[0].queue.get()) >= SMALLEST_QUEUE
+    }
+
     /// The signal of a place.
     pub fn signal(&self, index: u32) -> Option<&Signal> {
         self.signals.get(index as usize)
@@ -246,6 +251,8 @@ impl Drop for Place {
         for side in [Side::Client, Side::Upstream] {
             self.forget(side);
         }
+        // It keeps the memory of the connection's task.
+        drop(self.signal().waker.take());
         let mut free = self.table.free();
         free.push(self.index);
         self.table.share_out(&free);
