@@ -72,6 +72,10 @@ fn measure_stalled(engine: &str, both_ways: bool) -> Result<(), String> {
     let during = Memory::now(&rig);
     // Exact, whatever else the machine does: what the senders got rid of is in a TCP queue, or the daemon keeps it.
     let kept = accepted.saturating_sub(rig.net.queued_bytes());
+    println!(
+        "{engine}: {} bytes are redirected and not sent",
+        rig.daemon.metric("dataplane_sockmap_backlog_bytes", &[])
+    );
     let kept_bound = during.pipes + senders.len() as u64 * HELD_EACH_WAY;
     assert!(kept <= kept_bound, "{kept} bytes are in no TCP queue, the bound is {kept_bound}");
     println!("{engine}: of {accepted} bytes sent {kept} are in no TCP queue, the bound is {kept_bound}");
@@ -157,6 +161,12 @@ fn lost_to_stalled(engine: &str, both_ways: bool) -> u64 {
         push(&senders);
         least = least.min(available());
         std::thread::sleep(Duration::from_millis(10));
+    }
+    if engine == "sockmap" {
+        let metric = |name, labels: &[(&str, &str)]| rig.daemon.metric(name, labels) as u64;
+        assert!(metric("dataplane_bytes_total", &[("path", "kernel")]) > 0, "the kernel has forwarded");
+        let spills = metric("dataplane_sockmap_spills_total", &[]) as usize;
+        assert!(spills >= senders.len(), "{spills} directions left the kernel's path, of {}", senders.len());
     }
     drop(pairs);
     rig.wait_idle();

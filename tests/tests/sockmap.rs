@@ -304,6 +304,8 @@ fn a_million_segments_of_one_byte_cost_no_memory_and_arrive_in_order() {
     let segments = rig.net.entrance.tcp_segments_received() - segments;
     println!("{segments} segments for {} bytes", CONNECTIONS * BYTES);
     assert!(segments * 10 > CONNECTIONS * BYTES * 9, "the client put many bytes into one segment");
+    let kernel = bytes(&rig, "to_upstream", "kernel");
+    assert!(kernel > CONNECTIONS * BYTES / 100, "only {kernel} bytes by the kernel");
     drop(pairs);
     rig.wait_idle();
 }
@@ -391,6 +393,63 @@ fn a_client_that_half_closes_during_a_backlogged_download_gets_all_of_it() {
     }
     rig.wait_idle();
     rig.daemon.wait_metric("dataplane_connections_closed_total", &[("reason", "done")], 24.0);
+}
+
+/// An upstream that goes on until it is told to stop must hear of it, however slowly its bytes are read.
+#[test]
+fn a_half_close_is_passed_on_while_the_one_who_sent_it_does_not_read() {
+    let _turn = beside_others();
+    let rig = Rig::new(&Config::new("sockmap"));
+    for by_client in [true, false] {
+        let mut talk = Talk::new(rig.pair());
+        talk.exchange_until(&rig, "sockmap");
+        let at = talk.at;
+        let (near, far) = if by_client { (&talk.client, &talk.server) } else { (&talk.server, &talk.client) };
+        let sent = DOWN.send_until_stalled(far, at);
+        near.shutdown(Shutdown::Write).expect("FIN");
+        assert_eq!(UP.receive(far, at), (at, End::Fin), "by the client: {by_client}");
+        // The other side ends as well, before anything was read.
+        far.shutdown(Shutdown::Write).expect("FIN");
+        std::thread::sleep(Duration::from_millis(500));
+        assert_eq!(DOWN.receive(near, at), (sent, End::Fin), "by the client: {by_client}");
+    }
+    rig.wait_idle();
+    rig.daemon.wait_metric("dataplane_connections_closed_total", &[("reason", "done")], 2.0);
+}
+
+/// A slow reader takes what has long arrived: nothing comes in, but something goes out.
+#[test]
+fn a_connection_whose_reader_is_slow_is_not_idle() {
+    let _turn = beside_others();
+    let rig = Rig::new(&Config::new("sockmap").limits("idle_timeout = \"1s\""));
+    let mut talk = Talk::new(rig.pair());
+    talk.exchange();
+    let (mut at, end) = (talk.at, DOWN.send_until_stalled(&talk.server, talk.at));
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(4) {
+        let next = (at + (end - at) / 20 + 1).min(end);
+        DOWN.receive_exactly(&talk.client, at, next);
+        at = next;
+        std::thread::sleep(Duration::from_millis(150));
+    }
+    DOWN.receive_exactly(&talk.client, at, end);
+    // When nothing moves, it is.
+    assert!(reset_within(&talk.client, Duration::from_secs(4)).is_some());
+    rig.daemon.wait_metric("dataplane_connections_closed_total", &[("reason", "idle")], 1.0);
+}
+
+#[test]
+fn a_reload_that_gives_the_sockmap_up_takes_connections_out_of_it() {
+    let _turn = beside_others();
+    let rig = Rig::new(&Config::new("sockmap"));
+    let mut talk = Talk::new(rig.pair());
+    talk.exchange_until(&rig, "sockmap");
+    rig.daemon.rewrite(&Config::new("splice"));
+    assert!(rig.daemon.cli(&["reload"]).status.success());
+    talk.exchange_until(&rig, "splice");
+    for _ in 0..100 {
+        talk.exchange();
+    }
 }
 
 #[test]

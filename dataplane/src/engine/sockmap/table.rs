@@ -4,10 +4,11 @@
 
 use std::io;
 use std::net::TcpStream;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::AcqRel, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::AcqRel, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, Weak, mpsc};
 use std::task::{Context, Poll};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use atomic_waker::AtomicWaker;
 use aya::maps::{MapData, RingBuf};
@@ -40,6 +41,8 @@ pub struct Table {
     places: u32,
     /// Bytes that all queues together may hold.
     memory: AtomicU64,
+    /// TCP has so much of the machine's memory that nothing may be queued in the kernel.
+    pressed: AtomicBool,
     grace: mpsc::Sender<oneshot::Sender<io::Result<()>>>,
 }
 
@@ -101,6 +104,7 @@ impl Table {
             free: Mutex::new((0..places).rev().collect()),
             places,
             memory: AtomicU64::new(0),
+            pressed: AtomicBool::new(false),
             grace,
         });
         Listener::start(&table, events).map_err(|e| LoadError::Refused(aya::maps::MapError::IoError(e).into()))?;
@@ -120,8 +124,7 @@ impl Table {
     /// A place for a connection; `None` when all are taken or the budget has nothing left for one more.
     pub fn take(self: &Arc<Self>) -> Option<Place> {
         let mut free = self.free();
-        let taken = u64::from(self.places) - free.len() as u64;
-        if self.memory.load(Relaxed) / (2 * (taken + 1)) < SMALLEST_QUEUE {
+        if self.share(&free, 1) < SMALLEST_QUEUE {
             return None;
         }
         let index = free.pop()?;
@@ -147,6 +150,10 @@ impl Table {
         u64::from(self.programs.budget[0].queue.get()) >= SMALLEST_QUEUE
     }
 
+    fn is_in_use(&self) -> bool {
+        self.free().len() < self.places as usize
+    }
+
     /// The signal of a place.
     pub fn signal(&self, index: u32) -> Option<&Signal> {
         self.signals.get(index as usize)
@@ -158,9 +165,30 @@ impl Table {
 
     /// Every direction may queue the same, so that all together stay within the budget.
     fn share_out(&self, free: &[u32]) {
-        let taken = u64::from(self.places) - free.len() as u64;
-        let queue = (self.memory.load(Relaxed) / (2 * taken.max(1))).min(LARGEST_QUEUE);
-        self.programs.budget[0].queue.set(queue as u32);
+        self.programs.budget[0].queue.set(self.share(free, 0) as u32);
+    }
+
+    /// What that is, with so many connections more.
+    fn share(&self, free: &[u32], more: u64) -> u64 {
+        if self.pressed.load(Relaxed) {
+            return 0;
+        }
+        let connections = u64::from(self.places) - free.len() as u64 + more;
+        (self.memory.load(Relaxed) / (2 * connections.max(1))).min(LARGEST_QUEUE)
+    }
+
+    /// Gives the kernel's path up while TCP is short of memory, and takes it again later.
+    ///
+    /// Then send buffers shrink, and what was redirected to a socket whose peer does not read may have to wait. Passed bytes queue behind it, charged to nobody:
+    /// with both directions of many connections stalled that would be much.
+    fn watch_memory(&self, pressure: u64) {
+        let Some(used) = tcp_memory() else { return };
+        // Leave early, come back late.
+        let pressed = used > if self.pressed.load(Relaxed) { pressure / 4 } else { pressure / 2 };
+        if self.pressed.swap(pressed, Relaxed) != pressed {
+            tracing::warn!(bytes = used, pressed, "memory of TCP sockets");
+            self.share_out(&self.free());
+        }
     }
 }
 
@@ -272,11 +300,19 @@ impl Listener {
     }
 
     fn listen(mut self) {
-        // Often enough to end soon after the table.
-        const TICK: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+        // Often enough to end soon after the table; and often enough that TCP's memory does not grow by much between two looks.
+        const RELAXED: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+        const ATTENTIVE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+        let pressure = tcp_memory_pressure();
+        let (mut tick, mut looked) = (&RELAXED, Instant::now());
         loop {
-            let ready = poll(&mut [PollFd::new(&self.events, PollFlags::IN)], Some(&TICK));
+            let ready = poll(&mut [PollFd::new(&self.events, PollFlags::IN)], Some(tick));
             let Some(table) = self.table.upgrade() else { return };
+            if looked.elapsed() >= Duration::from_millis(100) {
+                looked = Instant::now();
+                table.watch_memory(pressure);
+                tick = if table.is_in_use() { &ATTENTIVE } else { &RELAXED };
+            }
             if ready.is_err() {
                 continue;
             }
@@ -298,4 +334,21 @@ fn serve_grace_periods(requests: &mpsc::Receiver<oneshot::Sender<io::Result<()>>
             let _ = answer.send(errno.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno))));
         }
     }
+}
+
+/// Bytes that TCP sockets of the whole machine hold (kernel: net/ipv4/proc.c).
+fn tcp_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/net/sockstat").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("TCP:"))?;
+    let mut words = line.split_whitespace().skip_while(|word| *word != "mem").skip(1);
+    let pages: u64 = words.next()?.parse().ok()?;
+    Some(pages * rustix::param::page_size() as u64)
+}
+
+/// From how many bytes on the kernel is sparing with them (kernel: Documentation/networking/ip-sysctl.rst, tcp_mem). Network namespaces other than the first do not
+/// show it: there it is taken to be the default, a sixteenth of all memory.
+fn tcp_memory_pressure() -> u64 {
+    let text = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_mem").unwrap_or_default();
+    let pages = text.split_whitespace().nth(1).and_then(|pages| pages.parse::<u64>().ok());
+    pages.map_or_else(|| rustix::system::sysinfo().totalram / 16, |pages| pages * rustix::param::page_size() as u64)
 }
