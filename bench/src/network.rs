@@ -2,9 +2,10 @@
 
 use std::net::SocketAddr;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use serde::{Deserialize, Serialize};
 use tests::netns::{CLUSTER, ENTRANCE, ENTRANCE_INSIDE, Host, Net};
+use tests::tailnet::Tailnet;
 
 /// The port of everything.
 pub const PORT: u16 = 443;
@@ -35,6 +36,8 @@ pub struct Network {
     pub kind: Kind,
     /// Where the server listens, and what subjects forward to.
     pub server: SocketAddr,
+    tailnet: Option<Tailnet>,
+    /// Declared last: the hosts go when nothing runs on them any more.
     net: Net,
 }
 
@@ -46,11 +49,16 @@ impl Network {
             // Tens of thousands of connections a cell: ports are used again after a second.
             sysctl(host, "net/ipv4/tcp_tw_reuse", "1")?;
         }
+        if kind == Kind::Tailnet {
+            let tailnet = Tailnet::join(&net).map_err(|why| anyhow!("{why}"))?;
+            let server = SocketAddr::new(tailnet.cluster.address.into(), PORT);
+            return Ok(Self { kind, server, tailnet: Some(tailnet), net });
+        }
+        // For the subject that only forwards packets.
         let [client_net, cluster_net] = [ENTRANCE[0], ENTRANCE_INSIDE[0]].map(network_of);
         net.client.ip(&format!("route add {cluster_net} via {}\n", ENTRANCE[0]));
         net.cluster.ip(&format!("route add {client_net} via {}\n", ENTRANCE_INSIDE[0]));
-        let server = address(CLUSTER[0])?;
-        Ok(Self { kind, server, net })
+        Ok(Self { kind, server: address(CLUSTER[0])?, tailnet: None, net })
     }
 
     /// The hosts as the tests know them.
@@ -65,7 +73,7 @@ impl Network {
 
     /// First processes of what carries the packets, when that is not the kernel alone.
     pub fn tunnel(&self) -> Vec<u32> {
-        Vec::new()
+        self.tailnet.iter().flat_map(|tailnet| [tailnet.entrance.pid(), tailnet.cluster.pid()]).collect()
     }
 }
 

@@ -16,6 +16,7 @@ pub mod peers;
 pub mod rig;
 pub mod stream;
 pub mod systemd;
+pub mod tailnet;
 
 /// Polls `probe` every 10 ms until it gives something; panics with `what` after `limit`.
 #[track_caller]

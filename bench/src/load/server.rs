@@ -103,7 +103,7 @@ impl Worker {
             Ok(true) => {}
             Ok(false) => return Ok(self.close(number)),
             // What a client or a proxy that was stopped leaves behind.
-            Err(Trouble::Connection(_)) => return Ok(self.close(number)),
+            Err(Trouble::Connection) => return Ok(self.close(number)),
             Err(Trouble::Content(what)) => bail!("{what}"),
         }
         if session.waits_for_room != waits {
@@ -124,14 +124,14 @@ impl Worker {
 /// Why a connection cannot go on.
 enum Trouble {
     /// It broke.
-    Connection(io::Error),
+    Connection,
     /// What it carried is not what was sent: that ends the run.
     Content(String),
 }
 
 impl From<io::Error> for Trouble {
-    fn from(error: io::Error) -> Self {
-        Self::Connection(error)
+    fn from(_: io::Error) -> Self {
+        Self::Connection
     }
 }
 

@@ -1,0 +1,201 @@
+//! A real tailnet between the entrance node and the cluster: tailscaled on both, WireGuard over TUN devices between them.
+//!
+//! The inner link of a [`Net`] becomes what the Internet is to a tailnet: it carries WireGuard's UDP, and has other addresses than before. The control
+//! server, relay and STUN server are one process of our own (`tests/tailnet`) on the entrance node's end of that link; it idles while the path is direct.
+//! Programs are built by Go once, into `target/tailnet-VERSION`. Knows nothing of the daemon.
+
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::netns::{Host, Net, Process};
+use crate::{peers, target_dir};
+
+/// Of the tailscale module, for the nodes as for the control server.
+const MODULE: &str = include_str!("../tailnet/go.mod");
+/// The ends of the inner link: entrance node, cluster.
+const UNDERLAY: [&str; 2] = ["203.0.113.1", "203.0.113.2"];
+/// What the nodes are called, in MagicDNS, too.
+const NAMES: [&str; 2] = ["entrance", "thinkpad-1"];
+/// How long a node may take to join, and two to find their direct path, on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The tailnet; it ends when dropped.
+pub struct Tailnet {
+    /// On the entrance node.
+    pub entrance: Node,
+    /// On the cluster host.
+    pub cluster: Node,
+    _control: Process,
+}
+
+/// A machine in the tailnet.
+pub struct Node {
+    /// Its address there.
+    pub address: Ipv4Addr,
+    /// Its host name; MagicDNS knows it.
+    pub name: &'static str,
+    daemon: Process,
+    host: Host,
+    socket: PathBuf,
+    tailscale: PathBuf,
+}
+
+impl Tailnet {
+    /// Joins the two hosts; they have no other way to each other afterwards. The error says what is missing or went wrong.
+    pub fn join(net: &Net) -> Result<Self, String> {
+        let programs = Programs::built()?;
+        let hosts = [&net.entrance, &net.cluster];
+        for (host, address) in hosts.into_iter().zip(UNDERLAY) {
+            host.ip(&format!("addr flush dev inside\naddr add {address}/24 dev inside\n"));
+        }
+        let dir = peers::directory(net, "tailnet-");
+        let control =
+            start(&net.entrance, Command::new(&programs.control).args(["-address", UNDERLAY[0]]), &dir, "control")?;
+        let [entrance, cluster] = [0, 1].map(|n| Node::start(hosts[n], NAMES[n], &programs, &dir));
+        let (entrance, cluster) = (entrance?, cluster?);
+        // What crosses the relay first would be measured, or tested, on the relay.
+        entrance.tailscale(&["ping", "--until-direct", "--c=50", "--timeout=1s", &cluster.address.to_string()])?;
+        Ok(Self { entrance, cluster, _control: control })
+    }
+}
+
+impl Node {
+    fn start(host: &Host, name: &'static str, programs: &Programs, dir: &Path) -> Result<Self, String> {
+        let state = dir.join(name);
+        std::fs::create_dir_all(&state).map_err(|e| format!("{}: {e}", state.display()))?;
+        let socket = state.join("tailscaled.sock");
+        let mut command = Command::new(&programs.tailscaled);
+        command
+            .args(["--state=mem:", "--tun=tailscale0", "--port=41641", "--no-logs-no-support"])
+            .arg(format!("--statedir={}", state.display()))
+            .arg(format!("--socket={}", socket.display()))
+            // iptables(8) may not be there, and nft(8) is not needed for this.
+            .env("TS_DEBUG_FIREWALL_MODE", "nftables");
+        let daemon = start(host, &mut command, &state, "tailscaled")?;
+        let tailscale = programs.tailscale.clone();
+        let mut node = Self { address: Ipv4Addr::UNSPECIFIED, name, daemon, host: host.clone(), socket, tailscale };
+        node.wait_for_socket()?;
+        let control = format!("--login-server=http://{}:8080", UNDERLAY[0]);
+        // The hosts share one /etc/resolv.conf.
+        node.tailscale(&["up", &control, "--accept-dns=false", "--timeout=30s", &format!("--hostname={name}")])?;
+        let said = node.tailscale(&["ip", "-4"])?;
+        node.address = said.trim().parse().map_err(|e| format!("tailscale ip said {said:?}: {e}"))?;
+        Ok(node)
+    }
+
+    fn wait_for_socket(&self) -> Result<(), String> {
+        let start = Instant::now();
+        while !self.socket.exists() {
+            if start.elapsed() > PATIENCE {
+                return Err(format!("tailscaled of {} makes no socket; see {}", self.name, self.socket.display()));
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+
+    /// What tailscaled logged.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.socket.with_file_name("tailscaled.log")).unwrap_or_default()
+    }
+
+    /// tailscaled's process id.
+    pub fn pid(&self) -> u32 {
+        self.daemon.pid()
+    }
+
+    /// The socket of tailscaled's LocalAPI.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// A command of tailscale(1) on this node: what it prints.
+    pub fn tailscale(&self, arguments: &[&str]) -> Result<String, String> {
+        let mut command = Command::new(&self.tailscale);
+        command.arg(format!("--socket={}", self.socket.display())).args(arguments).stdin(Stdio::null());
+        let out = self.host.run(|| command.output()).map_err(|e| format!("tailscale: {e}"))?;
+        let said = String::from_utf8_lossy(&out.stdout).into_owned();
+        if out.status.success() {
+            Ok(said)
+        } else {
+            let errors = String::from_utf8_lossy(&out.stderr);
+            Err(format!("tailscale {arguments:?} on {}: {said}{errors}\n{}", self.name, self.log()))
+        }
+    }
+}
+
+fn start(host: &Host, command: &mut Command, dir: &Path, name: &str) -> Result<Process, String> {
+    let log = std::fs::File::create(dir.join(format!("{name}.log"))).map_err(|e| format!("{name}'s log: {e}"))?;
+    let errors = log.try_clone().map_err(|e| format!("{name}'s log: {e}"))?;
+    host.spawn(command.stdin(Stdio::null()).stdout(log).stderr(errors)).map_err(|e| format!("{name}: {e}"))
+}
+
+/// What the tailnet is made of.
+struct Programs {
+    control: PathBuf,
+    tailscaled: PathBuf,
+    tailscale: PathBuf,
+}
+
+impl Programs {
+    /// Builds what is not there yet: the first time, some minutes.
+    fn built() -> Result<Self, String> {
+        let version = version();
+        let home = target_dir().join(format!("tailnet-{version}"));
+        std::fs::create_dir_all(&home).map_err(|e| format!("{}: {e}", home.display()))?;
+        let lock = std::fs::File::create(home.join("lock")).map_err(|e| format!("{}: {e}", home.display()))?;
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).map_err(|e| format!("flock: {e}"))?;
+        let programs = Self {
+            control: home.join("control"),
+            tailscaled: home.join("tailscaled"),
+            tailscale: home.join("tailscale"),
+        };
+        if !(programs.tailscaled.exists() && programs.tailscale.exists()) {
+            eprintln!("==> go install tailscale {version} into {} (some minutes)", home.display());
+            let packages = ["tailscaled", "tailscale"].map(|name| format!("tailscale.com/cmd/{name}@{version}"));
+            go(Command::new("go").env("GOBIN", &home).arg("install").args(packages))?;
+        }
+        // Go knows itself whether anything has to be built.
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tailnet");
+        go(Command::new("go").current_dir(source).arg("build").arg("-o").arg(&programs.control).arg("."))?;
+        Ok(programs)
+    }
+}
+
+/// As go.mod has it.
+fn version() -> &'static str {
+    let version = MODULE.lines().find_map(|line| line.strip_prefix("require tailscale.com "));
+    version.expect("go.mod requires the tailscale module")
+}
+
+fn go(command: &mut Command) -> Result<(), String> {
+    let out = command.output().map_err(|e| format!("Go 1.26 or later builds the tailnet (https://go.dev/dl): {e}"))?;
+    if out.status.success() { Ok(()) } else { Err(format!("{command:?}: {}", String::from_utf8_lossy(&out.stderr))) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_version_for_nodes_and_control_server() {
+        assert!(version().starts_with("v1."), "{}", version());
+    }
+
+    #[test]
+    fn the_two_hosts_reach_each_other_through_the_tailnet_only() {
+        let _turn = crate::beside_others();
+        let net = Net::new();
+        let tailnet = Tailnet::join(&net).unwrap_or_else(|e| panic!("{e}"));
+        let there = format!("{}:7", tailnet.cluster.address);
+        let listener = net.cluster.listen(&there);
+        net.entrance.connect(there.parse().expect("an address")).expect("the tailnet carries it");
+        assert_eq!(listener.accept().expect("a connection").1.ip(), tailnet.entrance.address);
+        // The tailnet's addresses may be the same as those that the bare link had.
+        let route =
+            net.entrance.output(Command::new("ip").args(["route", "get", &tailnet.cluster.address.to_string()]));
+        assert!(route.contains("dev tailscale0"), "{route}");
+    }
+}
