@@ -66,7 +66,7 @@ pub enum Outcome {
     Met,
     /// It is not.
     Missed,
-    /// Subject or rivals were not part of the run.
+    /// Subject or rivals were not part of the run, or there were too few rounds to tell.
     NotMeasured,
 }
 
@@ -80,6 +80,9 @@ impl Outcome {
         }
     }
 }
+
+/// Fewer rounds have no interval worth the name.
+const ENOUGH: usize = 3;
 
 const NGINX_AND_HAPROXY: &[Subject] = &[Subject::Nginx, Subject::Haproxy];
 const OWN: &[Subject] = &[Subject::Engine("copy"), Subject::Engine("splice"), Subject::Engine("sockmap")];
@@ -229,6 +232,7 @@ impl Claim {
             .filter_map(|rival| Some((rival, self.level(rival.name(), workload, cells)?)))
             .min_by(|(_, a), (_, b)| if self.figure.is_cost() { a.total_cmp(b) } else { b.total_cmp(a) });
         let ratio = best.and_then(|(rival, _)| self.ratio(rival.name(), workload, cells));
+        let rounds = cells.iter().map(|cell| cell.round + 1).max().unwrap_or(0);
         Verdict {
             claim: self.text.to_owned(),
             workload: workload.to_owned(),
@@ -237,6 +241,7 @@ impl Claim {
             ratio,
             bound: self.bound,
             outcome: match ratio {
+                _ if rounds < ENOUGH => Outcome::NotMeasured,
                 None => Outcome::NotMeasured,
                 Some(ratio) if self.bound.holds(ratio) => Outcome::Met,
                 Some(_) => Outcome::Missed,

@@ -145,7 +145,7 @@ impl Figure {
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(crate) mod tests {
     use super::*;
 
     /// A cell of a bulk workload that moved 2 GB in 2 s at this cost in CPU seconds.

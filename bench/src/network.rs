@@ -2,10 +2,10 @@
 
 use std::net::SocketAddr;
 
+use ::tests::netns::{CLUSTER, ENTRANCE, ENTRANCE_INSIDE, Host, Net};
+use ::tests::tailnet::Tailnet;
 use anyhow::{Context, Result, anyhow};
 use serde::{Deserialize, Serialize};
-use tests::netns::{CLUSTER, ENTRANCE, ENTRANCE_INSIDE, Host, Net};
-use tests::tailnet::Tailnet;
 
 /// The port of everything.
 pub const PORT: u16 = 443;

@@ -64,7 +64,7 @@ fn workload(name: &str) -> Result<&'static Workload, String> {
 /// Runs everything that was asked for, shows it on standard output and writes the files.
 pub fn run(options: &Options) -> Result<()> {
     // No test of this workspace may run meanwhile.
-    let _turn = tests::alone();
+    let _turn = ::tests::alone();
     let started = Instant::now();
     let network = Network::new(options.network)?;
 

@@ -6,10 +6,10 @@
 use std::net::SocketAddr;
 use std::process::Command;
 
+use ::tests::daemon::{self, Config, Daemon};
+use ::tests::netns::Host;
+use ::tests::peers::{self, Peer, Program};
 use anyhow::{Result, anyhow, bail};
-use tests::daemon::{self, Config, Daemon};
-use tests::netns::Host;
-use tests::peers::{self, Peer, Program};
 
 use crate::load::SERVER_NAME;
 use crate::network::{Kind, Network, sysctl};
@@ -122,7 +122,7 @@ impl Subject {
             }
             Self::Nginx => version(program(Program::Nginx)?, "-v"),
             Self::Haproxy => version(program(Program::Haproxy)?, "-v"),
-            Self::Sozu => version(sozu()?, "--version"),
+            Self::Sozu => version(program(Program::Sozu)?, "--version"),
         }
     }
 
@@ -130,7 +130,18 @@ impl Subject {
     pub fn start(self, network: &Network) -> Result<Running> {
         let net = network.hosts();
         let public = network.public()?;
-        let at_public = |pid, held| Running { client: net.client.clone(), target: public, pid, held };
+        let peer = |program, config: &str| {
+            let dir = peers::directory(net, self.name());
+            let config = config
+                .replace("@DIR@", &dir.display().to_string())
+                .replace("@LISTEN@", &public.to_string())
+                .replace("@NAME@", SERVER_NAME)
+                .replace("@TARGET@", &network.server.to_string())
+                .replace("@NOFILE@", NOFILE);
+            let peer = Peer::configured(&net.entrance, program, dir, &config).map_err(|why| anyhow!("{why}"))?;
+            let pid = Some(peer.pid());
+            Ok(Running { client: net.client.clone(), target: public, pid, held: Held::Peer(Some(peer)) })
+        };
         match self {
             Self::Direct => {
                 Ok(Running { client: net.entrance.clone(), target: network.server, pid: None, held: Held::Nothing })
@@ -149,30 +160,12 @@ impl Subject {
                 if effective != engine {
                     bail!("{effective} runs in its place: {}", status["engine"]["reasons"]);
                 }
-                Ok(at_public(Some(daemon.pid()), Held::Daemon { _daemon: daemon }))
+                let pid = Some(daemon.pid());
+                Ok(Running { client: net.client.clone(), target: public, pid, held: Held::Daemon { _daemon: daemon } })
             }
-            Self::Nginx | Self::Haproxy | Self::Sozu => {
-                let dir = peers::directory(net, self.name());
-                let fill = |config: &str| {
-                    config
-                        .replace("@DIR@", &dir.display().to_string())
-                        .replace("@LISTEN@", &public.to_string())
-                        .replace("@NAME@", SERVER_NAME)
-                        .replace("@TARGET@", &network.server.to_string())
-                        .replace("@NOFILE@", NOFILE)
-                };
-                let peer = match self {
-                    Self::Nginx => Peer::configured(&net.entrance, Program::Nginx, dir.clone(), &fill(NGINX)),
-                    Self::Haproxy => Peer::configured(&net.entrance, Program::Haproxy, dir.clone(), &fill(HAPROXY)),
-                    _ => {
-                        let file = dir.join("peer.toml");
-                        std::fs::write(&file, fill(SOZU))?;
-                        Peer::start(&net.entrance, sozu()?.args(["start", "-c"]).arg(file), dir.clone())
-                    }
-                };
-                let peer = peer.map_err(|why| anyhow!("{why}"))?;
-                Ok(at_public(Some(peer.pid()), Held::Peer(Some(peer))))
-            }
+            Self::Nginx => peer(Program::Nginx, NGINX),
+            Self::Haproxy => peer(Program::Haproxy, HAPROXY),
+            Self::Sozu => peer(Program::Sozu, SOZU),
         }
     }
 }
@@ -198,14 +191,6 @@ impl Drop for Running {
 
 fn program(program: Program) -> Result<Command> {
     program.command().map_err(|why| anyhow!("{why}"))
-}
-
-/// Sōzu as `cargo xtask bench` installs it.
-fn sozu() -> Result<Command> {
-    match std::env::var_os("SOZU_BIN") {
-        Some(path) => Ok(Command::new(path)),
-        None => bail!("not built: `cargo xtask bench --build-sozu` does it, in about ten minutes of CPU"),
-    }
 }
 
 #[cfg(test)]

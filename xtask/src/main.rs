@@ -2,6 +2,7 @@
 //!
 //! Each brings what it needs where it can (rustup, apt as root on Debian, `cargo install` into `target/tools`), and otherwise says in one line what to install.
 
+mod bench;
 mod demo;
 mod ebpf;
 mod install;
@@ -30,6 +31,8 @@ enum Command {
     Test(test::Options),
     /// Show what it does, on three hosts made of network namespaces
     Demo(demo::Options),
+    /// Measure it side by side with nginx, HAProxy and Sōzu
+    Bench(bench::Options),
     /// Put the release build, its systemd unit and a starter configuration in place
     Install(install::Options),
 }
@@ -39,6 +42,7 @@ fn main() -> ExitCode {
         Command::BuildEbpf => ebpf::build().map(|object| println!("{}", object.display())),
         Command::Test(options) => test::run(&options),
         Command::Demo(options) => demo::run(&options),
+        Command::Bench(options) => bench::run(&options),
         Command::Install(options) => install::run(&options),
     };
     match done {

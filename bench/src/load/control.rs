@@ -3,10 +3,10 @@
 use std::io::{BufRead, BufReader, Write};
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 
+use ::tests::netns::{Host, Process};
 use anyhow::{Context, Result, anyhow, bail};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tests::netns::{Host, Process};
 
 /// Writes one line.
 pub fn say(what: impl Serialize) -> Result<()> {

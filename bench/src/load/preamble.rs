@@ -66,7 +66,7 @@ fn proxy_header(bytes: &[u8]) -> Preamble {
 mod tests {
     use super::*;
     use crate::load::HELLO;
-    use tests::stream::in_records_of;
+    use ::tests::stream::in_records_of;
 
     fn ends_exactly_there(preamble: &[u8]) {
         let bytes = [preamble, b"payload"].concat();

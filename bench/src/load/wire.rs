@@ -3,7 +3,7 @@
 //! The client sends a [`Request`] of [`MESSAGE`] bytes that says how long a reply it wants, and how many bytes of its own follow. Every workload is made of
 //! that. All other bytes are those of a [`Pattern`], so that the receiver can check each of them by its position in the stream.
 
-use tests::stream::Pattern;
+use ::tests::stream::Pattern;
 
 /// Length of a request, and of the reply in an exchange of small messages.
 pub const MESSAGE: usize = 200;
