@@ -14,8 +14,9 @@ use crate::{peers, target_dir};
 
 /// Of the tailscale module, for the nodes as for the control server.
 const MODULE: &str = include_str!("../tailnet/go.mod");
-/// The ends of the inner link: entrance node, cluster.
-const UNDERLAY: [&str; 2] = ["203.0.113.1", "203.0.113.2"];
+/// The ends of the inner link: entrance node, cluster. Private, because tailscaled dials a control server with a public address on port 443 only when it
+/// has to dial it again.
+const UNDERLAY: [&str; 2] = ["192.168.77.1", "192.168.77.2"];
 /// What the nodes are called, in MagicDNS, too.
 const NAMES: [&str; 2] = ["entrance", "thinkpad-1"];
 /// How long a node may take to join, and two to find their direct path, on a busy machine.
