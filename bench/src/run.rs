@@ -181,13 +181,13 @@ impl Step {
 
         let tunnel = network.tunnel();
         server.go()?;
-        let served = server.hear::<Served>()?;
+        let mark = server.hear::<Served>()?;
         let snapshot = Snapshot::take()?;
         client.go()?;
         let tally = client.hear::<Tally>()?;
         let usage = snapshot.until_now(running.pid, &tunnel)?;
         server.go()?;
-        let uploaded = server.hear::<Served>()?.received - served.received;
+        let uploaded = server.hear::<Served>()?.received - mark.received;
         let after = Memory::of(&running)?;
 
         Ok(Cell {

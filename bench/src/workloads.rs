@@ -91,12 +91,11 @@ impl Behaviour {
     pub fn step(self, replies: u64) -> Step {
         match self {
             Self::Download | Self::Stalled if replies == 0 => Step::Ask(ENDLESS),
-            Self::Upload | Self::Idle if replies == 0 => Step::Ask(MESSAGE as u64),
+            Self::Upload | Self::Idle | Self::Reconnect if replies == 0 => Step::Ask(MESSAGE as u64),
             Self::Download | Self::Stalled | Self::Upload | Self::Idle => Step::Rest,
             Self::Exchange => Step::Ask(MESSAGE as u64),
             Self::Paced(size, _) if replies == 0 => Step::Ask(size),
             Self::Paced(size, every) => Step::AskAfter(size, every),
-            Self::Reconnect if replies == 0 => Step::Ask(MESSAGE as u64),
             Self::Reconnect => Step::Reopen,
             Self::ExchangeThenBulk => match replies {
                 0 => Step::Ask(MESSAGE as u64),

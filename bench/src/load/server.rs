@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll;
 use socket2::{Domain, Protocol, Socket, Type};
@@ -99,12 +99,9 @@ impl Worker {
     fn serve(&mut self, number: usize) -> Result<()> {
         let Some(session) = &mut self.sessions[number] else { return Ok(()) };
         let waits = session.waits_for_room;
-        match session.turn(&mut self.buffer, &self.received) {
-            Ok(true) => {}
-            Ok(false) => return Ok(self.close(number)),
-            // What a client or a proxy that was stopped leaves behind.
-            Err(Trouble::Connection) => return Ok(self.close(number)),
-            Err(Trouble::Content(what)) => bail!("{what}"),
+        if !session.turn(&mut self.buffer, &self.received)? {
+            self.close(number);
+            return Ok(());
         }
         if session.waits_for_room != waits {
             let mut interest = epoll::EventFlags::IN;
@@ -118,20 +115,6 @@ impl Worker {
         // Closing takes it out of epoll.
         self.sessions[number] = None;
         self.free.push(number);
-    }
-}
-
-/// Why a connection cannot go on.
-enum Trouble {
-    /// It broke.
-    Connection,
-    /// What it carried is not what was sent: that ends the run.
-    Content(String),
-}
-
-impl From<io::Error> for Trouble {
-    fn from(_: io::Error) -> Self {
-        Self::Connection
     }
 }
 
@@ -170,8 +153,9 @@ impl Session {
         }
     }
 
-    /// One read and one write, so that all connections have their turn; whether it goes on.
-    fn turn(&mut self, buffer: &mut [u8], received: &AtomicU64) -> Result<bool, Trouble> {
+    /// One read and one write, so that all connections have their turn; whether it goes on. An error is content that is not what was sent: it ends the run. A
+    /// connection that breaks does not, for a client or a proxy that is stopped leaves such behind.
+    fn turn(&mut self, buffer: &mut [u8], received: &AtomicU64) -> Result<bool> {
         match self.socket.read(buffer) {
             Ok(0) => return Ok(false),
             Ok(n) => {
@@ -179,7 +163,7 @@ impl Session {
                 self.take(&buffer[..n])?;
             }
             Err(e) if e.kind() == ErrorKind::WouldBlock => {}
-            Err(e) => return Err(e.into()),
+            Err(_) => return Ok(false),
         }
         if self.reply_left > 0 {
             match self.socket.write(replied(self.seed).at(self.reply_at, self.reply_left)) {
@@ -188,14 +172,14 @@ impl Session {
                     self.reply_at += n as u64;
                 }
                 Err(e) if e.kind() == ErrorKind::WouldBlock => {}
-                Err(e) => return Err(e.into()),
+                Err(_) => return Ok(false),
             }
         }
         self.waits_for_room = self.reply_left > 0;
         Ok(true)
     }
 
-    fn take(&mut self, bytes: &[u8]) -> Result<(), Trouble> {
+    fn take(&mut self, bytes: &[u8]) -> Result<()> {
         let Some(mut start) = self.preamble.take() else { return self.take_payload(bytes) };
         start.extend_from_slice(bytes);
         match find_end(&start) {
@@ -205,38 +189,37 @@ impl Session {
                 Ok(())
             }
             Preamble::Broken => {
-                Err(Trouble::Content(format!("no hello and no PROXY header: {:?}", start.escape_ascii().to_string())))
+                bail!("no hello and no PROXY header: {:?}", start.escape_ascii().to_string())
             }
         }
     }
 
-    fn take_payload(&mut self, mut bytes: &[u8]) -> Result<(), Trouble> {
+    fn take_payload(&mut self, mut bytes: &[u8]) -> Result<()> {
         while !bytes.is_empty() {
             bytes = if self.upload_left > 0 { self.take_upload(bytes)? } else { self.take_request(bytes)? };
         }
         Ok(())
     }
 
-    fn take_upload<'a>(&mut self, bytes: &'a [u8]) -> Result<&'a [u8], Trouble> {
+    fn take_upload<'a>(&mut self, bytes: &'a [u8]) -> Result<&'a [u8]> {
         let (mine, rest) = bytes.split_at(bytes.len().min(usize::try_from(self.upload_left).unwrap_or(usize::MAX)));
         if self.verify {
-            check(uploaded(self.seed), self.upload_at, mine).map_err(|at| {
-                Trouble::Content(format!("connection {}: wrong byte at position {at} of the upload", self.seed))
-            })?;
+            check(uploaded(self.seed), self.upload_at, mine)
+                .map_err(|at| anyhow!("connection {}: wrong byte at position {at} of the upload", self.seed))?;
         }
         self.upload_left -= mine.len() as u64;
         self.upload_at += mine.len() as u64;
         Ok(rest)
     }
 
-    fn take_request<'a>(&mut self, bytes: &'a [u8]) -> Result<&'a [u8], Trouble> {
+    fn take_request<'a>(&mut self, bytes: &'a [u8]) -> Result<&'a [u8]> {
         let (mine, rest) = bytes.split_at(bytes.len().min(MESSAGE - self.request_len));
         self.request[self.request_len..self.request_len + mine.len()].copy_from_slice(mine);
         self.request_len += mine.len();
         if self.request_len == MESSAGE {
             self.request_len = 0;
-            let request = Request::decode(&self.request)
-                .ok_or_else(|| Trouble::Content(format!("connection {}: not a request", self.seed)))?;
+            let request =
+                Request::decode(&self.request).with_context(|| format!("connection {}: not a request", self.seed))?;
             self.reply_left = self.reply_left.saturating_add(request.reply);
             self.upload_left = request.upload;
             self.seed = request.seed;
