@@ -73,7 +73,7 @@ fn a_hello_costs_one_buffer_and_nothing_else() {
             machine
         });
         assert_eq!(allocations, 1, "the buffer that keeps the bytes for the upstream");
-        let (_, allocations) = counted(|| {
+        let ((), allocations) = counted(|| {
             machine.input(Input::Bytes(&[]));
             put(&mut machine, &hello[1000.min(hello.len())..]);
             let Progress::Hello(hello) = machine.input(Input::Bytes(&[])) else { panic!("the hello is whole") };
