@@ -187,7 +187,15 @@ impl Step {
         let tally = client.hear::<Tally>()?;
         let usage = snapshot.until_now(running.pid, &tunnel)?;
         server.go()?;
-        let uploaded = server.hear::<Served>()?.received - mark.received;
+        let served = server.hear::<Served>()?;
+        if self.subject.is_proxy() && served.proxied < served.connections {
+            bail!(
+                "{} of {} connections came without a PROXY header",
+                served.connections - served.proxied,
+                served.connections
+            );
+        }
+        let uploaded = served.received - mark.received;
         let after = Memory::of(&running)?;
 
         Ok(Cell {

@@ -91,6 +91,11 @@ impl Subject {
         }
     }
 
+    /// Whether it tells the server who the client is.
+    pub const fn is_proxy(self) -> bool {
+        !matches!(self, Self::Direct | Self::Forward)
+    }
+
     /// The subject of this name.
     pub fn named(name: &str) -> Option<Self> {
         ALL.into_iter().find(|subject| subject.name() == name)

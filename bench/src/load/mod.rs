@@ -40,6 +40,10 @@ pub struct Tally {
 pub struct Served {
     /// Payload that was received, requests included.
     pub received: u64,
+    /// Connections whose hello came.
+    pub connections: u64,
+    /// Those of them that had a PROXY header before it.
+    pub proxied: u64,
 }
 
 /// One thread for each core.

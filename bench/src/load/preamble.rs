@@ -9,8 +9,13 @@ const MAX_LINE: usize = 107;
 pub enum Preamble {
     /// It is not whole yet.
     NeedMore,
-    /// So many bytes, then the payload.
-    Ends(usize),
+    /// So many bytes of PROXY header, if any, so many of hello, then the payload.
+    Ends {
+        /// 0: there is none.
+        header: usize,
+        /// Record headers included.
+        hello: usize,
+    },
     /// No hello, or no PROXY header before it.
     Broken,
 }
@@ -18,8 +23,9 @@ pub enum Preamble {
 /// Looks at all bytes from the beginning of the connection.
 pub fn find_end(bytes: &[u8]) -> Preamble {
     let header = match proxy_header(bytes) {
-        Preamble::Ends(header) => header,
-        other => return other,
+        Ok(Some(header)) => header,
+        Ok(None) => return Preamble::NeedMore,
+        Err(Broken) => return Preamble::Broken,
     };
     let mut at = header;
     let mut message = Vec::new();
@@ -35,30 +41,33 @@ pub fn find_end(bytes: &[u8]) -> Preamble {
         if let [_, a, b, c, body @ ..] = &message[..]
             && body.len() >= u32::from_be_bytes([0, *a, *b, *c]) as usize
         {
-            return Preamble::Ends(at);
+            return Preamble::Ends { header, hello: at - header };
         }
     }
 }
 
-/// `Ends(0)`: there is none.
-fn proxy_header(bytes: &[u8]) -> Preamble {
+/// What no PROXY header begins like.
+struct Broken;
+
+/// Its length, 0 if a hello comes at once; `None`: it is not whole yet.
+fn proxy_header(bytes: &[u8]) -> Result<Option<usize>, Broken> {
     match bytes.first() {
-        None => Preamble::NeedMore,
-        Some(22) => Preamble::Ends(0),
+        None => Ok(None),
+        Some(22) => Ok(Some(0)),
         Some(b'\r') => match bytes.get(..16) {
-            None => Preamble::NeedMore,
+            None => Ok(None),
             Some(fixed) if fixed.starts_with(SIGNATURE) => {
                 let end = 16 + usize::from(u16::from_be_bytes([fixed[14], fixed[15]]));
-                if bytes.len() < end { Preamble::NeedMore } else { Preamble::Ends(end) }
+                Ok((bytes.len() >= end).then_some(end))
             }
-            Some(_) => Preamble::Broken,
+            Some(_) => Err(Broken),
         },
         Some(b'P') => match bytes.iter().take(MAX_LINE).position(|b| *b == b'\n') {
-            Some(newline) => Preamble::Ends(newline + 1),
-            None if bytes.len() < MAX_LINE => Preamble::NeedMore,
-            None => Preamble::Broken,
+            Some(newline) => Ok(Some(newline + 1)),
+            None if bytes.len() < MAX_LINE => Ok(None),
+            None => Err(Broken),
         },
-        Some(_) => Preamble::Broken,
+        Some(_) => Err(Broken),
     }
 }
 
@@ -68,26 +77,31 @@ mod tests {
     use crate::load::HELLO;
     use ::tests::stream::in_records_of;
 
-    fn ends_exactly_there(preamble: &[u8]) {
-        let bytes = [preamble, b"payload"].concat();
+    fn ends_exactly_there(header: &[u8], hello: &[u8]) {
+        let bytes = [header, hello, b"payload"].concat();
+        let whole = Preamble::Ends { header: header.len(), hello: hello.len() };
         for cut in 0..bytes.len() {
-            let expected = if cut < preamble.len() { Preamble::NeedMore } else { Preamble::Ends(preamble.len()) };
-            assert_eq!(find_end(&bytes[..cut]), expected, "{cut} bytes of {}", preamble.len());
+            let found = find_end(&bytes[..cut]);
+            if cut < header.len() + hello.len() {
+                assert_eq!(found, Preamble::NeedMore, "{cut} bytes");
+            } else {
+                assert_eq!(found, whole, "{cut} bytes");
+            }
         }
     }
 
     #[test]
     fn every_prefix_of_a_plain_hello_needs_more() {
-        ends_exactly_there(HELLO);
-        ends_exactly_there(&in_records_of(100, HELLO));
+        ends_exactly_there(b"", HELLO);
+        ends_exactly_there(b"", &in_records_of(100, HELLO));
     }
 
     #[test]
     fn a_proxy_header_before_it_is_stripped() {
         let line = b"PROXY TCP4 192.0.2.1 192.0.2.2 1024 443\r\n";
-        ends_exactly_there(&[line, HELLO].concat());
+        ends_exactly_there(line, HELLO);
         let binary = [SIGNATURE, &[0x21, 0x11, 0, 12], &[7; 12]].concat();
-        ends_exactly_there(&[&binary, HELLO].concat());
+        ends_exactly_there(&binary, HELLO);
     }
 
     #[test]

@@ -20,9 +20,9 @@ const LISTENER: u64 = u64::MAX;
 
 /// Serves until the harness closes standard input; each line that it writes is answered with what was [`Served`] so far.
 pub fn run(address: SocketAddr) -> Result<()> {
-    let received = Arc::new(AtomicU64::new(0));
+    let counters = Arc::new(Counters::default());
     for _ in 0..threads() {
-        let worker = Worker::new(address, Arc::clone(&received)).with_context(|| format!("listen on {address}"))?;
+        let worker = Worker::new(address, Arc::clone(&counters)).with_context(|| format!("listen on {address}"))?;
         std::thread::spawn(move || {
             if let Err(error) = worker.run() {
                 control::give_up(&error);
@@ -31,9 +31,27 @@ pub fn run(address: SocketAddr) -> Result<()> {
     }
     control::say(Served::default())?;
     while control::next_line()?.is_some() {
-        control::say(Served { received: received.load(Relaxed) })?;
+        control::say(counters.served())?;
     }
     Ok(())
+}
+
+/// What the threads share.
+#[derive(Default)]
+struct Counters {
+    received: AtomicU64,
+    connections: AtomicU64,
+    proxied: AtomicU64,
+}
+
+impl Counters {
+    fn served(&self) -> Served {
+        Served {
+            received: self.received.load(Relaxed),
+            connections: self.connections.load(Relaxed),
+            proxied: self.proxied.load(Relaxed),
+        }
+    }
 }
 
 struct Worker {
@@ -42,12 +60,12 @@ struct Worker {
     /// By their number in epoll's user data.
     sessions: Vec<Option<Session>>,
     free: Vec<usize>,
-    received: Arc<AtomicU64>,
+    counters: Arc<Counters>,
     buffer: Vec<u8>,
 }
 
 impl Worker {
-    fn new(address: SocketAddr, received: Arc<AtomicU64>) -> io::Result<Self> {
+    fn new(address: SocketAddr, counters: Arc<Counters>) -> io::Result<Self> {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
         socket.set_reuse_address(true)?;
         // Each thread accepts for itself.
@@ -57,7 +75,7 @@ impl Worker {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(&epoll, &socket, epoll::EventData::new_u64(LISTENER), epoll::EventFlags::IN)?;
         let listener = socket.into();
-        Ok(Self { epoll, listener, sessions: Vec::new(), free: Vec::new(), received, buffer: vec![0; PIECE] })
+        Ok(Self { epoll, listener, sessions: Vec::new(), free: Vec::new(), counters, buffer: vec![0; PIECE] })
     }
 
     fn run(mut self) -> Result<()> {
@@ -99,7 +117,7 @@ impl Worker {
     fn serve(&mut self, number: usize) -> Result<()> {
         let Some(session) = &mut self.sessions[number] else { return Ok(()) };
         let waits = session.waits_for_room;
-        if !session.turn(&mut self.buffer, &self.received)? {
+        if !session.turn(&mut self.buffer, &self.counters)? {
             self.close(number);
             return Ok(());
         }
@@ -155,12 +173,12 @@ impl Session {
 
     /// One read and one write, so that all connections have their turn; whether it goes on. An error is content that is not what was sent: it ends the run. A
     /// connection that breaks does not, for a client or a proxy that is stopped leaves such behind.
-    fn turn(&mut self, buffer: &mut [u8], received: &AtomicU64) -> Result<bool> {
+    fn turn(&mut self, buffer: &mut [u8], counters: &Counters) -> Result<bool> {
         match self.socket.read(buffer) {
             Ok(0) => return Ok(false),
             Ok(n) => {
-                received.fetch_add(n as u64, Relaxed);
-                self.take(&buffer[..n])?;
+                counters.received.fetch_add(n as u64, Relaxed);
+                self.take(&buffer[..n], counters)?;
             }
             Err(e) if e.kind() == ErrorKind::WouldBlock => {}
             Err(_) => return Ok(false),
@@ -179,11 +197,15 @@ impl Session {
         Ok(true)
     }
 
-    fn take(&mut self, bytes: &[u8]) -> Result<()> {
+    fn take(&mut self, bytes: &[u8], counters: &Counters) -> Result<()> {
         let Some(mut start) = self.preamble.take() else { return self.take_payload(bytes) };
         start.extend_from_slice(bytes);
         match find_end(&start) {
-            Preamble::Ends(end) => self.take_payload(&start[end..]),
+            Preamble::Ends { header, hello } => {
+                counters.connections.fetch_add(1, Relaxed);
+                counters.proxied.fetch_add((header > 0).into(), Relaxed);
+                self.take_payload(&start[header + hello..])
+            }
             Preamble::NeedMore => {
                 self.preamble = Some(start);
                 Ok(())
