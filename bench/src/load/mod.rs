@@ -14,7 +14,7 @@ use std::num::NonZero;
 
 use serde::{Deserialize, Serialize};
 
-/// The hello that opens every connection: Chrome's of today, with a post-quantum key share, in two segments.
+/// The hello that opens every connection: as Chrome 131 has it, with a post-quantum key share, in two segments.
 pub const HELLO: &[u8] = include_bytes!("../../../dataplane/testdata/hello/chrome131.bin");
 
 /// The server name in [`HELLO`].
