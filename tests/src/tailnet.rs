@@ -7,10 +7,10 @@
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::netns::{Host, Net, Process};
-use crate::{peers, target_dir};
+use crate::{peers, target_dir, within};
 
 /// Of the tailscale module, for the nodes as for the control server.
 const MODULE: &str = include_str!("../tailnet/go.mod");
@@ -73,28 +73,19 @@ impl Node {
             .arg(format!("--statedir={}", state.display()))
             .arg(format!("--socket={}", socket.display()))
             // iptables(8) may not be there, and nft(8) is not needed for this.
-            .env("TS_DEBUG_FIREWALL_MODE", "nftables");
+            .env("TS_DEBUG_FIREWALL_MODE", "nftables")
+            .env("TS_LOGS_DIR", &state);
         let daemon = start(host, &mut command, &state, "tailscaled")?;
         let tailscale = programs.tailscale.clone();
         let mut node = Self { address: Ipv4Addr::UNSPECIFIED, name, daemon, host: host.clone(), socket, tailscale };
-        node.wait_for_socket()?;
+        within(PATIENCE, || node.socket.exists().then_some(()))
+            .ok_or_else(|| format!("tailscaled on {name} makes no socket:\n{}", node.log()))?;
         let control = format!("--login-server=http://{}:8080", UNDERLAY[0]);
         // The hosts share one /etc/resolv.conf.
         node.tailscale(&["up", &control, "--accept-dns=false", "--timeout=30s", &format!("--hostname={name}")])?;
         let said = node.tailscale(&["ip", "-4"])?;
         node.address = said.trim().parse().map_err(|e| format!("tailscale ip said {said:?}: {e}"))?;
         Ok(node)
-    }
-
-    fn wait_for_socket(&self) -> Result<(), String> {
-        let start = Instant::now();
-        while !self.socket.exists() {
-            if start.elapsed() > PATIENCE {
-                return Err(format!("tailscaled of {} makes no socket; see {}", self.name, self.socket.display()));
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        Ok(())
     }
 
     /// What tailscaled logged.

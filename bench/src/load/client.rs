@@ -34,15 +34,16 @@ const OVER: u8 = 2;
 
 /// Runs a workload against an address. Says 0 when it is warm, opens the window at the harness's next line, says its [`Tally`] when the window is over, and goes
 /// on with the load until it is killed: what closing costs is not measured.
-pub fn run(target: SocketAddr, workload: &'static Workload, verify: bool) -> Result<()> {
+pub fn run(target: SocketAddr, workload: &'static Workload, most_connections: usize, verify: bool) -> Result<()> {
     let common = Arc::new(Common::default());
     let (sender, tallies) = channel();
-    let threads = threads().min(workload.connections());
+    let all = workload.flows.iter().flat_map(|(count, behaviour)| std::iter::repeat_n(*behaviour, *count));
+    let behaviours: Vec<_> = all.take(most_connections).enumerate().collect();
+    let connections = behaviours.len();
+    let threads = threads().min(connections);
     let start = Instant::now();
     for thread in 0..threads {
-        let behaviours: Vec<_> =
-            workload.flows.iter().flat_map(|(count, b)| std::iter::repeat_n(*b, *count)).enumerate().collect();
-        let mine = behaviours.into_iter().filter(|(number, _)| number % threads == thread).collect();
+        let mine = behaviours.iter().skip(thread).step_by(threads).copied().collect();
         let (common, sender) = (Arc::clone(&common), sender.clone());
         std::thread::spawn(move || {
             let ended = Worker::new(target, verify, mine, common).and_then(|worker| worker.run(&sender));
@@ -50,7 +51,6 @@ pub fn run(target: SocketAddr, workload: &'static Workload, verify: bool) -> Res
             let _ = sender.send(ended.map(|never| match never {}));
         });
     }
-    let connections = workload.connections();
     until(&tallies, "all connections are open and warm", || {
         common.warm.load(Relaxed) == connections && start.elapsed() >= workload.warm_up
     })?;

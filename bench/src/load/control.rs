@@ -46,7 +46,8 @@ pub struct Remote {
 impl Remote {
     /// Starts this program once more, with these arguments.
     pub fn start(host: &Host, name: &'static str, arguments: &[String]) -> Result<Self> {
-        let mut command = Command::new(std::env::current_exe().context("where this program is")?);
+        // Not by its path, where another build may have taken its place.
+        let mut command = Command::new("/proc/self/exe");
         command.arg(name).args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut process = host.spawn(&mut command).with_context(|| format!("cannot start the {name} process"))?;
         let child = process.child();
