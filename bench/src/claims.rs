@@ -67,7 +67,7 @@ pub enum Outcome {
     /// It is not.
     Missed,
     /// Subject or rivals were not part of the run, or there were too few rounds to tell.
-    NotMeasured,
+    Undecided,
 }
 
 impl Outcome {
@@ -76,7 +76,7 @@ impl Outcome {
         match self {
             Self::Met => "met",
             Self::Missed => "missed",
-            Self::NotMeasured => "not measured",
+            Self::Undecided => "undecided",
         }
     }
 }
@@ -241,8 +241,8 @@ impl Claim {
             ratio,
             bound: self.bound,
             outcome: match ratio {
-                _ if rounds < ENOUGH => Outcome::NotMeasured,
-                None => Outcome::NotMeasured,
+                _ if rounds < ENOUGH => Outcome::Undecided,
+                None => Outcome::Undecided,
                 Some(ratio) if self.bound.holds(ratio) => Outcome::Met,
                 Some(_) => Outcome::Missed,
             },
@@ -344,7 +344,7 @@ mod tests {
     #[test]
     fn without_a_rival_nothing_is_claimed_to_be_met() {
         let cells: Vec<_> = rounds(1.0, 2.0, 2.0).into_iter().filter(|c| c.subject == "splice").collect();
-        assert_eq!(splice_at_one_flow(&cells).outcome, Outcome::NotMeasured);
+        assert_eq!(splice_at_one_flow(&cells).outcome, Outcome::Undecided);
     }
 
     #[test]

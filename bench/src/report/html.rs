@@ -58,7 +58,7 @@ pub fn render(report: &Report) -> String {
             let class = match verdict.outcome {
                 Outcome::Met => "met",
                 Outcome::Missed => "missed",
-                Outcome::NotMeasured => "",
+                Outcome::Undecided => "",
             };
             (class.to_owned(), claim(verdict).to_vec())
         }),
