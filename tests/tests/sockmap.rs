@@ -284,9 +284,7 @@ fn a_million_segments_of_one_byte_cost_no_memory_and_arrive_in_order() {
         host.run(|| std::fs::write("/proc/sys/net/ipv4/tcp_autocorking", "0")).expect("sysctl");
     }
     // A sender that may have so many segments in flight has no cause to put two bytes into one.
-    rig.net
-        .client
-        .ip("route replace 198.51.100.0/24 dev public proto kernel scope link src 198.51.100.2 initcwnd 20000\n");
+    rig.net.client.ip("route replace 198.51.100.0/24 dev public proto kernel scope link src 198.51.100.2 initcwnd 20000\n");
     let pairs: Vec<_> = (0..CONNECTIONS).map(|_| rig.pair()).collect();
     let segments = rig.net.entrance.tcp_segments_received();
     std::thread::scope(|s| {
@@ -344,9 +342,7 @@ fn both_directions_stalled_for_a_minute_lose_nothing() {
         talk.exchange();
     }
     let stalled: Vec<_> = std::thread::scope(|s| {
-        let stall = |talk: &Talk| {
-            (UP.send_until_stalled(&talk.client, talk.at), DOWN.send_until_stalled(&talk.server, talk.at))
-        };
+        let stall = |talk: &Talk| (UP.send_until_stalled(&talk.client, talk.at), DOWN.send_until_stalled(&talk.server, talk.at));
         let threads: Vec<_> = talks.iter().map(|talk| s.spawn(move || stall(talk))).collect();
         threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
     });
@@ -358,9 +354,7 @@ fn both_directions_stalled_for_a_minute_lose_nothing() {
         for (talk, (up, down)) in talks.iter().zip(&stalled) {
             let more = 2 * MEGABYTE;
             s.spawn(move || UP.send(&talk.client, *up, up + more).and_then(|()| talk.client.shutdown(Shutdown::Write)));
-            s.spawn(move || {
-                DOWN.send(&talk.server, *down, down + more).and_then(|()| talk.server.shutdown(Shutdown::Write))
-            });
+            s.spawn(move || DOWN.send(&talk.server, *down, down + more).and_then(|()| talk.server.shutdown(Shutdown::Write)));
             s.spawn(move || assert_eq!(UP.receive(&talk.server, talk.at), (up + more, End::Fin)));
             s.spawn(move || assert_eq!(DOWN.receive(&talk.client, talk.at), (down + more, End::Fin)));
         }
@@ -587,8 +581,7 @@ fn killed_with_a_thousand_connections_in_the_map_both_sides_are_reset_and_the_ne
     let mut talks: Vec<_> = (0..CONNECTIONS).map(|_| Talk::new(rig.pair())).collect();
     eventually(PATIENCE, "all connections are in the map", || {
         talks.iter_mut().for_each(Talk::exchange);
-        (rig.daemon.metric("dataplane_connections_active", &[("engine", "sockmap")]) as usize == CONNECTIONS)
-            .then_some(())
+        (rig.daemon.metric("dataplane_connections_active", &[("engine", "sockmap")]) as usize == CONNECTIONS).then_some(())
     });
     assert_eq!(entries(&rig.daemon), 2 * CONNECTIONS);
     let ids: Vec<u32> =
@@ -604,8 +597,7 @@ fn killed_with_a_thousand_connections_in_the_map_both_sides_are_reset_and_the_ne
         loaded_maps().filter_map(Result::ok).all(|map| !ids.contains(&map.id())).then_some(())
     });
     assert!(std::fs::read_dir("/sys/fs/bpf").map_or(true, |mut dir| dir.next().is_none()), "nothing is pinned");
-    let programs =
-        || loaded_programs().filter_map(Result::ok).filter(|p| p.name_as_str() == Some(common::VERDICT)).count();
+    let programs = || loaded_programs().filter_map(Result::ok).filter(|p| p.name_as_str() == Some(common::VERDICT)).count();
     let before = programs();
     rig.daemon = Daemon::start(&rig.net, &Config::new("sockmap"));
     assert_eq!(programs(), before + 1);
