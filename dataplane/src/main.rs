@@ -288,19 +288,21 @@ fn describe_status(status: &Value) -> String {
 fn describe_connections(connections: &Value) -> String {
     use std::fmt::Write as _;
     let mut out = format!(
-        "{:<40} {:<30} {:<28} {:<7} {:>14} {:>14} {:>9} {:>9}\n",
-        "CLIENT", "SERVER NAME", "TARGET", "ENGINE", "TO UPSTREAM", "TO CLIENT", "AGE s", "IDLE s"
+        "{:<40} {:<30} {:<28} {:<7} {:<9} {:>14} {:>14} {:>9} {:>9} {:>9}\n",
+        "CLIENT", "SERVER NAME", "TARGET", "ENGINE", "PATH", "TO UPSTREAM", "TO CLIENT", "BACKLOG", "AGE s", "IDLE s"
     );
     for c in items(connections) {
         let _ = writeln!(
             out,
-            "{:<40} {:<30} {:<28} {:<7} {:>14} {:>14} {:>9.0} {:>9.0}",
+            "{:<40} {:<30} {:<28} {:<7} {:<9} {:>14} {:>14} {:>9} {:>9.0} {:>9.0}",
             text(c, "client"),
             text(c, "server_name"),
             text(c, "target"),
             text(c, "engine"),
+            text(c, "path"),
             c["bytes_to_upstream"],
             c["bytes_to_client"],
+            c["backlog"],
             c["age"].as_f64().unwrap_or(0.0),
             c["idle"].as_f64().unwrap_or(0.0)
         );

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
-use crate::engine::{End, Kind, Look, Traffic};
+use crate::engine::{End, Kind, Look, Path, Traffic};
 use crate::metrics::RouteMetrics;
 
 /// All live connections.
@@ -67,6 +67,8 @@ pub struct Connection {
     upstream: Arc<str>,
     target: Arc<str>,
     engine: &'static str,
+    /// `kernel` while the process sleeps for it, whatever way its bytes took before.
+    path: &'static str,
     bytes_to_upstream: u64,
     bytes_to_client: u64,
     bytes_kernel: u64,
@@ -77,7 +79,7 @@ pub struct Connection {
 
 impl Record {
     fn describe(&self) -> Connection {
-        let Look { engine, to_upstream, to_client, idle } = self.traffic.look();
+        let Look { engine, asleep, to_upstream, to_client, idle } = self.traffic.look();
         Connection {
             client: self.client,
             listener: self.listener.clone(),
@@ -87,6 +89,7 @@ impl Record {
             upstream: self.upstream.clone(),
             target: self.target.clone(),
             engine: engine.as_str(),
+            path: if asleep { Path::Kernel } else { Path::Userspace }.as_str(),
             bytes_to_upstream: to_upstream.iter().sum(),
             bytes_to_client: to_client.iter().sum(),
             bytes_kernel: to_upstream[0] + to_client[0],

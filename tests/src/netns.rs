@@ -136,7 +136,8 @@ impl Host {
                 let digits = field.find(|c: char| c.is_ascii_digit())?;
                 let (name, value) = field.split_at(digits);
                 // What is forward-allocated may be owed: ss(8) prints it as if it had no sign.
-                matches!(name, "r" | "w" | "f" | "bl").then(|| i64::from(value.parse::<u32>().expect("a number") as i32))
+                matches!(name, "r" | "w" | "f" | "bl")
+                    .then(|| i64::from(value.parse::<u32>().expect("a number") as i32))
             })
             .sum::<i64>()
             .max(0) as u64

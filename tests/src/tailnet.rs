@@ -175,19 +175,4 @@ mod tests {
     fn one_version_for_nodes_and_control_server() {
         assert!(version().starts_with("v1."), "{}", version());
     }
-
-    #[test]
-    fn the_two_hosts_reach_each_other_through_the_tailnet_only() {
-        let _turn = crate::beside_others();
-        let net = Net::new();
-        let tailnet = Tailnet::join(&net).unwrap_or_else(|e| panic!("{e}"));
-        let there = format!("{}:7", tailnet.cluster.address);
-        let listener = net.cluster.listen(&there);
-        net.entrance.connect(there.parse().expect("an address")).expect("the tailnet carries it");
-        assert_eq!(listener.accept().expect("a connection").1.ip(), tailnet.entrance.address);
-        // The tailnet's addresses may be the same as those that the bare link had.
-        let route =
-            net.entrance.output(Command::new("ip").args(["route", "get", &tailnet.cluster.address.to_string()]));
-        assert!(route.contains("dev tailscale0"), "{route}");
-    }
 }

@@ -178,7 +178,7 @@ fn connections_lists_the_live_ones() {
         (list[0]["bytes_to_client"] == 2000).then_some(list)
     });
     let one = &list[0];
-    let keys = "client listener server_name alpn route upstream target engine bytes_to_upstream bytes_to_client bytes_kernel age idle backlog";
+    let keys = "client listener server_name alpn route upstream target engine path bytes_to_upstream bytes_to_client bytes_kernel age idle backlog";
     has_keys(one, &keys.split(' ').collect::<Vec<_>>());
     assert_eq!(one["client"], client.local_addr().expect("bound").to_string());
     assert_eq!((&one["listener"], &one["server_name"]), (&"public".into(), &HOST.into()));

@@ -98,7 +98,7 @@ fn the_kernel_forwards_all_but_the_first_bytes_and_they_are_counted_once() {
         assert!(kernel >= 1000 * MESSAGE, "{direction}: {kernel} bytes by the kernel");
     }
     let one = &connections(&rig)[0];
-    assert_eq!(one["bytes_to_client"], talk.at);
+    assert_eq!((&one["bytes_to_client"], &one["path"]), (&talk.at.into(), &"kernel".into()));
     assert!(one["idle"].as_f64().expect("seconds") < 5.0, "{one}");
     let totals = ["to_upstream", "to_client"].map(|d| bytes(&rig, d, "kernel") + bytes(&rig, d, "userspace"));
     drop(talk);
@@ -284,7 +284,9 @@ fn a_million_segments_of_one_byte_cost_no_memory_and_arrive_in_order() {
         host.run(|| std::fs::write("/proc/sys/net/ipv4/tcp_autocorking", "0")).expect("sysctl");
     }
     // A sender that may have so many segments in flight has no cause to put two bytes into one.
-    rig.net.client.ip("route replace 198.51.100.0/24 dev public proto kernel scope link src 198.51.100.2 initcwnd 20000\n");
+    rig.net
+        .client
+        .ip("route replace 198.51.100.0/24 dev public proto kernel scope link src 198.51.100.2 initcwnd 20000\n");
     let pairs: Vec<_> = (0..CONNECTIONS).map(|_| rig.pair()).collect();
     let segments = rig.net.entrance.tcp_segments_received();
     std::thread::scope(|s| {
@@ -342,7 +344,9 @@ fn both_directions_stalled_for_a_minute_lose_nothing() {
         talk.exchange();
     }
     let stalled: Vec<_> = std::thread::scope(|s| {
-        let stall = |talk: &Talk| (UP.send_until_stalled(&talk.client, talk.at), DOWN.send_until_stalled(&talk.server, talk.at));
+        let stall = |talk: &Talk| {
+            (UP.send_until_stalled(&talk.client, talk.at), DOWN.send_until_stalled(&talk.server, talk.at))
+        };
         let threads: Vec<_> = talks.iter().map(|talk| s.spawn(move || stall(talk))).collect();
         threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
     });
@@ -354,7 +358,9 @@ fn both_directions_stalled_for_a_minute_lose_nothing() {
         for (talk, (up, down)) in talks.iter().zip(&stalled) {
             let more = 2 * MEGABYTE;
             s.spawn(move || UP.send(&talk.client, *up, up + more).and_then(|()| talk.client.shutdown(Shutdown::Write)));
-            s.spawn(move || DOWN.send(&talk.server, *down, down + more).and_then(|()| talk.server.shutdown(Shutdown::Write)));
+            s.spawn(move || {
+                DOWN.send(&talk.server, *down, down + more).and_then(|()| talk.server.shutdown(Shutdown::Write))
+            });
             s.spawn(move || assert_eq!(UP.receive(&talk.server, talk.at), (up + more, End::Fin)));
             s.spawn(move || assert_eq!(DOWN.receive(&talk.client, talk.at), (down + more, End::Fin)));
         }
@@ -491,6 +497,7 @@ fn a_slow_reader_is_counted_as_a_spill_and_the_kernel_takes_over_again() {
     talk.exchange_until(&rig, "sockmap");
     std::thread::sleep(Duration::from_millis(50));
     let stalled = DOWN.send_until_stalled(&talk.server, talk.at);
+    assert_eq!(connections(&rig)[0]["path"], "userspace");
     let of = |direction| rig.daemon.metric("dataplane_sockmap_spills_total", &[("direction", direction)]) as u64;
     assert!(of("to_client") >= 1);
     assert_eq!(of("to_upstream"), 0);
@@ -581,7 +588,8 @@ fn killed_with_a_thousand_connections_in_the_map_both_sides_are_reset_and_the_ne
     let mut talks: Vec<_> = (0..CONNECTIONS).map(|_| Talk::new(rig.pair())).collect();
     eventually(PATIENCE, "all connections are in the map", || {
         talks.iter_mut().for_each(Talk::exchange);
-        (rig.daemon.metric("dataplane_connections_active", &[("engine", "sockmap")]) as usize == CONNECTIONS).then_some(())
+        (rig.daemon.metric("dataplane_connections_active", &[("engine", "sockmap")]) as usize == CONNECTIONS)
+            .then_some(())
     });
     assert_eq!(entries(&rig.daemon), 2 * CONNECTIONS);
     let ids: Vec<u32> =
@@ -597,7 +605,8 @@ fn killed_with_a_thousand_connections_in_the_map_both_sides_are_reset_and_the_ne
         loaded_maps().filter_map(Result::ok).all(|map| !ids.contains(&map.id())).then_some(())
     });
     assert!(std::fs::read_dir("/sys/fs/bpf").map_or(true, |mut dir| dir.next().is_none()), "nothing is pinned");
-    let programs = || loaded_programs().filter_map(Result::ok).filter(|p| p.name_as_str() == Some(common::VERDICT)).count();
+    let programs =
+        || loaded_programs().filter_map(Result::ok).filter(|p| p.name_as_str() == Some(common::VERDICT)).count();
     let before = programs();
     rig.daemon = Daemon::start(&rig.net, &Config::new("sockmap"));
     assert_eq!(programs(), before + 1);

@@ -212,7 +212,7 @@ fn remove(folder: &Path) -> Result<()> {
 fn boot(kernel: &Path, initramfs: &Path) -> Result<()> {
     let mut machine = Command::new("timeout")
         .args(["--foreground", LIMIT, "qemu-system-x86_64", "-M", "q35", "-accel", "tcg", "-cpu", "max"])
-        .args(["-smp", "2", "-m", "6144", "-nodefaults", "-nic", "none", "-display", "none", "-serial", "stdio"])
+        .args(["-smp", "2", "-m", "2048", "-nodefaults", "-nic", "none", "-display", "none", "-serial", "stdio"])
         .args(["-no-reboot", "-append", "console=ttyS0 loglevel=3 panic=-1", "-kernel"])
         .arg(kernel)
         .arg("-initrd")

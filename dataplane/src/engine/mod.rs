@@ -339,6 +339,7 @@ impl Traffic {
         let idle = self.begun.elapsed().saturating_sub(Duration::from_millis(self.last_bytes.load(Relaxed)));
         Look {
             engine: if engaged.is_some() { Kind::Sockmap } else { self.relay },
+            asleep: engaged.as_ref().is_some_and(|engaged| engaged.is_in_kernel()),
             to_upstream: bytes(Side::Client),
             to_client: bytes(Side::Upstream),
             idle: engaged.as_ref().map_or(idle, |engaged| engaged.idle()),
@@ -377,6 +378,8 @@ impl Traffic {
 pub struct Look {
     /// What forwards it.
     pub engine: Kind,
+    /// The kernel forwards both ways without waking anybody.
+    pub asleep: bool,
     /// Bytes by path: kernel, userspace.
     pub to_upstream: [u64; 2],
     /// The same.

@@ -12,7 +12,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use common::Row;
-use common::governor::{BULK_BYTES, Reason};
+use common::governor::{BULK_BYTES, RUN, Reason};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep_until};
 
@@ -103,6 +103,15 @@ impl Engaged {
     /// Bytes that the kernel has sent on, of the direction from this side.
     pub fn redirected(&self, from: Side) -> u64 {
         self.place.row(from).redirected.get()
+    }
+
+    /// Whether the kernel forwards both ways.
+    pub fn is_in_kernel(&self) -> bool {
+        let runs = |from: Side| {
+            let row = self.place.row(from);
+            row.mode.get() == RUN && row.passed.get() == row.consumed.get()
+        };
+        SIDES.into_iter().all(runs)
     }
 
     /// Bytes that are queued in the kernel on our behalf: redirected, and not yet accepted by the sink.

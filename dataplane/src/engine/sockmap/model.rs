@@ -512,7 +512,7 @@ impl World {
         match kernel.sides[side].verdict {
             None => kernel.sides[side].verdict = Some(Verdict::Mode(row.mode.get())),
             Some(Verdict::Mode(mode)) => {
-                kernel.sides[side].verdict = Some(Verdict::Sink(mode, kernel.look_at(1 - side)))
+                kernel.sides[side].verdict = Some(Verdict::Sink(mode, kernel.look_at(1 - side)));
             }
             Some(Verdict::Sink(mode, sink)) => {
                 kernel.sides[side].verdict = None;
