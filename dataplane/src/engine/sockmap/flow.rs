@@ -309,7 +309,7 @@ impl<'a> Flow<'a> {
         let mut watch = Watch::unattended(timeouts);
         let mut leaving = SIDES.into_iter().any(|side| !self.is_in_map(side)).then_some(Left::Refused);
         let (mut not_before, mut pause) = (Instant::now(), LEAVE_AGAIN);
-        let mut fin_due = not_before;
+        let mut fin_due = None;
         let mut moved = (0, 0);
         loop {
             let want = if leaving.is_some() { Want::Userspace } else { Want::Kernel };
@@ -319,7 +319,6 @@ impl<'a> Flow<'a> {
             };
             if leaving.is_none() {
                 leaving = self.reason_to_leave();
-                fin_due = Instant::now() + FIN_PATIENCE;
                 if leaving.is_some() {
                     // What is wanted of both directions has changed.
                     continue;
@@ -340,12 +339,13 @@ impl<'a> Flow<'a> {
                 }
                 continue;
             }
-            let fin_waits = leaving == Some(Left::Ending) && SIDES.into_iter().any(|side| self.owes_fin(side));
-            if fin_waits && now >= fin_due {
+            if !SIDES.into_iter().any(|side| self.owes_fin(side)) {
+                fin_due = None;
+            } else if now >= *fin_due.get_or_insert(now + FIN_PATIENCE) {
                 if let Err(end) = self.finish_in_map().await {
                     return Outcome::Ended(end);
                 }
-                fin_due = Instant::now() + LEAVE_AGAIN;
+                fin_due = Some(Instant::now() + LEAVE_AGAIN);
                 continue;
             }
 
@@ -375,9 +375,7 @@ impl<'a> Flow<'a> {
             if leaving.is_some() && self.may_leave() {
                 deadline = deadline.min(not_before);
             }
-            if fin_waits {
-                deadline = deadline.min(fin_due);
-            }
+            deadline = fin_due.map_or(deadline, |due| deadline.min(due));
             if let Err(end) = self.wait(deadline).await {
                 return Outcome::Ended(end);
             }

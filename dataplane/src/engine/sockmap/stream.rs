@@ -330,3 +330,94 @@ impl Stream {
 fn not_reset(received: Received) -> Result<(), Broken> {
     if received.reset { Err(Broken::Source(io::ErrorKind::ConnectionReset.into())) } else { Ok(()) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A source that has nothing to read, and a sink that has taken everything.
+    #[derive(Default)]
+    struct Quiet(Row);
+
+    impl Ports for Quiet {
+        fn row(&self) -> &Row {
+            &self.0
+        }
+
+        fn barrier(&mut self) -> io::Result<Received> {
+            Ok(Received { bytes: 0, reset: false })
+        }
+
+        fn accepted(&mut self) -> io::Result<u64> {
+            Ok(self.0.redirected.get() + self.0.consumed.get())
+        }
+
+        fn source_has_backlog(&mut self) -> io::Result<bool> {
+            Ok(false)
+        }
+
+        fn step(&mut self) -> io::Result<copy::Step> {
+            let read = (self.0.passed.get() - self.0.consumed.get()) as usize;
+            if read == 0 {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            Ok(copy::Step { read, written: read, rest: Vec::new(), write_error: None })
+        }
+
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            unreachable!("the sink takes everything at once")
+        }
+    }
+
+    /// The verdict passes a byte; for how long userspace keeps the direction then.
+    fn spill(stream: &mut Stream, ports: &mut Quiet, now: Instant) -> Duration {
+        ports.0.passed.add(1);
+        let next = stream.advance(ports, now, Want::Kernel).expect("nothing breaks");
+        let Next::At(until) = next else { panic!("{next:?}") };
+        assert_eq!((stream.phase, ports.0.mode.get()), (Phase::Userspace, HOLD));
+        assert_eq!(stream.advance(ports, until, Want::Kernel).expect("nothing breaks"), Next::Event);
+        assert_eq!((stream.phase, ports.0.mode.get()), (Phase::Kernel, RUN));
+        until - now
+    }
+
+    #[test]
+    fn a_direction_that_comes_back_at_once_stays_twice_as_long_up_to_a_bound() {
+        let (mut now, mut ports) = (Instant::now(), Quiet::default());
+        let mut stream = Stream::new(now);
+        assert_eq!(stream.advance(&mut ports, now, Want::Kernel).expect("nothing breaks"), Next::Event);
+        assert_eq!(stream.phase, Phase::Kernel, "a new one need not stay");
+        now += FLAP;
+        let mut expected = STAY;
+        for _ in 0..20 {
+            let stay = spill(&mut stream, &mut ports, now);
+            assert_eq!(stay, expected);
+            expected = (stay * 2).min(LONGEST_STAY);
+            now += stay + Duration::from_millis(1);
+        }
+        assert_eq!(expected, LONGEST_STAY);
+        now += FLAP;
+        assert_eq!(spill(&mut stream, &mut ports, now), STAY, "forgiven");
+    }
+
+    #[test]
+    fn a_direction_that_is_wanted_in_userspace_stays_there() {
+        let (now, mut ports) = (Instant::now(), Quiet::default());
+        let mut stream = Stream::new(now);
+        stream.advance(&mut ports, now, Want::Kernel).expect("nothing breaks");
+        for _ in 0..3 {
+            assert_eq!(
+                stream.advance(&mut ports, now + LONGEST_STAY, Want::Userspace).expect("nothing breaks"),
+                Next::Event
+            );
+            assert_eq!((stream.phase, ports.0.mode.get()), (Phase::Userspace, HOLD));
+            assert!(stream.is_drained(&ports.0));
+        }
+    }
+
+    #[test]
+    fn a_flood_ends_the_connection() {
+        let (now, mut ports) = (Instant::now(), Quiet::default());
+        ports.0.reason.set(Reason::Flood as u32);
+        assert!(matches!(Stream::new(now).advance(&mut ports, now, Want::Kernel), Err(Broken::Unproven(_))));
+    }
+}
