@@ -22,9 +22,6 @@ pub const BASE_KNOWN: u32 = 2;
 /// What one queued segment costs besides its bytes: an sk_buff, its head, and what its page holds in vain. One-byte segments cost 1 to 4 KiB each.
 pub const SEGMENT_COST: u32 = 2048;
 
-/// What the receive buffer may be exceeded by: the largest segment, and what was in flight when the window closed.
-pub const FLOOD_MARGIN: u64 = 256 * 1024;
-
 /// A run of so many bytes without an answer in the other direction is bulk, unless its segments are small. Exchanges of a few hundred KiB stay in the kernel; a
 /// download of a megabyte pays for its way out.
 pub const BULK_BYTES: u32 = 256 * 1024;
@@ -157,7 +154,7 @@ pub fn judge(
     }
     let mode = row.mode.get();
     let unread = row.passed.get().wrapping_sub(row.consumed.get());
-    if unread != 0 && unread > receive_buffer() as u64 + FLOOD_MARGIN {
+    if unread != 0 && unread > receive_buffer() as u64 + budget.flood.get() as u64 {
         row.reason.set(Reason::Flood as u32);
         return Action::Drop { tell: true };
     }
@@ -244,11 +241,13 @@ mod tests {
 
     const QUEUE: u32 = 64 * 1024;
     const RECEIVE_BUFFER: u32 = 1 << 20;
-    const MOST_UNREAD: u64 = RECEIVE_BUFFER as u64 + FLOOD_MARGIN;
+    const MARGIN: u32 = 256 * 1024;
+    const MOST_UNREAD: u64 = RECEIVE_BUFFER as u64 + MARGIN as u64;
 
     fn budget() -> Budget {
         let budget = Budget::default();
         budget.queue.set(QUEUE);
+        budget.flood.set(MARGIN);
         budget
     }
 

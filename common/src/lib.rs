@@ -108,5 +108,7 @@ pub struct Row {
 pub struct Budget {
     /// What one direction may have queued on its way to the sink's send buffer, bytes, overhead included.
     pub queue: Word,
-    spare: [u32; 15],
+    /// By how much the unread bytes of a direction may exceed the receive buffer of its source.
+    pub flood: Word,
+    spare: [u32; 14],
 }

@@ -95,6 +95,7 @@ fn running_the_verdict_redirects_to_the_peer_and_tells_when_it_has_to_stop() {
     insert(&programs, 1, &upstream_near);
     insert(&programs, 0, &client_near);
     programs.budget[0].queue.set(10_000);
+    programs.budget[0].flood.set(1 << 20);
     programs.rows[0].mode.set(common::governor::RUN);
 
     client.write_all(b"hello").expect("connected");

@@ -491,6 +491,7 @@ impl World {
                 wrong: None,
             }),
         };
+        world.budget.flood.set(256 * 1024);
         world.budget.queue.set(if fault == Fault::IgnoresQueue { u32::MAX } else { case.queue });
         for row in &world.rows {
             row.leave_on_bulk.set(u32::from(case.leave_on_bulk));

@@ -29,6 +29,11 @@ const LARGEST_QUEUE: u64 = 256 * 1024;
 /// Less is not worth a place: one message of 2 KiB and its overhead.
 const SMALLEST_QUEUE: u64 = 4 * 1024;
 
+/// By how much unread bytes may exceed a receive buffer. While bytes of the other direction wait for the kernel's worker, passed bytes are charged to nobody and the
+/// window stays open: with bulk both ways at tens of Gbit/s, for more than 256 KiB. This is a whole window of the largest usual receive buffer (6 MiB), and the last
+/// resort only: that what waits can be sent is ensured before it is redirected.
+const FLOOD: u32 = 8 << 20;
+
 /// See the module.
 #[derive(Debug)]
 pub struct Table {
@@ -94,6 +99,7 @@ impl Table {
     pub fn load(connections: usize, spills: [IntCounter; 2]) -> Result<Arc<Self>, LoadError> {
         let places = MOST.min(connections as u32).max(1);
         let mut programs = load(places)?;
+        programs.budget[0].flood.set(FLOOD);
         let events = programs.events.take().expect("nobody took it before");
         let (grace, requests) = mpsc::channel();
         let table = Arc::new(Self {
