@@ -12,6 +12,7 @@ pub mod splice;
 pub mod vigil;
 pub mod watch;
 
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -255,6 +256,21 @@ impl End {
             Self::Idle => "idle",
             Self::Drained => "drained",
             Self::Error => "error",
+        }
+    }
+}
+
+/// How a connection ends of which this side's socket has this error.
+fn ended_by(side: Side, error: io::Result<Option<io::Error>>) -> End {
+    let Ok(Some(error)) = error else { return End::Reset(side) };
+    match error.kind() {
+        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe | io::ErrorKind::NotConnected => End::Reset(side),
+        io::ErrorKind::TimedOut | io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => {
+            End::Vanished(side)
+        }
+        _ => {
+            tracing::warn!(?side, %error, "a system call failed in mid-connection");
+            End::Error
         }
     }
 }

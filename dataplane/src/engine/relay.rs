@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep_until};
 use super::promotion::Promotion;
 use super::splice::Pipe;
 use super::watch::Watch;
-use super::{Counter, End, First, Kind, Legs, Path, Side, StreamState, Timeouts, Traffic, copy};
+use super::{Counter, End, First, Kind, Legs, Path, Side, StreamState, Timeouts, Traffic, copy, ended_by};
 use crate::{socket, sys};
 
 /// Reads of one direction before other connections of the worker get their turn. With [`crate::worker::EVENT_INTERVAL`]: an echo beside four bulk transfers
@@ -174,21 +174,6 @@ impl Broken {
         match self {
             Self::Source(e) => ended_by(source, Ok(Some(e))),
             Self::Sink(e) => ended_by(sink, Ok(Some(e))),
-        }
-    }
-}
-
-/// How a connection ends of which this side's socket has this error.
-pub(super) fn ended_by(side: Side, error: io::Result<Option<io::Error>>) -> End {
-    let Ok(Some(error)) = error else { return End::Reset(side) };
-    match error.kind() {
-        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe | io::ErrorKind::NotConnected => End::Reset(side),
-        io::ErrorKind::TimedOut | io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => {
-            End::Vanished(side)
-        }
-        _ => {
-            tracing::warn!(?side, %error, "a system call failed in mid-connection");
-            End::Error
         }
     }
 }

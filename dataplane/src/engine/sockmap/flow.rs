@@ -20,9 +20,8 @@ use super::reactor::{self, Registration};
 use super::stream::{Broken, Next, Phase, Ports, Received, Stream, Want};
 use super::table::{Place, Signal, Table};
 use crate::ebpf::Programs;
-use crate::engine::relay::ended_by;
 use crate::engine::watch::Watch;
-use crate::engine::{End, Legs, Path, Side, StreamState, Timeouts, Traffic, copy};
+use crate::engine::{End, Legs, Path, Side, StreamState, Timeouts, Traffic, copy, ended_by};
 use crate::{socket, sys};
 
 /// How long data is kept away from a socket that leaves the map, until both directions have nothing left to forward. Its sender sees a loss.

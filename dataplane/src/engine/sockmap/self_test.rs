@@ -201,11 +201,12 @@ impl Circuit {
                 self.client.shutdown(Shutdown::Write)
             });
             thread::sleep(Duration::from_millis(30));
+            expect(&self.server, &sent)?;
+            expect_end(&self.server)?;
+            // By now userspace has forwarded what did not fit.
             if self.table.spills[Side::Client as usize].get() == 0 {
                 return Err(wrong("the kernel went on redirecting to a full socket"));
             }
-            expect(&self.server, &sent)?;
-            expect_end(&self.server)?;
             sending.join().map_err(|_| wrong("the sender panicked"))?
         })?;
         message(&self.server, &self.client, 3)?;
