@@ -44,7 +44,7 @@ pub enum Reason {
     Bulk = 2,
     /// The sink is not in the map (any more).
     NoSink = 3,
-    /// More is unread than the receive buffer holds: it is not charged to it, and the window does not bound it. The connection is lost; nothing more is kept.
+    /// More is unread than a receive buffer holds, although the [`is_over`] filter is there: nothing bounds it. The connection is lost; nothing more is kept.
     Flood = 4,
     /// The kernel did not do as it was told with acknowledged bytes. The connection is lost; nothing more is kept.
     Lost = 5,
@@ -138,23 +138,26 @@ impl Sequence for u32 {
     }
 }
 
-/// Decides on `len` new bytes of the source. `receive_buffer` is its `sk_rcvbuf`. The sink is asked when the daemon is known not to write to it: what was read before that could lag behind what
+/// Whether more is unread than a receive buffer holds: then it is not charged to it. The kernel queues passed bytes behind those that the other direction has
+/// redirected to the same socket, and until its worker has got rid of these, the window stays open (net/core/skmsg.c). So what comes is dropped *before* TCP sees
+/// it, and its sender sends it again.
+#[inline(always)]
+pub fn is_over(row: &Row, budget: &Budget) -> bool {
+    // In this order: what is published between the two questions makes the difference larger, not negative.
+    let consumed = row.consumed.get();
+    row.passed.get().wrapping_sub(consumed) > budget.unread.get() as u64
+}
+
+/// Decides on `len` new bytes of the source. The sink is asked when the daemon is known not to write to it: what was read before that could lag behind what
 /// the daemon has published since.
 #[inline(always)]
-pub fn judge(
-    row: &Row,
-    opposite: &Row,
-    budget: &Budget,
-    len: u32,
-    receive_buffer: impl FnOnce() -> u32,
-    sink: impl FnOnce() -> Option<Sink>,
-) -> Action {
+pub fn judge(row: &Row, opposite: &Row, budget: &Budget, len: u32, sink: impl FnOnce() -> Option<Sink>) -> Action {
     if Reason::from_u32(row.reason.get()).is_final() {
         return Action::Drop { tell: false };
     }
     let mode = row.mode.get();
     let unread = row.passed.get().wrapping_sub(row.consumed.get());
-    if unread != 0 && unread > receive_buffer() as u64 + budget.flood.get() as u64 {
+    if unread > budget.flood.get() as u64 {
         row.reason.set(Reason::Flood as u32);
         return Action::Drop { tell: true };
     }
@@ -240,14 +243,14 @@ mod tests {
     use super::*;
 
     const QUEUE: u32 = 64 * 1024;
-    const RECEIVE_BUFFER: u32 = 1 << 20;
-    const MARGIN: u32 = 256 * 1024;
-    const MOST_UNREAD: u64 = RECEIVE_BUFFER as u64 + MARGIN as u64;
+    const UNREAD: u32 = 1 << 20;
+    const FLOOD: u32 = 3 << 19;
 
     fn budget() -> Budget {
         let budget = Budget::default();
         budget.queue.set(QUEUE);
-        budget.flood.set(MARGIN);
+        budget.unread.set(UNREAD);
+        budget.flood.set(FLOOD);
         budget
     }
 
@@ -263,7 +266,7 @@ mod tests {
     }
 
     fn decide(row: &Row, len: u32, sink: Sink) -> Action {
-        judge(row, &Row::default(), &budget(), len, || RECEIVE_BUFFER, || Some(sink))
+        judge(row, &Row::default(), &budget(), len, || Some(sink))
     }
 
     fn reason(row: &Row) -> Reason {
@@ -333,25 +336,34 @@ mod tests {
     #[test]
     fn without_a_sink_bytes_are_passed() {
         let row = running();
-        assert_eq!(judge(&row, &Row::default(), &budget(), 100, || RECEIVE_BUFFER, || None), TOLD);
+        assert_eq!(judge(&row, &Row::default(), &budget(), 100, || None), TOLD);
         assert_eq!(reason(&row), Reason::NoSink);
     }
 
     #[test]
-    fn more_unread_than_the_window_allows_is_dropped_and_told_once() {
+    fn a_flood_is_dropped_and_told_once() {
         let row = running();
-        row.passed.set(MOST_UNREAD + 1);
+        row.passed.set(u64::from(FLOOD) + 1);
         assert_eq!(decide(&row, 100, idle(0)), Action::Drop { tell: true });
         assert_eq!(decide(&row, 100, idle(0)), Action::Drop { tell: false });
         assert_eq!(reason(&row), Reason::Flood);
-        assert_eq!(row.passed.get(), MOST_UNREAD + 1, "what is dropped is not counted");
+        assert_eq!(row.passed.get(), u64::from(FLOOD) + 1, "what is dropped is not counted");
     }
 
     #[test]
-    fn a_full_receive_buffer_is_no_flood() {
+    fn what_was_let_in_before_the_filter_closed_is_no_flood() {
         let row = running();
-        row.passed.set(MOST_UNREAD);
+        row.passed.set(FLOOD.into());
         assert_eq!(decide(&row, 100, idle(0)), UNTOLD);
+    }
+
+    #[test]
+    fn over_is_what_a_receive_buffer_does_not_hold() {
+        let row = running();
+        row.passed.set(u64::from(UNREAD) + 7);
+        assert!(is_over(&row, &budget()));
+        row.consumed.set(7);
+        assert!(!is_over(&row, &budget()));
     }
 
     #[test]
@@ -526,7 +538,7 @@ mod tests {
     fn run_of(row: &Row, other: &Row, len: u32, most: u32) -> u32 {
         let passed = |_: &u32| {
             let sink = idle(row.redirected.get() as u32);
-            judge(row, other, &budget(), len, || RECEIVE_BUFFER, || Some(sink)) != Action::Redirect
+            judge(row, other, &budget(), len, || Some(sink)) != Action::Redirect
         };
         (0..most).find(passed).unwrap_or(most)
     }

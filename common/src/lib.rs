@@ -15,10 +15,13 @@ pub use word::{Long, Word};
 /// The stream verdict program.
 pub const VERDICT: &str = "verdict";
 
+/// The socket filter of every socket in the map: lets in no more than is bounded.
+pub const BRAKE: &str = "brake";
+
 /// The socket filter that keeps data away from a socket for a moment.
 pub const QUIESCE: &str = "quiesce";
 
-/// The socket filter that keeps the end of the stream away from a socket.
+/// [`BRAKE`], which keeps the end of the stream away, too.
 pub const POSTPONE_END: &str = "postpone_end";
 
 /// The forwarded sockets, to which [`VERDICT`] is attached. Key: the [`Row`] of which the socket is the source.
@@ -54,8 +57,6 @@ pub mod offset {
     pub const WMEM_QUEUED: &str = "OFFSET_WMEM_QUEUED";
     /// `sock.sk_sndbuf`
     pub const SNDBUF: &str = "OFFSET_SNDBUF";
-    /// `sock.sk_rcvbuf`
-    pub const RCVBUF: &str = "OFFSET_RCVBUF";
 }
 
 /// One direction of a forwarded connection: bytes that its *source* receives, for its *sink*. Positions count bytes since the source went into [`SOCKS`].
@@ -108,7 +109,9 @@ pub struct Row {
 pub struct Budget {
     /// What one direction may have queued on its way to the sink's send buffer, bytes, overhead included.
     pub queue: Word,
-    /// By how much the unread bytes of a direction may exceed the receive buffer of its source.
+    /// How many bytes of a direction may be unread: more than any receive buffer holds. [`BRAKE`] lets no more in until some were read.
+    pub unread: Word,
+    /// With so many the connection is given up: more than [`BRAKE`] can have let in.
     pub flood: Word,
-    spare: [u32; 14],
+    spare: [u32; 13],
 }

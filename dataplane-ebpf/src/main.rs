@@ -4,7 +4,7 @@
 #![no_std]
 #![no_main]
 
-mod quiesce;
+mod filter;
 mod verdict;
 
 /// Never called: the verifier refuses a program from which a panic could be reached, but `core` wants a handler.

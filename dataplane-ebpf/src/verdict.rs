@@ -30,15 +30,15 @@ static SOCKS: SockMap = SockMap::with_max_entries(2, 0);
 
 /// Cookie of a socket to its key.
 #[map]
-static KEYS: HashMap<u64, u32> = HashMap::with_max_entries(2, BPF_F_NO_PREALLOC);
+pub static KEYS: HashMap<u64, u32> = HashMap::with_max_entries(2, BPF_F_NO_PREALLOC);
 
 /// What is counted of each direction.
 #[map]
-static ROWS: Array<Row> = Array::with_max_entries(2, BPF_F_MMAPABLE);
+pub static ROWS: Array<Row> = Array::with_max_entries(2, BPF_F_MMAPABLE);
 
 /// Limits.
 #[map]
-static BUDGET: Array<Budget> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+pub static BUDGET: Array<Budget> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 /// Keys of directions that left the kernel's path.
 #[map]
@@ -57,8 +57,6 @@ static OFFSET_COPIED_SEQ: u32 = 0;
 static OFFSET_WMEM_QUEUED: u32 = 0;
 #[unsafe(no_mangle)]
 static OFFSET_SNDBUF: u32 = 0;
-#[unsafe(no_mangle)]
-static OFFSET_RCVBUF: u32 = 0;
 
 /// Redirects, passes or drops.
 #[stream_verdict]
@@ -93,7 +91,7 @@ fn verdict(ctx: SkBuffContext) -> u32 {
         return SK_DROP;
     }
 
-    match governor::judge(row, opposite, budget, len, || receive_buffer(&ctx), || sink(key ^ 1)) {
+    match governor::judge(row, opposite, budget, len, || sink(key ^ 1)) {
         Action::Redirect => {
             // SAFETY: the context and the map are what the helper asks for.
             match unsafe { SOCKS.redirect_skb(&ctx, key ^ 1, 0) } as u32 {
@@ -130,18 +128,6 @@ fn told(key: u32, tell: bool) {
 /// `copied_seq` of the socket that has received this.
 #[inline(always)]
 fn copied_seq(ctx: &SkBuffContext) -> Option<u32> {
-    source(ctx, addr_of!(OFFSET_COPIED_SEQ))
-}
-
-/// Size of the receive buffer of the socket that has received this, bytes. Without a socket there is none.
-#[inline(always)]
-fn receive_buffer(ctx: &SkBuffContext) -> u32 {
-    source(ctx, addr_of!(OFFSET_RCVBUF)).unwrap_or(0)
-}
-
-/// A member of the socket that has received this.
-#[inline(always)]
-fn source(ctx: &SkBuffContext, offset: *const u32) -> Option<u32> {
     // SAFETY: the kernel maps `sk` of the context to the skb's socket, or null.
     let socket = unsafe { (*ctx.skb.skb).__bindgen_anon_2.sk };
     if socket.is_null() {
@@ -150,7 +136,7 @@ fn source(ctx: &SkBuffContext, offset: *const u32) -> Option<u32> {
     // SAFETY: `socket` is not null; the helper's result is checked.
     let tcp = unsafe { bpf_skc_to_tcp_sock(socket.cast()) };
     // SAFETY: a `tcp_sock`, and an offset within it.
-    (!tcp.is_null()).then(|| unsafe { load(tcp.cast(), offset) })
+    (!tcp.is_null()).then(|| unsafe { load(tcp.cast(), addr_of!(OFFSET_COPIED_SEQ)) })
 }
 
 /// Reads the sink, if it is in the map.

@@ -71,12 +71,17 @@ impl Programs {
         self.verdict_id
     }
 
+    /// From now on the socket takes no data while more is unread than is bounded; before that, [`KEYS`](common::KEYS) has it.
+    pub fn brake(&self, socket: impl AsFd) -> io::Result<()> {
+        self.filter(common::BRAKE, socket)
+    }
+
     /// From now on only acknowledgements and resets reach the socket.
     pub fn quiesce(&self, socket: impl AsFd) -> io::Result<()> {
         self.filter(common::QUIESCE, socket)
     }
 
-    /// From now on no FIN reaches the socket.
+    /// [`brake`](Self::brake), and no FIN reaches the socket.
     pub fn postpone_end(&self, socket: impl AsFd) -> io::Result<()> {
         self.filter(common::POSTPONE_END, socket)
     }
@@ -98,20 +103,14 @@ pub fn load(connections: u32) -> Result<Programs, LoadError> {
     let object = object().ok_or(LoadError::NotBuiltIn)?;
     let offsets = btf::offsets(
         Path::new(btf::KERNEL),
-        [
-            ("tcp_sock", "write_seq"),
-            ("tcp_sock", "copied_seq"),
-            ("sock", "sk_wmem_queued"),
-            ("sock", "sk_sndbuf"),
-            ("sock", "sk_rcvbuf"),
-        ],
+        [("tcp_sock", "write_seq"), ("tcp_sock", "copied_seq"), ("sock", "sk_wmem_queued"), ("sock", "sk_sndbuf")],
     )
     .map_err(LoadError::KernelTypes)?;
     load_object(object, offsets, connections * 2).map_err(LoadError::from)
 }
 
-fn load_object(object: &[u8], offsets: [u32; 5], keys: u32) -> Result<Programs, EbpfError> {
-    let names = [offset::WRITE_SEQ, offset::COPIED_SEQ, offset::WMEM_QUEUED, offset::SNDBUF, offset::RCVBUF];
+fn load_object(object: &[u8], offsets: [u32; 4], keys: u32) -> Result<Programs, EbpfError> {
+    let names = [offset::WRITE_SEQ, offset::COPIED_SEQ, offset::WMEM_QUEUED, offset::SNDBUF];
     let mut loader = EbpfLoader::new();
     for (name, offset) in names.into_iter().zip(&offsets) {
         loader.override_global(name, offset, true);
@@ -128,7 +127,7 @@ fn load_object(object: &[u8], offsets: [u32; 5], keys: u32) -> Result<Programs, 
     verdict.load()?;
     verdict.attach(&sockets_fd)?;
     let verdict_id = verdict.info()?.id();
-    for name in [common::QUIESCE, common::POSTPONE_END] {
+    for name in [common::BRAKE, common::QUIESCE, common::POSTPONE_END] {
         let filter: &mut SocketFilter = ebpf.program_mut(name).expect("in dataplane-ebpf").try_into()?;
         filter.load()?;
     }

@@ -95,7 +95,8 @@ fn running_the_verdict_redirects_to_the_peer_and_tells_when_it_has_to_stop() {
     insert(&programs, 1, &upstream_near);
     insert(&programs, 0, &client_near);
     programs.budget[0].queue.set(10_000);
-    programs.budget[0].flood.set(1 << 20);
+    programs.budget[0].unread.set(1 << 20);
+    programs.budget[0].flood.set(2 << 20);
     programs.rows[0].mode.set(common::governor::RUN);
 
     client.write_all(b"hello").expect("connected");
@@ -150,6 +151,32 @@ fn quiesced_a_socket_gets_no_data_until_it_is_let_in_again_and_resets_at_once() 
     socket2::SockRef::from(&client).set_linger(Some(Duration::ZERO)).expect("SO_LINGER");
     drop(client);
     assert_eq!(server.read(&mut received).expect_err("reset").kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+#[test]
+fn braked_a_socket_gets_no_data_while_too_much_is_unread() {
+    let programs = load();
+    programs.budget[0].unread.set(1 << 20);
+    programs.budget[0].flood.set(2 << 20);
+    let (mut client, mut server) = connected_pair();
+    insert(&programs, 0, &server);
+    programs.brake(&server).expect("attached");
+    client.write_all(b"first").expect("connected");
+    eventually("counted", || programs.rows[0].passed.get() == 5);
+
+    programs.rows[0].passed.set((1 << 20) + 1);
+    client.write_all(b" second").expect("connected");
+    let lost = || dataplane::sys::unacknowledged(&client).expect("SIOCOUTQ") == 7;
+    thread::sleep(Duration::from_millis(300));
+    assert!(lost(), "nothing came");
+    // What goes the other way is acknowledged meanwhile.
+    server.write_all(b"now").expect("connected");
+    eventually("acknowledged", || dataplane::sys::unacknowledged(&server).expect("SIOCOUTQ") == 0);
+    programs.rows[0].consumed.set(1);
+    let mut received = [0; 12];
+    server.read_exact(&mut received).expect("sent again");
+    assert_eq!(&received, b"first second");
+    assert_eq!(programs.rows[0].passed.get(), (1 << 20) + 8);
 }
 
 /// The last entry of a full map is taken by somebody else, as if the client had sent FIN between the look at its state and the insertion.

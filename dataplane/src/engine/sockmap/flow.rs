@@ -463,15 +463,14 @@ impl<'a> Flow<'a> {
         drop(self.traffic.0.disengage());
         let engaged = Arc::get_mut(&mut self.engaged).expect("only looked at under the lock of Traffic");
         for side in SIDES {
+            let socket = &engaged.sockets[side as usize];
             if std::mem::take(&mut self.in_map[side as usize]) {
                 engaged.place.remove(side);
+                let _ = Programs::unfilter(socket);
             }
             if let Some(registration) = self.registrations[side as usize].take() {
-                registration.end(&engaged.sockets[side as usize]);
+                registration.end(socket);
             }
-        }
-        for side in open {
-            let _ = Programs::unfilter(&engaged.sockets[side as usize]);
         }
         Ok(true)
     }
@@ -511,7 +510,7 @@ impl<'a> Flow<'a> {
                 let _ = if self.fin_sent[*side as usize] {
                     table.programs.postpone_end(socket)
                 } else {
-                    Programs::unfilter(socket)
+                    table.programs.brake(socket)
                 };
             }
         }
@@ -541,7 +540,7 @@ impl<'a> Flow<'a> {
             let socket = &self.engaged.sockets[side as usize];
             let established = sys::tcp_info(socket).is_ok_and(|info| info.state == sys::TCP_ESTABLISHED);
             if waited.is_err() || !established {
-                let _ = Programs::unfilter(socket);
+                let _ = table.programs.brake(socket);
                 continue;
             }
             if let Err(error) = socket.shutdown(Shutdown::Write) {

@@ -491,7 +491,7 @@ impl World {
                 wrong: None,
             }),
         };
-        world.budget.flood.set(256 * 1024);
+        world.budget.flood.set(case.rcvbuf + 256 * 1024);
         world.budget.queue.set(if fault == Fault::IgnoresQueue { u32::MAX } else { case.queue });
         for row in &world.rows {
             row.leave_on_bulk.set(u32::from(case.leave_on_bulk));
@@ -545,14 +545,7 @@ impl World {
         if kernel.fault == Fault::IgnoresUnread {
             row.consumed.set(row.passed.get());
         }
-        let action = governor::judge(
-            row,
-            &self.rows[1 - side],
-            &self.budget,
-            span.len as u32,
-            || kernel.case.rcvbuf,
-            || Some(sink),
-        );
+        let action = governor::judge(row, &self.rows[1 - side], &self.budget, span.len as u32, || Some(sink));
         row.mode.set(mode_now);
         row.consumed.set(consumed);
         if row.known.get() & BASE_KNOWN != 0 && row.base.get() != kernel.sides[1 - side].first_write_seq {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use atomic_waker::AtomicWaker;
 use aya::maps::{MapData, RingBuf};
-use common::Row;
+use common::{Budget, Row};
 use prometheus::IntCounter;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::oneshot;
@@ -29,10 +29,8 @@ const LARGEST_QUEUE: u64 = 256 * 1024;
 /// Less is not worth a place: one message of 2 KiB and its overhead.
 const SMALLEST_QUEUE: u64 = 4 * 1024;
 
-/// By how much unread bytes may exceed a receive buffer. While bytes of the other direction wait for the kernel's worker, passed bytes are charged to nobody and the
-/// window stays open: with bulk both ways at tens of Gbit/s, for more than 256 KiB. This is a whole window of the largest usual receive buffer (6 MiB), and the last
-/// resort only: that what waits can be sent is ensured before it is redirected.
-const FLOOD: u32 = 8 << 20;
+/// Space above the largest receive buffer: segments of GRO, and what is in flight when the window closes.
+const UNREAD_MARGIN: u32 = 1 << 20;
 
 /// See the module.
 #[derive(Debug)]
@@ -99,7 +97,7 @@ impl Table {
     pub fn load(connections: usize, spills: [IntCounter; 2]) -> Result<Arc<Self>, LoadError> {
         let places = MOST.min(connections as u32).max(1);
         let mut programs = load(places)?;
-        programs.budget[0].flood.set(FLOOD);
+        bound_unread(&programs.budget[0]);
         let events = programs.events.take().expect("nobody took it before");
         let (grace, requests) = mpsc::channel();
         let table = Arc::new(Self {
@@ -198,6 +196,23 @@ impl Table {
     }
 }
 
+/// Sets how much may be unread of a direction.
+fn bound_unread(budget: &Budget) {
+    let (receive, send) = (largest_buffer("tcp_rmem"), largest_buffer("tcp_wmem"));
+    let unread = receive.saturating_add(UNREAD_MARGIN);
+    budget.unread.set(unread);
+    // What may be past the filter already: a queue of segments that came out of order, and the backlog of a socket in use (net/ipv4/tcp_ipv4.c, `tcp_add_backlog`).
+    budget.flood.set(unread.saturating_add(receive).saturating_add(receive).saturating_add(send));
+}
+
+/// How many bytes a socket's buffer may grow to (kernel: Documentation/networking/ip-sysctl.rst).
+fn largest_buffer(sysctl: &str) -> u32 {
+    // The kernel's own default on most machines.
+    const USUAL: u32 = 6 << 20;
+    let text = std::fs::read_to_string(format!("/proc/sys/net/ipv4/{sysctl}")).unwrap_or_default();
+    text.split_whitespace().nth(2).and_then(|bytes| bytes.parse().ok()).unwrap_or(USUAL)
+}
+
 fn clear(row: &Row) {
     row.mode.set(common::governor::HOLD);
     for long in [&row.passed, &row.redirected, &row.consumed] {
@@ -262,6 +277,7 @@ impl Place {
         self.cookies[side as usize] = Some(cookie);
         let programs = &self.table.programs;
         programs.keys.lock().expect("no panic while held").insert(cookie, key, 0).map_err(io::Error::other)?;
+        programs.brake(socket)?;
         programs.sockets.lock().expect("no panic while held").set(key, socket, 0).map_err(io::Error::other)
     }
 
