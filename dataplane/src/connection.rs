@@ -121,12 +121,7 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
         }
     };
 
-    let dial = Dial {
-        client: client.address,
-        dead_peer_timeout: limits.dead_peer_timeout,
-        own: &generation.own,
-        metrics: &shared.metrics,
-    };
+    let dial = Dial { client: client.address, own: &generation.own, metrics: &shared.metrics };
     let dialled = tokio::select! {
         biased;
         dialled = pool.dial(dial) => dialled,

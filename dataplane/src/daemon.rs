@@ -333,7 +333,7 @@ fn bind_all(config: &Config, bound: &[SocketAddr], workers: usize) -> Result<Has
     let mut errors = String::new();
     let beside_own = |addr: SocketAddr| bound.iter().any(|b| b.port() == addr.port() && b.is_ipv4() == addr.is_ipv4());
     for bind in config.listeners.iter().flat_map(|l| &l.bind).filter(|b| !bound.contains(&b.addr)) {
-        match listen::bind(bind.addr, workers, config.limits.dead_peer_timeout, beside_own(bind.addr)) {
+        match listen::bind(bind.addr, workers, beside_own(bind.addr)) {
             Ok(listeners) => {
                 sockets.insert(bind.addr, listeners);
             }

@@ -16,7 +16,7 @@ use tokio::sync::oneshot;
 use crate::connection;
 use crate::reject::Reason;
 use crate::shared::Shared;
-use crate::socket::{prepare, watch_peer};
+use crate::socket::prepare;
 
 /// Connections that the kernel completes before we accept them; it caps this at net.core.somaxconn.
 const BACKLOG: i32 = 4096;
@@ -28,12 +28,7 @@ const BREATHER: Duration = Duration::from_millis(50);
 ///
 /// # Errors
 /// Those of bind(2); EADDRINUSE also when the other listener would have shared the port.
-pub fn bind(
-    addr: SocketAddr,
-    workers: usize,
-    dead_peer_timeout: Duration,
-    beside_own: bool,
-) -> io::Result<Vec<StdListener>> {
+pub fn bind(addr: SocketAddr, workers: usize, beside_own: bool) -> io::Result<Vec<StdListener>> {
     // SO_REUSEPORT would let a second daemon of the same user take half of the connections in silence: without it, bind finds out.
     if !beside_own {
         socket(addr)?.bind(&addr.into())?;
@@ -42,7 +37,7 @@ pub fn bind(
         .map(|_| {
             let socket = socket(addr)?;
             socket.set_reuse_port(true)?;
-            prepare(&socket, dead_peer_timeout)?;
+            prepare(&socket)?;
             socket.bind(&addr.into())?;
             socket.listen(BACKLOG)?;
             socket.set_nonblocking(true)?;
@@ -70,7 +65,6 @@ pub fn is_no_ipv6(addr: SocketAddr, error: &io::Error) -> bool {
 /// Accepts until `stop` is sent or dropped, and whatever the kernel had completed by then.
 pub async fn accept(shared: Arc<Shared>, bound: SocketAddr, listener: TcpListener, mut stop: oneshot::Receiver<()>) {
     let mut spare = Spare::new();
-    let mut armed = shared.generation.load().config.limits.dead_peer_timeout;
     loop {
         let accepted = tokio::select! {
             // In this order, so that the queue is empty when the socket closes: the kernel resets what is left in it.
@@ -83,12 +77,6 @@ pub async fn accept(shared: Arc<Shared>, bound: SocketAddr, listener: TcpListene
                 let generation = shared.generation.load_full();
                 let Some(index) = generation.listener(bound) else { continue };
                 generation.listener_metrics[index].accepted.inc();
-                let dead_peer = generation.config.limits.dead_peer_timeout;
-                if dead_peer != armed {
-                    // A reload changed it. This connection has inherited the old one, the next ones inherit the new one.
-                    armed = dead_peer;
-                    let _ = watch_peer(&listener, dead_peer).and_then(|()| watch_peer(&stream, dead_peer));
-                }
                 let place = if spare.is_spent() { None } else { shared.admission.enter() };
                 if let Some(place) = place {
                     let accepted = connection::Accepted { stream, peer, listener: index, place };

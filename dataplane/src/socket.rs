@@ -7,8 +7,7 @@ use std::time::Duration;
 use socket2::{SockRef, TcpKeepalive};
 
 /// Options of both legs.
-pub fn prepare(socket: impl AsFd, dead_peer: Duration) -> io::Result<()> {
-    watch_peer(&socket, dead_peer)?;
+pub fn prepare(socket: impl AsFd) -> io::Result<()> {
     let socket = SockRef::from(&socket);
     // A process that dies must never look like the end of a stream: its sockets are reset.
     socket.set_linger(Some(Duration::ZERO))?;
@@ -17,25 +16,18 @@ pub fn prepare(socket: impl AsFd, dead_peer: Duration) -> io::Result<()> {
     socket.set_out_of_band_inline(true)
 }
 
-/// Sets keepalive and TCP_USER_TIMEOUT so that a silent peer is noticed after `dead_peer`.
-pub fn watch_peer(socket: impl AsFd, dead_peer: Duration) -> io::Result<()> {
-    let socket = SockRef::from(&socket);
+/// Has the kernel notice, within about `dead_peer`, that the peer of an idle connection has vanished.
+pub fn keep_alive(socket: impl AsFd, dead_peer: Duration) -> io::Result<()> {
     let seconds = dead_peer.as_secs().max(1);
-    // Half of the time idle, the other half for three probes. TCP_USER_TIMEOUT overrides the count (tcp(7)).
+    // Half of the time idle, the other half for three probes.
     let idle = (seconds / 2).max(1);
     let interval = ((seconds - seconds.min(idle)) / 3).max(1);
-    socket.set_tcp_keepalive(
+    SockRef::from(&socket).set_tcp_keepalive(
         &TcpKeepalive::new()
             .with_time(Duration::from_secs(idle))
             .with_interval(Duration::from_secs(interval))
             .with_retries(3),
-    )?;
-    socket.set_tcp_user_timeout(Some(dead_peer))
-}
-
-/// Leaves a peer that is slow to take what was sent to keepalive and to our own judgement.
-pub fn no_user_timeout(socket: impl AsFd) -> io::Result<()> {
-    SockRef::from(&socket).set_tcp_user_timeout(None)
+    )
 }
 
 /// From now on closing means FIN: for a connection whose end is proven, or of which nothing was forwarded.

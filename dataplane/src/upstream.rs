@@ -141,8 +141,6 @@ pub struct TargetStatus {
 pub struct Dial<'a> {
     /// The client, for its family and for `balance = "hash"`.
     pub client: SocketAddr,
-    /// For keepalive and TCP_USER_TIMEOUT.
-    pub dead_peer_timeout: Duration,
     /// Where we listen: a target that turns out to be ourselves would make a loop.
     pub own: &'a [SocketAddr],
     /// Counts failures.
@@ -366,7 +364,7 @@ impl Target {
         for (i, address) in addresses.iter().enumerate() {
             let left = deadline.saturating_duration_since(Instant::now());
             let share = left / (addresses.len() - i) as u32;
-            match timeout(share, connect(*address, dial.dead_peer_timeout)).await.map_err(no_answer) {
+            match timeout(share, connect(*address)).await.map_err(no_answer) {
                 Ok(Ok(stream)) if is_own(&stream, dial.own) => {
                     return Err(Failure::new("own_listener", format!("{address} is a listener of this daemon")));
                 }
@@ -410,9 +408,9 @@ impl Target {
     }
 }
 
-async fn connect(address: SocketAddr, dead_peer_timeout: Duration) -> io::Result<TcpStream> {
+async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     let socket = if address.is_ipv6() { TcpSocket::new_v6()? } else { TcpSocket::new_v4()? };
-    crate::socket::prepare(&socket, dead_peer_timeout)?;
+    crate::socket::prepare(&socket)?;
     socket.connect(address).await
 }
 

@@ -48,7 +48,6 @@ pub async fn run(
     if end == End::Done {
         // Both directions are complete and proven: only now may close() mean FIN instead of RST.
         for leg in [&legs.client, &legs.upstream] {
-            let _ = socket::no_user_timeout(leg);
             socket::close_with_fin(leg);
         }
     }

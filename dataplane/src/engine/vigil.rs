@@ -1,9 +1,9 @@
 //! Tells a peer that vanished from one that is merely slow.
 //!
-//! TCP_USER_TIMEOUT alone cannot. It also cuts a peer that keeps its window shut for that long although it answers every probe, and even one that opens
+//! TCP_USER_TIMEOUT cannot. It also cuts a peer that keeps its window shut for that long although it answers every probe, and even one that opens
 //! it now and then by less than the segment that waits, because the kernel's clock for window probes then runs on (net/ipv4/tcp_timer.c,
-//! tcp_probe_timer; net/ipv4/tcp_input.c, tcp_ack_probe): a paused or a throttled download. So it guards a leg only until bytes are seen to
-//! wait there; from then on it stays off, and what the peer acknowledges decides. The decision is pure; `relay` asks and acts.
+//! tcp_probe_timer; net/ipv4/tcp_input.c, tcp_ack_probe): a paused or a throttled download. So while bytes wait, what the peer acknowledges decides;
+//! while none do, keepalive does. The decision is pure; `watch` asks and acts.
 
 use std::time::{Duration, Instant};
 
@@ -49,7 +49,7 @@ impl Leg {
     }
 }
 
-/// How often to look while bytes move: often enough that TCP_USER_TIMEOUT is taken off before it fires.
+/// How often to look while bytes move.
 pub fn interval(dead_peer: Duration) -> Duration {
     (dead_peer / 4).max(Duration::from_millis(100))
 }

@@ -21,8 +21,8 @@ pub struct Watch {
     /// When to look at the legs; `None` while both are quiet.
     next_look: Option<Instant>,
     legs: [Leg; 2],
-    /// Whether TCP_USER_TIMEOUT is on.
-    user_timeout: bool,
+    /// Keepalive is on. Most connections end before the first look, and are spared the system calls.
+    keep_alive: bool,
     /// Nobody tells when bytes move: look all the time.
     unattended: bool,
 }
@@ -30,21 +30,20 @@ pub struct Watch {
 impl Watch {
     /// For a connection of which every byte is noticed by [`bytes_moved`](Self::bytes_moved).
     pub fn new(timeouts: Timeouts) -> Self {
+        let now = Instant::now();
         Self {
             timeouts,
-            last_bytes: Instant::now(),
-            next_look: None,
+            last_bytes: now,
+            next_look: Some(now + vigil::interval(timeouts.dead_peer)),
             legs: [Leg::default(), Leg::default()],
-            user_timeout: true,
+            keep_alive: false,
             unattended: false,
         }
     }
 
     /// For one whose bytes the kernel moves: looks at it for as long as it lives.
     pub fn unattended(timeouts: Timeouts) -> Self {
-        let watch = Self::new(timeouts);
-        let next_look = Some(watch.last_bytes + vigil::interval(timeouts.dead_peer));
-        Self { unattended: true, next_look, ..watch }
+        Self { unattended: true, ..Self::new(timeouts) }
     }
 
     /// When to call [`look`](Self::look).
@@ -81,19 +80,18 @@ impl Watch {
         let dead_peer = self.timeouts.dead_peer;
         let mut quiet = now >= self.last_bytes + vigil::interval(dead_peer);
         let sockets = [(Side::Client, client.as_fd()), (Side::Upstream, upstream.as_fd())];
+        if !self.keep_alive {
+            self.keep_alive = true;
+            for (_, socket) in sockets {
+                let _ = socket::keep_alive(socket, dead_peer);
+            }
+        }
         for (leg, (side, socket)) in self.legs.iter_mut().zip(sockets) {
             let Ok(info) = sys::tcp_info(socket) else { continue };
             match leg.judge(&info, now.into_std(), dead_peer) {
                 Finding::Quiet => {}
                 Finding::Vanished => return Some(End::Vanished(side)),
-                Finding::Waiting => {
-                    quiet = false;
-                    if self.user_timeout {
-                        self.user_timeout = false;
-                        let _ = socket::no_user_timeout(sockets[0].1);
-                        let _ = socket::no_user_timeout(sockets[1].1);
-                    }
-                }
+                Finding::Waiting => quiet = false,
             }
         }
         self.next_look = (self.unattended || !quiet).then(|| now + vigil::interval(dead_peer));

@@ -22,7 +22,7 @@ use super::table::{Place, Signal, Table};
 use crate::ebpf::Programs;
 use crate::engine::watch::Watch;
 use crate::engine::{End, Legs, Path, Side, StreamState, Timeouts, Traffic, copy, ended_by};
-use crate::{socket, sys};
+use crate::sys;
 
 /// How long data is kept away from a socket that leaves the map, until both directions have nothing left to forward. Its sender sees a loss.
 const PATIENCE: Duration = Duration::from_millis(100);
@@ -276,7 +276,6 @@ impl<'a> Flow<'a> {
         let mut registrations = [None, None];
         for side in SIDES {
             let socket = &sockets[side as usize];
-            let _ = socket::no_user_timeout(socket);
             registrations[side as usize] = Some(Registration::new(epoll.clone(), &place, side, socket)?);
         }
         let mut in_map = [false; 2];

@@ -101,7 +101,7 @@ impl Circuit {
             far.set_read_timeout(Some(LIMIT))?;
             far.set_write_timeout(Some(LIMIT))?;
             let (near, _) = listener.accept()?;
-            socket::prepare(&near, LIMIT)?;
+            socket::prepare(&near)?;
             near.set_nonblocking(true)?;
             Ok((far, near))
         };
