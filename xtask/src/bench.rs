@@ -39,6 +39,8 @@ pub fn run(options: &Options) -> Result<()> {
     let status = Command::new(binaries.join("bench"))
         .args(&options.arguments)
         .env("DATAPLANE_BIN", binaries.join("dataplane"))
+        // No access log, as with the peers.
+        .env("RUST_LOG", "warn")
         .status()
         .context("cannot start the benchmark")?;
     exit(status.code().unwrap_or(1));
