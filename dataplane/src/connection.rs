@@ -17,7 +17,7 @@ use tokio::time::timeout_at;
 
 use crate::admission::{ClientPlace, Place};
 use crate::config::{Listener, Mode, SendProxy};
-use crate::engine::{self, Effective, First, Pair, Timeouts, Traffic};
+use crate::engine::{self, Effective, End, First, Pair, Side, Timeouts, Traffic};
 use crate::generation::{Destination, Generation};
 use crate::hello::{Input, Machine, Progress, ServerName};
 use crate::proxy_protocol::{self, Decoded, Header};
@@ -25,7 +25,8 @@ use crate::registry::{Entry, Record, unix_seconds};
 use crate::reject::Reason;
 use crate::shared::Shared;
 use crate::socket;
-use crate::upstream::{Dial, Lease};
+use crate::upstream::Lease;
+use crate::upstream::dial::Dial;
 
 /// Room for a PROXY header and the usual hello behind it.
 const FIRST_READ: usize = 2048;
@@ -46,8 +47,16 @@ pub struct Accepted {
 pub async fn serve(shared: Arc<Shared>, generation: Arc<Generation>, accepted: Accepted) {
     // In a box of its own: what is needed only to get here is freed before the connection's long life begins.
     let established = Box::pin(establish(shared, generation, accepted)).await;
-    let Some(Established { engine, pair, timeouts, entry, places, lease }) = established else { return };
-    let end = engine::forward(&engine, pair, timeouts, &entry.record.traffic).await;
+    let Some(Established { engine, pair, timeouts, entry, places, mut lease }) = established else { return };
+    let end = tokio::select! {
+        biased;
+        end = engine::forward(&engine, pair, timeouts, &entry.record.traffic) => end,
+        // Both sockets are dropped with the engine's work, and so reset.
+        () = lease.lost() => End::TargetDown,
+    };
+    if end == End::Reset(Side::Upstream) && entry.record.traffic.look().to_client == [0, 0] {
+        lease.reset_early();
+    }
     drop((places, lease));
     entry.finish(end);
 }
@@ -121,7 +130,7 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
         }
     };
 
-    let dial = Dial { client: client.address, own: &generation.own, metrics: &shared.metrics };
+    let dial = Dial { client: client.address, own: generation.own.clone() };
     let dialled = tokio::select! {
         biased;
         dialled = pool.dial(dial) => dialled,

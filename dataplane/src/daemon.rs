@@ -28,10 +28,12 @@ use crate::listen;
 use crate::metrics::Metrics;
 use crate::registry::{Registry, unix_seconds};
 use crate::shared::Shared;
+use crate::upstream::upkeep::Upkeep;
 use crate::worker::{Command, Worker};
 
-/// Descriptors that are neither a connection's nor a pipe's nor a listener's: admin clients, the resolver, the configuration, eBPF maps and programs.
-const DESCRIPTORS_FOR_US: u64 = 48;
+/// Descriptors that are neither a connection's nor a pipe's nor a listener's: admin clients, the configuration, eBPF maps and programs, and of the upkeep epoll, its wake-up,
+/// tailscaled, the resolver's questions and checks.
+const DESCRIPTORS_FOR_US: u64 = 96;
 
 /// Of a worker: epoll, its wake-up, signals' pipe, epoll for the sockmap.
 const DESCRIPTORS_PER_WORKER: u64 = 5;
@@ -53,6 +55,7 @@ struct Daemon {
     control_socket: Option<PathBuf>,
     /// Addresses that are listened on; the sockets are the workers'.
     bound: Vec<SocketAddr>,
+    upkeep: Upkeep,
 }
 
 /// Runs until SIGTERM or SIGINT.
@@ -91,8 +94,18 @@ pub fn run(path: &Path) -> Result<()> {
     let (reload, reload_requests) = mpsc::channel(4);
     admin::start(shared.clone(), sockets, reload).context("cannot start the admin thread")?;
 
-    let mut daemon =
-        Daemon { path: path.to_owned(), shared, workers, abilities, descriptors, control_socket, bound: Vec::new() };
+    let upkeep = Upkeep::start().context("cannot start the thread that looks after targets")?;
+
+    let mut daemon = Daemon {
+        path: path.to_owned(),
+        shared,
+        workers,
+        abilities,
+        descriptors,
+        control_socket,
+        bound: Vec::new(),
+        upkeep,
+    };
     daemon.take_effect(listening);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(daemon.control(reload_requests))
@@ -205,6 +218,7 @@ impl Daemon {
         let generation = self.shared.generation.load_full();
         let config = &generation.config;
         self.shared.metrics.set_config(&config.hash, unix_seconds(SystemTime::now()));
+        self.upkeep.follow(config, &generation.pools);
 
         let binds = config.listeners.iter().map(|l| l.bind.len()).sum::<usize>() as u64;
         // Each worker has a socket and a spare descriptor on each address.

@@ -31,7 +31,7 @@ pub struct Generation {
     tcp_metrics: Vec<Option<Arc<RouteMetrics>>>,
     by_bind: HashMap<SocketAddr, usize>,
     /// All addresses that we listen on, admin included.
-    pub own: Vec<SocketAddr>,
+    pub own: Arc<[SocketAddr]>,
     /// When it came into force.
     pub loaded_at: SystemTime,
 }
@@ -75,7 +75,7 @@ impl Generation {
                 .map(|l| matches!(l.mode, Mode::Tcp { .. }).then(|| metrics.route(&l.name)))
                 .collect(),
             by_bind,
-            own,
+            own: own.into(),
             loaded_at: SystemTime::now(),
             config,
             engine: Arc::new(engine),

@@ -11,6 +11,8 @@ pub mod proxy_protocol;
 pub mod route;
 pub mod upstream;
 
+pub mod tailnet;
+
 pub mod engine;
 
 pub mod admission;

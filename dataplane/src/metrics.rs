@@ -12,6 +12,7 @@ use prometheus::{
 
 use crate::engine::{Effective, End, Kind, Path};
 use crate::reject::Reason;
+use crate::tailnet::Way;
 
 /// All metrics of the process.
 pub struct Metrics {
@@ -30,8 +31,12 @@ pub struct Metrics {
     /// From accept to the last byte of the hello.
     pub hello_duration: Histogram,
     connect_duration: HistogramVec,
-    connect_failures: IntCounterVec,
+    /// By upstream, target and reason.
+    pub connect_failures: IntCounterVec,
     target_up: IntGaugeVec,
+    /// By upstream, target and path: 1 for the path that is taken. For targets that are peers of a tailnet.
+    pub tailnet_path: IntGaugeVec,
+    queued: IntGaugeVec,
     /// accept(2) calls that failed for want of a file descriptor or memory.
     pub accept_errors: IntCounter,
     pipes: IntGauge,
@@ -144,8 +149,16 @@ impl Metrics {
             &["upstream", "target", "reason"]
         ));
         let target_up = register!(IntGaugeVec::new(
-            opts("upstream_target_up", "Whether the target is used: 0 after a failure until a connect succeeds."),
+            opts("upstream_target_up", "Whether the target is up by checks, connections, tailnet and resolver."),
             &["upstream", "target"]
+        ));
+        let tailnet_path = register!(IntGaugeVec::new(
+            opts("tailnet_path", "The way that the tailnet takes to a target: 1 for direct, relayed or unknown."),
+            &["upstream", "target", "path"]
+        ));
+        let queued = register!(IntGaugeVec::new(
+            opts("upstream_queued", "Connections that wait because every target has max_connections_per_target."),
+            &["upstream"]
         ));
         let accept_errors = register!(IntCounter::with_opts(opts(
             "accept_errors_total",
@@ -179,6 +192,8 @@ impl Metrics {
             connect_duration,
             connect_failures,
             target_up,
+            tailnet_path,
+            queued,
             accept_errors,
             pipes,
             sockmap_backlog,
@@ -251,9 +266,9 @@ impl Metrics {
         self.connect_duration.with_label_values(&[upstream])
     }
 
-    /// Counts a failed connect.
-    pub fn connect_failed(&self, upstream: &str, target: &str, reason: &str) {
-        self.connect_failures.with_label_values(&[upstream, target, reason]).inc();
+    /// The gauge of connections that wait for an upstream's targets.
+    pub fn queued(&self, upstream: &str) -> IntGauge {
+        self.queued.with_label_values(&[upstream])
     }
 
     /// The gauge of a target.
@@ -261,9 +276,12 @@ impl Metrics {
         self.target_up.with_label_values(&[upstream, target])
     }
 
-    /// Forgets the gauge of a target that is no longer configured.
+    /// Forgets the gauges of a target that is no longer configured.
     pub fn remove_target(&self, upstream: &str, target: &str) {
         let _ = self.target_up.remove_label_values(&[upstream, target]);
+        for way in Way::ALL {
+            let _ = self.tailnet_path.remove_label_values(&[upstream, target, way.as_str()]);
+        }
     }
 
     /// The text format, version 0.0.4.

@@ -1,6 +1,6 @@
 //! The keys of each table. Knows nothing of what they may hold.
 
-pub const ROOT: &[&str] = &["engine", "listeners", "upstreams", "routes", "limits", "admin"];
+pub const ROOT: &[&str] = &["engine", "listeners", "upstreams", "routes", "limits", "admin", "resolver", "tailnet"];
 pub const LISTENER: &[&str] = &["bind", "mode", "upstream", "accept_proxy", "allow", "deny", "acme_port"];
 pub const UPSTREAM: &[&str] = &[
     "targets",
@@ -11,8 +11,9 @@ pub const UPSTREAM: &[&str] = &[
     "max_connections_per_target",
     "hedge_delay",
     "on_down",
+    "prefer_direct",
 ];
-pub const HEALTH: &[&str] = &["interval", "timeout", "fall", "rise"];
+pub const HEALTH: &[&str] = &["interval", "timeout", "fall", "rise", "tls"];
 pub const ROUTE: &[&str] = &["hosts", "upstream", "alpn", "listeners"];
 pub const LIMITS: &[&str] = &[
     "hello_timeout",
@@ -25,13 +26,17 @@ pub const LIMITS: &[&str] = &[
     "kernel_memory",
 ];
 pub const ADMIN: &[&str] = &["bind", "socket"];
+pub const RESOLVER: &[&str] = &["servers"];
+pub const TAILNET: &[&str] = &["socket", "prefer_direct"];
 
 /// Where each key is at home, for those that stand in the wrong place.
-pub const ALL: [(&str, &[&str]); 6] = [
+pub const ALL: [(&str, &[&str]); 8] = [
     ("the top level", ROOT),
     ("[limits]", LIMITS),
     ("[admin]", ADMIN),
     ("[[routes]]", ROUTE),
     ("[upstreams.NAME]", UPSTREAM),
     ("[listeners.NAME]", LISTENER),
+    ("[resolver]", RESOLVER),
+    ("[tailnet]", TAILNET),
 ];

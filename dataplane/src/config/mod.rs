@@ -39,6 +39,9 @@ pub const DEFAULT_PATH: &str = "/etc/dataplane/dataplane.toml";
 /// Where the control socket lies when `admin.socket` does not say otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/dataplane/admin.sock";
 
+/// Where tailscaled listens when `tailnet.socket` does not say otherwise. Nothing need be there.
+pub const DEFAULT_TAILSCALED: &str = "/var/run/tailscale/tailscaled.sock";
+
 /// A whole, valid configuration.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -54,6 +57,10 @@ pub struct Config {
     pub limits: Limits,
     /// Metrics, health and the control socket.
     pub admin: Admin,
+    /// Who is asked for the addresses of targets' names.
+    pub resolver: Resolver,
+    /// The tailscaled of this machine.
+    pub tailnet: Tailnet,
     /// The file that it came from.
     pub source: Arc<Source>,
     /// First 16 hex digits of the SHA-256 of the file's bytes: equal on entrance nodes that run the same file.
@@ -137,10 +144,57 @@ pub struct Upstream {
     pub send_proxy: SendProxy,
     /// How to choose among the targets.
     pub balance: Balance,
-    /// For one target, before the next is tried.
+    /// What checks the targets beside the connections of clients; `None`: nothing does.
+    pub health: Option<HealthCheck>,
+    /// For one target to answer, and for a connection to wait for one that has room.
     pub connect_timeout: Duration,
     /// 0: no limit.
     pub max_connections_per_target: u32,
+    /// After this time without an answer the next target is dialled beside the first; zero: only when the first has failed.
+    pub hedge_delay: Duration,
+    /// What becomes of the connections of a target that went down.
+    pub on_down: OnDown,
+    /// Targets that the tailnet reaches through a relay are used only when no other is up.
+    pub prefer_direct: bool,
+}
+
+/// `health = { … }`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// From the start of one check to the next, give or take a tenth.
+    pub interval: Duration,
+    /// For a whole check.
+    pub timeout: Duration,
+    /// So many failures in a row: down.
+    pub fall: u32,
+    /// So many passes in a row: up again.
+    pub rise: u32,
+    /// The server name of a ClientHello that must be answered with a ServerHello; `None`: a TCP connection is enough.
+    pub tls: Option<String>,
+}
+
+/// `on_down = "…"`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnDown {
+    /// They are left to `dead_peer_timeout`.
+    Keep,
+    /// They are reset, so that clients connect anew.
+    Reset,
+}
+
+/// `[resolver]`
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Resolver {
+    /// Asked by UDP, and by TCP where needed; empty: those of the system.
+    pub servers: Vec<SocketAddr>,
+}
+
+/// `[tailnet]`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tailnet {
+    /// tailscaled's socket.
+    pub socket: PathBuf,
 }
 
 /// `host:port` of a target. Equal when written alike, wherever it stands.

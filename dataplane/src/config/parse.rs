@@ -15,10 +15,10 @@ use toml::de::DeTable;
 use super::check::Places;
 use super::keys;
 use super::reader::{Field, Reader, Section, quoted, suggest};
-use super::values::{parse_bind, parse_net};
+use super::values::{format_duration, parse_bind, parse_net};
 use super::{
-    Admin, Balance, Bind, Config, Diagnostic, EngineChoice, HostPattern, Limits, Listener, Mode, Route, SendProxy,
-    Source, Span, Target, Upstream, check, syntax,
+    Admin, Balance, Bind, Config, Diagnostic, EngineChoice, HealthCheck, HostPattern, Limits, Listener, Mode, OnDown,
+    Resolver, Route, SendProxy, Source, Span, Tailnet, Target, Upstream, check, syntax,
 };
 
 const MILLISECOND: Duration = Duration::from_millis(1);
@@ -44,11 +44,11 @@ pub fn parse(source: Arc<Source>) -> Result<(Config, Vec<Diagnostic>), Vec<Diagn
         let (tree, errors) = DeTable::parse_recoverable(&source.text);
         (parser.root(tree.get_ref()), errors)
     };
-    let (engine, listeners, upstreams, routes, limits, admin) = root;
+    let (engine, listeners, upstreams, routes, limits, admin, resolver, tailnet) = root;
     let Parser { reader: Reader { diagnostics, mut absences, .. }, places } = parser;
 
     let hash = hash(&source.text);
-    let config = Config { engine, listeners, upstreams, routes, limits, admin, source, hash };
+    let config = Config { engine, listeners, upstreams, routes, limits, admin, resolver, tailnet, source, hash };
     absences.extend(check::conflicts(&config, &places));
 
     let mut diagnostics = syntax::combine(&config.source, &errors, diagnostics, absences);
@@ -74,7 +74,7 @@ struct Parser {
 /// Stands in for a reference that was reported as an error.
 const NOWHERE: usize = usize::MAX;
 
-type Root = (EngineChoice, Vec<Listener>, Vec<Upstream>, Vec<Route>, Limits, Admin);
+type Root = (EngineChoice, Vec<Listener>, Vec<Upstream>, Vec<Route>, Limits, Admin, Resolver, Tailnet);
 
 impl Parser {
     fn root<'t>(&mut self, table: &'t DeTable<'t>) -> Root {
@@ -91,12 +91,15 @@ impl Parser {
                 ],
             )
         });
-        let upstreams = self.upstreams(&root);
+        let (tailnet, prefer_direct) = self.tailnet(&root);
+        let upstreams = self.upstreams(&root, prefer_direct);
         let listeners = self.listeners(&root, &upstreams);
         let routes = self.routes(&root, &listeners, &upstreams);
         let limits = self.limits(&root);
         let admin = self.admin(&root);
-        (engine.unwrap_or(EngineChoice::Auto), listeners, upstreams, routes, limits, admin)
+        let resolver = self.resolver(&root);
+        let engine = engine.unwrap_or(EngineChoice::Auto);
+        (engine, listeners, upstreams, routes, limits, admin, resolver, tailnet)
     }
 
     /// The tables below `[listeners]` or `[upstreams]`, in the order of the file.
@@ -120,16 +123,16 @@ impl Parser {
         sections
     }
 
-    fn upstreams(&mut self, root: &Section<'_>) -> Vec<Upstream> {
+    fn upstreams(&mut self, root: &Section<'_>, prefer_direct: bool) -> Vec<Upstream> {
         let mut upstreams = Vec::new();
         for (span, name, section) in self.named(root, "upstreams", keys::UPSTREAM) {
             self.places.upstreams.push(span);
-            upstreams.push(self.upstream(name, &section));
+            upstreams.push(self.upstream(name, &section, prefer_direct));
         }
         upstreams
     }
 
-    fn upstream(&mut self, name: Arc<str>, section: &Section<'_>) -> Upstream {
+    fn upstream(&mut self, name: Arc<str>, section: &Section<'_>, prefer_direct: bool) -> Upstream {
         let reader = &mut self.reader;
         let send_proxy = section.get("send_proxy").and_then(|field| {
             reader.choice(field, &[("off", SendProxy::Off), ("v1", SendProxy::V1), ("v2", SendProxy::V2)])
@@ -149,14 +152,38 @@ impl Parser {
         let most = section
             .get("max_connections_per_target")
             .and_then(|field| reader.integer(field, &(0..=u64::from(u32::MAX)), "1000"));
-        self.not_yet_acted_on(section);
+        let hedge_delay =
+            section.get("hedge_delay").and_then(|field| reader.duration(field, &(Duration::ZERO..=HOUR)));
+        let on_down = section
+            .get("on_down")
+            .and_then(|field| reader.choice(field, &[("keep", OnDown::Keep), ("reset", OnDown::Reset)]));
+        let prefer_direct =
+            section.get("prefer_direct").and_then(|field| reader.boolean(field)).unwrap_or(prefer_direct);
+        let connect_timeout = connect_timeout.unwrap_or(Duration::from_secs(3));
+        if let (Some(field), Some(delay)) = (section.get("hedge_delay"), hedge_delay)
+            && delay >= connect_timeout
+        {
+            reader.warning(
+                field.span(),
+                format!(
+                    "a second target is never dialled: `hedge_delay` is not shorter than `connect_timeout`, which is {}",
+                    format_duration(connect_timeout)
+                ),
+                "write a shorter one, such as \"250ms\", or \"0s\" to say that it is meant",
+            );
+        }
+        let health = self.health(section);
         Upstream {
             name,
             targets: self.targets(section),
             send_proxy: send_proxy.unwrap_or(SendProxy::Off),
             balance: balance.unwrap_or(Balance::LeastConnections),
-            connect_timeout: connect_timeout.unwrap_or(Duration::from_secs(3)),
+            health,
+            connect_timeout,
             max_connections_per_target: most.unwrap_or(0) as u32,
+            hedge_delay: hedge_delay.unwrap_or(Duration::from_millis(250)),
+            on_down: on_down.unwrap_or(OnDown::Keep),
+            prefer_direct,
         }
     }
 
@@ -190,42 +217,32 @@ impl Parser {
         targets
     }
 
-    /// Checks what a later version does; says so where leaving it undone could surprise.
-    fn not_yet_acted_on(&mut self, section: &Section<'_>) {
+    /// `health`: what is left out of it has a default; without it there is no check.
+    fn health(&mut self, section: &Section<'_>) -> Option<HealthCheck> {
         let reader = &mut self.reader;
-        if let Some(field) = section.get("health") {
-            if let Some(health) = reader.section(field, "`health`".into(), keys::HEALTH) {
-                for key in ["interval", "timeout"] {
-                    health.get(key).and_then(|field| reader.duration(field, &DEADLINE));
-                }
-                for key in ["fall", "rise"] {
-                    health.get(key).and_then(|field| reader.integer(field, &(1..=1000), "2"));
+        let health = section.get("health").and_then(|field| reader.section(field, "`health`".into(), keys::HEALTH))?;
+        let mut duration = |key| health.get(key).and_then(|field| reader.duration(field, &DEADLINE));
+        let (interval, timeout) = (duration("interval"), duration("timeout"));
+        let mut count = |key| health.get(key).and_then(|field| reader.integer(field, &(1..=1000), "2"));
+        let (fall, rise) = (count("fall"), count("rise"));
+        let tls = health.get("tls").and_then(|field| {
+            let text = reader.string(field, "a host name", "\"blog.example.com\"")?;
+            match reader.accept(field.span(), HostPattern::parse(text))? {
+                HostPattern::Exact(name) => Some(name),
+                HostPattern::Wildcard(_) | HostPattern::Any => {
+                    let message = format!("a hello has one server name, not {}", quoted(text));
+                    reader.error(field.span(), message, "write a host that the ingress serves: \"blog.example.com\"");
+                    None
                 }
             }
-            reader.warning(
-                field.span(),
-                "this version does not act on `health` yet: targets are judged by failed connections alone",
-                "it may stay for a later version; remove it to silence this warning",
-            );
-        }
-        if let Some(field) = section.get("hedge_delay")
-            && reader.duration(field, &(Duration::ZERO..=HOUR)).is_some_and(|delay| !delay.is_zero())
-        {
-            reader.warning(
-                field.span(),
-                "this version does not act on `hedge_delay` yet: the next target is dialled when the first has failed",
-                "it may stay for a later version; write \"0s\" to silence this warning",
-            );
-        }
-        if let Some(field) = section.get("on_down")
-            && reader.choice(field, &[("keep", false), ("reset", true)]) == Some(true)
-        {
-            reader.warning(
-                field.span(),
-                "this version does not act on `on_down = \"reset\"` yet: established connections are kept",
-                "it may stay for a later version; write \"keep\" to silence this warning",
-            );
-        }
+        });
+        Some(HealthCheck {
+            interval: interval.unwrap_or(Duration::from_secs(5)),
+            timeout: timeout.unwrap_or(Duration::from_secs(2)),
+            fall: fall.unwrap_or(2) as u32,
+            rise: rise.unwrap_or(2) as u32,
+            tls,
+        })
     }
 
     fn listeners(&mut self, root: &Section<'_>, upstreams: &[Upstream]) -> Vec<Listener> {
@@ -518,6 +535,47 @@ impl Parser {
         limits
     }
 
+    fn resolver(&mut self, root: &Section<'_>) -> Resolver {
+        let mut servers = Vec::new();
+        let section =
+            root.get("resolver").and_then(|field| self.reader.section(field, "[resolver]".into(), keys::RESOLVER));
+        if let Some(field) = section.and_then(|section| section.get("servers")) {
+            if field.is_empty_list() {
+                let remedy = "remove it to ask the system's, or name one: `servers = [\"100.100.100.100\"]`";
+                self.reader.error(field.span(), "`servers` is empty: no name could be resolved", remedy);
+            }
+            for (span, text) in self.reader.strings(field, "the address of a DNS server", "\"100.100.100.100\"") {
+                let server = text.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, 53)).or_else(|_| text.parse());
+                match server {
+                    Ok(server) => servers.push(server),
+                    Err(_) => self.reader.error(
+                        span,
+                        format!("{} is not the address of a DNS server", quoted(text)),
+                        "write an address, with a port where that is not 53: \"100.100.100.100\", \"127.0.0.1:5353\", \"[::1]:5353\"",
+                    ),
+                }
+            }
+        }
+        Resolver { servers }
+    }
+
+    /// `[tailnet]`, and what its `prefer_direct` says for upstreams that say nothing.
+    fn tailnet(&mut self, root: &Section<'_>) -> (Tailnet, bool) {
+        let mut tailnet = Tailnet { socket: PathBuf::from(super::DEFAULT_TAILSCALED) };
+        let Some(section) =
+            root.get("tailnet").and_then(|field| self.reader.section(field, "[tailnet]".into(), keys::TAILNET))
+        else {
+            return (tailnet, true);
+        };
+        if let Some(field) = section.get("socket")
+            && let Some(path) = self.socket_path(field, super::DEFAULT_TAILSCALED)
+        {
+            tailnet.socket = path;
+        }
+        let prefer_direct = section.get("prefer_direct").and_then(|field| self.reader.boolean(field));
+        (tailnet, prefer_direct.unwrap_or(true))
+    }
+
     fn admin(&mut self, root: &Section<'_>) -> Admin {
         let mut admin = Admin {
             bind: Bind { addr: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9443), span: 0..0 },
@@ -543,26 +601,29 @@ impl Parser {
             admin.bind = Bind { addr, span: field.span() };
         }
         if let Some(field) = section.get("socket")
-            && let Some(text) = reader.string(field, "a path", "\"/run/dataplane/admin.sock\"")
+            && let Some(path) = self.socket_path(field, super::DEFAULT_SOCKET)
         {
-            if !text.starts_with('/') || text.ends_with('/') || text.contains('\0') {
-                reader.error(
-                    field.span(),
-                    format!("{} is not the absolute path of a socket", quoted(text)),
-                    "write a path from the root: \"/run/dataplane/admin.sock\"",
-                );
-            } else if text.len() > LONGEST_SOCKET_PATH {
-                reader.error(
-                    field.span(),
-                    format!(
-                        "the path of a unix socket has at most {LONGEST_SOCKET_PATH} bytes, this has {}",
-                        text.len()
-                    ),
-                    "choose a shorter path",
-                );
-            }
-            admin.socket = PathBuf::from(text);
+            admin.socket = path;
         }
         admin
+    }
+
+    fn socket_path(&mut self, field: Field<'_>, example: &str) -> Option<PathBuf> {
+        let text = self.reader.string(field, "a path", &quoted(example))?;
+        if !text.starts_with('/') || text.ends_with('/') || text.contains('\0') {
+            self.reader.error(
+                field.span(),
+                format!("{} is not the absolute path of a socket", quoted(text)),
+                format!("write a path from the root: {}", quoted(example)),
+            );
+            return None;
+        }
+        if text.len() > LONGEST_SOCKET_PATH {
+            let message =
+                format!("the path of a unix socket has at most {LONGEST_SOCKET_PATH} bytes, this has {}", text.len());
+            self.reader.error(field.span(), message, "choose a shorter path");
+            return None;
+        }
+        Some(PathBuf::from(text))
     }
 }

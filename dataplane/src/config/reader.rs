@@ -262,6 +262,14 @@ impl Reader {
         None
     }
 
+    pub(super) fn boolean(&mut self, field: Field<'_>) -> Option<bool> {
+        let value = field.value().as_bool();
+        if value.is_none() {
+            self.wrong_type(&field, "true or false", "true");
+        }
+        value
+    }
+
     pub(super) fn duration(&mut self, field: Field<'_>, range: &RangeInclusive<Duration>) -> Option<Duration> {
         let text = match field.value() {
             DeValue::String(text) => text,

@@ -62,6 +62,7 @@ connect_timeout = "3s"
 max_connections_per_target = 0
 hedge_delay = "250ms"
 on_down = "keep"
+prefer_direct = false
 
 [upstreams.headscale]
 targets = ["127.0.0.1:8443"]
@@ -93,6 +94,13 @@ kernel_memory = "64MiB"
 [admin]
 bind = "127.0.0.1:9443"
 socket = "/run/dataplane/admin.sock"
+
+[resolver]
+servers = ["100.100.100.100", "[::1]:5353"]
+
+[tailnet]
+socket = "/run/tailscaled.sock"
+prefer_direct = true
 "#;
 
 #[test]
@@ -132,8 +140,15 @@ fn every_key_is_read_into_its_place() {
     assert_eq!(config.admin.bind.addr.to_string(), "127.0.0.1:9443");
     assert_eq!(config.admin.socket.to_str(), Some("/run/dataplane/admin.sock"));
 
-    let of: Vec<&str> = warnings.lines().filter(|line| line.contains("warning:")).collect();
-    assert_eq!(of.len(), 2, "`health` and `hedge_delay`, which are accepted but not acted on: {warnings}");
+    let health = HealthCheck { interval: Duration::from_secs(5), timeout: Duration::from_secs(2), fall: 2, rise: 2, tls: None };
+    assert_eq!(cluster.health, Some(health));
+    assert_eq!((cluster.hedge_delay, cluster.on_down), (Duration::from_millis(250), OnDown::Keep));
+    assert_eq!(config.upstreams[1].health, None);
+    let servers: Vec<String> = config.resolver.servers.iter().map(ToString::to_string).collect();
+    assert_eq!(servers, ["100.100.100.100:53", "[::1]:5353"]);
+    assert_eq!(config.tailnet.socket.to_str(), Some("/run/tailscaled.sock"));
+    assert!(!cluster.prefer_direct && config.upstreams[1].prefer_direct, "an upstream may say otherwise than [tailnet]");
+    assert_eq!(warnings, "");
 }
 
 #[test]
@@ -175,7 +190,7 @@ fn files_written_on_windows_are_read() {
 
 #[test]
 fn the_defaults_that_the_starter_shows_are_the_defaults() {
-    let sections = ["[limits]", "[admin]"];
+    let sections = ["[limits]", "[admin]", "[tailnet]"];
     let mut uncommented = String::new();
     let mut inside = false;
     for line in STARTER.lines() {
@@ -187,6 +202,7 @@ fn the_defaults_that_the_starter_shows_are_the_defaults() {
     assert!(inside && shown.limits == bare.limits);
     assert_eq!(shown.admin.bind.addr, bare.admin.bind.addr);
     assert_eq!(shown.admin.socket, bare.admin.socket);
+    assert_eq!(shown.tailnet, bare.tailnet);
     assert!(!shown.admin.bind.span.is_empty(), "[admin] was uncommented");
 }
 
@@ -217,15 +233,21 @@ fn the_hash_is_that_of_sha256sum() {
 const SMALL_SHA256: &str = "e97331b553849fb1";
 
 #[test]
-fn keys_of_later_versions_warn_when_they_would_change_something() {
+fn a_check_has_defaults_and_may_be_a_handshake() {
+    let with = |line: &str| SMALL.replace("[[routes]]", &format!("{line}\n[[routes]]"));
+    let health = |line: &str| read(&with(line)).0.upstreams[0].health.clone();
+    let default = health("health = {}").unwrap();
+    assert_eq!(default.tls, None);
+    let named = health("health = { tls = \"Blog.example.com\" }").unwrap();
+    assert_eq!(named, HealthCheck { tls: Some("blog.example.com".into()), ..default });
+    assert_eq!(health(""), None);
+}
+
+#[test]
+fn a_hedge_that_never_comes_is_a_warning() {
     let with = |line: &str| read(&SMALL.replace("[[routes]]", &format!("{line}\n[[routes]]"))).1;
-    assert!(with("on_down = \"reset\"").contains("does not act on `on_down = \"reset\"` yet"));
-    assert!(with("hedge_delay = \"1s\"").contains("does not act on `hedge_delay` yet"));
-    assert!(with("health = { interval = \"5s\" }").contains("does not act on `health` yet"));
-    assert_eq!(with("on_down = \"keep\"\nhedge_delay = \"0s\""), "");
-    let wrong = SMALL.replace("[[routes]]", "health = { fall = 0, intervall = \"5s\" }\n[[routes]]");
-    let refused = refusal(&wrong);
-    assert!(refused.contains("`fall` is too small") && refused.contains("did you mean `interval`?"), "{refused}");
+    assert!(with("hedge_delay = \"3s\"").contains("a second target is never dialled"));
+    assert_eq!(with("hedge_delay = \"0s\""), "");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
 
 use super::{
-    FIXED_V2, MAX_ALPN, MAX_AUTHORITY, MAX_UNIQUE_ID, PROXY, SIGNATURE, TCP4, TCP6, TYPE_ALPN, TYPE_AUTHORITY,
+    FIXED_V2, LOCAL, MAX_ALPN, MAX_AUTHORITY, MAX_UNIQUE_ID, PROXY, SIGNATURE, TCP4, TCP6, TYPE_ALPN, TYPE_AUTHORITY,
     TYPE_CRC32C, TYPE_UNIQUE_ID,
 };
 
@@ -68,6 +68,17 @@ pub fn encode_v2(out: &mut Vec<u8>, header: &Header) {
     out[start + FIXED_V2 - 2..start + FIXED_V2].copy_from_slice(&length.to_be_bytes());
     let crc = crc32c::crc32c(&out[start..]);
     out[checksum].copy_from_slice(&crc.to_be_bytes());
+}
+
+/// Appends the text header of a connection that is nobody's but ours, such as a check (section 2.1, UNKNOWN).
+pub fn encode_local_v1(out: &mut Vec<u8>) {
+    out.extend_from_slice(b"PROXY UNKNOWN\r\n");
+}
+
+/// Appends the binary header of a connection that is nobody's but ours (section 2.2, LOCAL; family unspecified, no addresses).
+pub fn encode_local_v2(out: &mut Vec<u8>) {
+    out.extend_from_slice(SIGNATURE);
+    out.extend_from_slice(&[LOCAL, 0, 0, 0]);
 }
 
 fn tlv(out: &mut Vec<u8>, kind: u8, value: &[u8], max: usize) {

@@ -15,7 +15,7 @@ mod encode;
 mod tests;
 
 pub use decode::{Decoded, Invalid, Source, decode};
-pub use encode::{Header, encode_v1, encode_v2};
+pub use encode::{Header, encode_local_v1, encode_local_v2, encode_v1, encode_v2};
 
 /// The longest header that [`decode`] accepts, in bytes; also nginx's limit. The longest addresses, those of unix sockets, make it 232,
 /// the TLVs of the common senders add well below 1 KiB (the names in a client certificate are the long ones). A peer can make us hold no

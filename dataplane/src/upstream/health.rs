@@ -1,0 +1,360 @@
+//! Whether a target is up: a state machine of events and time, without sockets and without a clock of its own.
+//!
+//! Four judges, and a target is up when none of them says otherwise: the configured check (`fall`, `rise`), the connections of clients (a failed one puts the
+//! target aside for a while that doubles each time), the tailnet, and the resolver. The operator's drain is no judgement, and is not kept here.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant, SystemTime};
+
+use serde::Serialize;
+
+/// How long a target is put aside the first time; doubles with each further one.
+const ASIDE_FIRST: Duration = Duration::from_secs(1);
+/// The longest that a target is put aside. One that has been up for longer than this since it came back begins with [`ASIDE_FIRST`] again.
+const ASIDE_MAX: Duration = Duration::from_secs(30);
+/// Changes that are remembered for the operator.
+const HISTORY: usize = 16;
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// The configured check passed; `rise` in a row bring a target back.
+    CheckPassed {
+        /// As configured.
+        rise: u32,
+    },
+    /// The configured check failed; `fall` in a row take a target down.
+    CheckFailed {
+        /// As configured.
+        fall: u32,
+        /// For people.
+        reason: String,
+    },
+    /// The configuration has no check any more.
+    NoCheck,
+    /// A connection of a client could not be made.
+    DialFailed {
+        /// When its dial began: those that were under way together failed of one cause.
+        started: Instant,
+        /// For people.
+        reason: String,
+    },
+    /// A connection of a client was made.
+    DialPassed,
+    /// A connection of a client was reset before the target had sent a byte.
+    ResetEarly {
+        /// When it was made.
+        started: Instant,
+    },
+    /// The attempt to reach a target that was put aside for long enough succeeded.
+    TrialPassed,
+    /// That attempt failed.
+    TrialFailed {
+        /// For people.
+        reason: String,
+    },
+    /// What the tailnet says of the target; `None`: nothing.
+    Tailnet {
+        /// Whether the control server reaches it.
+        online: Option<bool>,
+    },
+    /// The name has addresses.
+    Resolved,
+    /// The name has no address, and never had one.
+    Unresolved {
+        /// For people.
+        reason: String,
+    },
+}
+
+/// What an event changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Outcome {
+    /// It is up now (true), down now (false), or what it was before.
+    pub up: Option<bool>,
+    /// Nothing answers there any more: established connections are dead.
+    pub lost: bool,
+}
+
+/// A change, as the operator sees it.
+#[derive(Debug, Clone, Serialize)]
+pub struct Change {
+    /// Unix time, seconds.
+    pub at: f64,
+    /// What it became.
+    pub up: bool,
+    /// Why.
+    pub reason: String,
+}
+
+/// The state of one target.
+#[derive(Debug, Default)]
+pub struct Health {
+    check: Check,
+    aside: Option<Aside>,
+    /// Times that it was put aside without a long time in between.
+    times_aside: u32,
+    back_since: Option<Instant>,
+    last_failure: Option<Instant>,
+    offline: bool,
+    unresolved: Option<String>,
+    history: VecDeque<Change>,
+}
+
+#[derive(Debug, Default)]
+struct Check {
+    passes: u32,
+    failures: u32,
+    down: Option<String>,
+}
+
+#[derive(Debug)]
+struct Aside {
+    until: Instant,
+    reason: String,
+    /// It answered, if only with a reset.
+    answers: bool,
+    passes: u32,
+}
+
+impl Health {
+    /// Takes note of an event that happened at `now`.
+    pub fn apply(&mut self, event: Event, now: Instant) -> Outcome {
+        let before = (self.reason().is_none(), self.is_lost());
+        match event {
+            Event::CheckPassed { rise } => {
+                self.check.failures = 0;
+                self.check.passes = self.check.passes.saturating_add(1);
+                if self.check.passes >= rise {
+                    self.check.down = None;
+                }
+                if let Some(aside) = &mut self.aside {
+                    aside.passes += 1;
+                    if aside.passes >= rise && !aside.answers {
+                        self.come_back(now);
+                    }
+                }
+            }
+            Event::CheckFailed { fall, reason } => {
+                self.check.passes = 0;
+                self.check.failures = self.check.failures.saturating_add(1);
+                if self.check.failures >= fall || self.check.down.is_some() {
+                    self.check.down = Some(reason);
+                }
+            }
+            Event::NoCheck => self.check = Check::default(),
+            Event::DialFailed { started, reason } => self.put_aside(started, reason, false, now),
+            Event::ResetEarly { started } => {
+                self.put_aside(started, "reset: it resets connections before it sends a byte".to_owned(), true, now);
+            }
+            Event::DialPassed => {
+                if self.aside.as_ref().is_some_and(|aside| !aside.answers) {
+                    self.come_back(now);
+                }
+            }
+            Event::TrialPassed => self.come_back(now),
+            Event::TrialFailed { reason } => {
+                if let Some(Aside { answers, .. }) = self.aside {
+                    self.set_aside(reason, answers, now);
+                }
+            }
+            Event::Tailnet { online } => self.offline = online == Some(false),
+            Event::Resolved => self.unresolved = None,
+            Event::Unresolved { reason } => self.unresolved = Some(reason),
+        }
+        let (was_up, was_lost) = before;
+        let up = self.reason().is_none();
+        Outcome { up: (up != was_up).then_some(up), lost: self.is_lost() && !was_lost }
+    }
+
+    /// Why it is down; `None`: it is up.
+    pub fn reason(&self) -> Option<&str> {
+        if self.offline {
+            return Some("offline: the tailnet says so");
+        }
+        let aside = self.aside.as_ref().map(|aside| &aside.reason);
+        self.unresolved.as_ref().or(self.check.down.as_ref()).or(aside).map(String::as_str)
+    }
+
+    /// When it is time to try whether a target that was put aside answers again.
+    pub fn trial(&self) -> Option<Instant> {
+        self.aside.as_ref().map(|aside| aside.until)
+    }
+
+    /// Keeps a change for the operator.
+    pub fn remember(&mut self, up: bool, at: SystemTime) {
+        if self.history.len() == HISTORY {
+            self.history.pop_front();
+        }
+        let reason = self.reason().unwrap_or("ok").to_owned();
+        self.history.push_back(Change { at: crate::registry::unix_seconds(at), up, reason });
+    }
+
+    /// The last changes, oldest first.
+    pub fn history(&self) -> Vec<Change> {
+        self.history.iter().cloned().collect()
+    }
+
+    fn is_lost(&self) -> bool {
+        self.offline || self.check.down.is_some() || self.aside.as_ref().is_some_and(|aside| !aside.answers)
+    }
+
+    fn put_aside(&mut self, started: Instant, reason: String, answers: bool, now: Instant) {
+        if self.last_failure.is_some_and(|at| started <= at) {
+            return;
+        }
+        self.last_failure = Some(now);
+        match &mut self.aside {
+            // It was tried because all others were down, too. That is no reason to keep it away longer.
+            Some(aside) => (aside.reason, aside.answers) = (reason, answers),
+            None => {
+                if self.back_since.is_some_and(|at| now.duration_since(at) > ASIDE_MAX) {
+                    self.times_aside = 0;
+                }
+                self.set_aside(reason, answers, now);
+            }
+        }
+    }
+
+    fn set_aside(&mut self, reason: String, answers: bool, now: Instant) {
+        let time = (ASIDE_FIRST * 2u32.saturating_pow(self.times_aside.min(10))).min(ASIDE_MAX);
+        self.times_aside += 1;
+        self.aside = Some(Aside { until: now + time, reason, answers, passes: 0 });
+    }
+
+    fn come_back(&mut self, now: Instant) {
+        if self.aside.take().is_some() {
+            self.back_since = Some(now);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+    const NOTHING: Outcome = Outcome { up: None, lost: false };
+    const UP: Outcome = Outcome { up: Some(true), lost: false };
+    const LOST: Outcome = Outcome { up: Some(false), lost: true };
+
+    fn check(passed: bool) -> Event {
+        match passed {
+            true => Event::CheckPassed { rise: 2 },
+            false => Event::CheckFailed { fall: 3, reason: "check".into() },
+        }
+    }
+
+    fn refused(started: Instant) -> Event {
+        Event::DialFailed { started, reason: "refused".into() }
+    }
+
+    #[test]
+    fn fall_failures_in_a_row_take_it_down_and_rise_passes_in_a_row_bring_it_back() {
+        let (mut health, now) = (Health::default(), Instant::now());
+        for passed in [false, false, true, false, false] {
+            assert_eq!(health.apply(check(passed), now), NOTHING);
+        }
+        assert_eq!(health.apply(check(false), now), LOST);
+        assert_eq!(health.reason(), Some("check"));
+        for passed in [false, true, false, true] {
+            assert_eq!(health.apply(check(passed), now), NOTHING);
+        }
+        assert_eq!(health.apply(check(true), now), UP);
+        assert_eq!(health.reason(), None);
+    }
+
+    #[test]
+    fn one_failed_dial_puts_it_aside_for_a_time_that_doubles_up_to_a_limit() {
+        let (mut health, mut now) = (Health::default(), Instant::now());
+        assert_eq!(health.apply(refused(now), now), LOST);
+        for seconds in [1, 2, 4, 8, 16, 30, 30] {
+            assert_eq!(health.trial(), Some(now + SECOND * seconds));
+            now += SECOND * seconds;
+            assert_eq!(health.apply(Event::TrialFailed { reason: "refused".into() }, now), NOTHING);
+        }
+        assert_eq!(health.apply(Event::TrialPassed, now), UP);
+        assert_eq!(health.trial(), None);
+    }
+
+    #[test]
+    fn a_target_that_fails_again_soon_is_put_aside_for_longer_but_not_after_a_long_good_time() {
+        let (mut health, mut now) = (Health::default(), Instant::now());
+        health.apply(refused(now), now);
+        health.apply(Event::TrialPassed, now + SECOND);
+        now += 2 * SECOND;
+        health.apply(refused(now), now);
+        assert_eq!(health.trial(), Some(now + 2 * SECOND));
+        health.apply(Event::TrialPassed, now + 2 * SECOND);
+        now += 60 * SECOND;
+        health.apply(refused(now), now);
+        assert_eq!(health.trial(), Some(now + SECOND));
+    }
+
+    #[test]
+    fn dials_that_were_under_way_together_count_once() {
+        let (mut health, now) = (Health::default(), Instant::now());
+        health.apply(refused(now), now + SECOND);
+        health.apply(Event::TrialPassed, now + 2 * SECOND);
+        assert_eq!(health.apply(refused(now + SECOND / 2), now + 3 * SECOND), NOTHING);
+        assert_eq!(health.apply(refused(now + 3 * SECOND), now + 3 * SECOND), LOST);
+    }
+
+    #[test]
+    fn a_target_that_resets_connections_early_is_down_but_not_lost() {
+        let (mut health, now) = (Health::default(), Instant::now());
+        let outcome = health.apply(Event::ResetEarly { started: now }, now);
+        assert_eq!(outcome, Outcome { up: Some(false), lost: false });
+        assert_eq!(health.apply(Event::DialPassed, now), NOTHING, "that it accepts connections was known");
+        assert_eq!(health.apply(check(true), now), NOTHING);
+        assert_eq!(health.apply(check(true), now), NOTHING);
+        assert_eq!(health.apply(Event::TrialPassed, now + SECOND), UP);
+    }
+
+    #[test]
+    fn a_connection_of_a_client_or_the_check_brings_back_what_a_dial_put_aside() {
+        let (mut health, now) = (Health::default(), Instant::now());
+        health.apply(refused(now), now);
+        assert_eq!(health.apply(Event::DialPassed, now), UP);
+        health.apply(refused(now + SECOND), now + SECOND);
+        assert_eq!(health.apply(check(true), now), NOTHING);
+        assert_eq!(health.apply(check(true), now), UP);
+    }
+
+    #[test]
+    fn a_connection_of_a_client_does_not_overrule_the_check() {
+        let (mut health, now) = (Health::default(), Instant::now());
+        for _ in 0..3 {
+            health.apply(check(false), now);
+        }
+        assert_eq!(health.apply(Event::DialPassed, now), NOTHING);
+        assert_eq!(health.apply(Event::NoCheck, now), UP, "the check was taken out of the configuration");
+    }
+
+    #[test]
+    fn the_tailnet_says_offline_before_anything_fails_and_silence_says_nothing() {
+        let (mut health, now) = (Health::default(), Instant::now());
+        assert_eq!(health.apply(Event::Tailnet { online: Some(true) }, now), NOTHING);
+        assert_eq!(health.apply(Event::Tailnet { online: Some(false) }, now), LOST);
+        assert_eq!(health.apply(Event::DialPassed, now), NOTHING);
+        assert_eq!(health.apply(Event::Tailnet { online: None }, now), UP, "tailscaled is gone");
+    }
+
+    #[test]
+    fn a_name_without_an_address_is_down_until_it_has_one() {
+        let (mut health, now) = (Health::default(), Instant::now());
+        let outcome = health.apply(Event::Unresolved { reason: "resolve: no such name".into() }, now);
+        assert_eq!(outcome, Outcome { up: Some(false), lost: false });
+        assert_eq!(health.apply(Event::Resolved, now), UP);
+    }
+
+    #[test]
+    fn the_history_keeps_the_last_changes() {
+        let mut health = Health::default();
+        for n in 0..40 {
+            health.remember(n % 2 == 0, SystemTime::UNIX_EPOCH + SECOND * n);
+        }
+        let history = health.history();
+        assert_eq!((history.len(), history[15].at), (HISTORY, 39.0));
+    }
+}

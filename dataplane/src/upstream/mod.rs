@@ -1,0 +1,393 @@
+//! Upstreams: which target a connection gets, and dialling it.
+//!
+//! In the order in which a connection meets them: [`balance`] chooses, [`dial`] connects, to the next target when one fails or is slow. What they go by is kept in a
+//! [`Target`]: [`health`] says whether it is up. [`upkeep`] keeps that true on a thread of its own: [`probe`] checks, [`names`] resolves, and the tailnet is
+//! listened to. After the first byte went out there is no second try: the work here ends with the connected socket.
+
+pub mod balance;
+pub mod dial;
+pub mod health;
+pub mod names;
+pub mod probe;
+pub mod upkeep;
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime};
+
+use prometheus::{Histogram, IntCounterVec, IntGauge, IntGaugeVec};
+use serde::Serialize;
+use tokio::net::TcpStream;
+use tokio::sync::{Notify, watch};
+
+use crate::config::{self, OnDown, TargetHost};
+use crate::metrics::Metrics;
+use crate::tailnet::{Peer, Way};
+use balance::Standing;
+use dial::Queue;
+use health::{Change, Event, Health};
+
+/// How long an address of several is tried last after a failed connect.
+const ADDRESS_ASIDE: Duration = Duration::from_secs(30);
+/// How long a target counts as relayed after the last packet that proved it: without traffic the tailnet cannot tell, and without a time limit there would be none.
+const RELAYED_FOR: Duration = Duration::from_secs(300);
+
+/// An upstream in use.
+#[derive(Debug)]
+pub struct Pool {
+    /// As configured.
+    pub config: config::Upstream,
+    targets: Vec<Arc<Target>>,
+    turn: AtomicUsize,
+    queue: Arc<Queue>,
+    connect_duration: Histogram,
+    connect_failures: IntCounterVec,
+}
+
+/// A target in use. It outlives reloads that keep it.
+#[derive(Debug)]
+pub struct Target {
+    upstream: Arc<str>,
+    address: config::Target,
+    active: AtomicU32,
+    /// Dials that have waited for longer than `hedge_delay`.
+    overdue: AtomicU32,
+    turn: AtomicUsize,
+    drained: AtomicBool,
+    health: Mutex<Health>,
+    /// Follows `health`, for the choice without a lock.
+    is_up: AtomicBool,
+    /// When `health` was changed so that there is something to do: [`upkeep`] waits for it.
+    aside: Notify,
+    /// Sends when nothing answers there any more.
+    lost: watch::Sender<()>,
+    resolution: watch::Sender<Resolution>,
+    relayed: AtomicBool,
+    peer: Mutex<Option<(Peer, Instant)>>,
+    epoch: Instant,
+    up: IntGauge,
+    paths: IntGaugeVec,
+}
+
+/// What is known of a target's addresses.
+#[derive(Debug, Clone)]
+enum Resolution {
+    /// The resolver has not answered yet.
+    Pending,
+    /// The last good answer; at least one.
+    Known(Arc<[Arc<Address>]>),
+    /// There never was a good answer; what the resolver said.
+    Unknown(Arc<str>),
+}
+
+#[derive(Debug)]
+struct Address {
+    at: SocketAddr,
+    /// Milliseconds after the target's epoch; 0: never, or it has worked since.
+    failed_at: AtomicU64,
+}
+
+impl Address {
+    fn new(at: SocketAddr) -> Arc<Self> {
+        Arc::new(Self { at, failed_at: AtomicU64::new(0) })
+    }
+}
+
+/// A connected target. Its place among the target's connections is given up when this is dropped.
+#[derive(Debug)]
+pub struct Dialled {
+    /// SO_LINGER {on, 0} is set.
+    pub stream: TcpStream,
+    /// Counts the connection.
+    pub lease: Lease,
+}
+
+/// One connection of a target.
+#[derive(Debug)]
+pub struct Lease {
+    target: Arc<Target>,
+    /// Who waits for it, if there is a cap.
+    queue: Option<Arc<Queue>>,
+    /// With `on_down = "reset"`: changes when the target is lost.
+    lost: Option<watch::Receiver<()>>,
+    since: Instant,
+}
+
+impl Lease {
+    /// A place among the target's connections, unless it has `cap` of them (0: no cap).
+    fn take(target: &Arc<Target>, pool: &Pool) -> Option<Self> {
+        let cap = pool.config.max_connections_per_target;
+        let room = |active: u32| (cap == 0 || active < cap).then_some(active + 1);
+        target.active.fetch_update(Relaxed, Relaxed, room).ok()?;
+        Some(Self {
+            target: target.clone(),
+            queue: (cap > 0).then(|| pool.queue.clone()),
+            lost: (pool.config.on_down == OnDown::Reset).then(|| target.lost.subscribe()),
+            since: Instant::now(),
+        })
+    }
+
+    /// As written in the configuration.
+    pub fn target(&self) -> &Arc<str> {
+        &self.target.address.text
+    }
+
+    /// Ends when the connection is to be reset because its target went down; never where the configuration keeps such connections.
+    pub async fn lost(&mut self) {
+        if let Some(lost) = &mut self.lost {
+            let _ = lost.changed().await;
+        } else {
+            std::future::pending().await
+        }
+    }
+
+    /// The target has reset the connection before it had sent a byte.
+    pub fn reset_early(&self) {
+        self.target.apply(Event::ResetEarly { started: self.since });
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.target.active.fetch_sub(1, Relaxed);
+        if let Some(queue) = &self.queue {
+            queue.released();
+        }
+    }
+}
+
+/// A target in `dataplane status`.
+#[derive(Debug, Serialize)]
+pub struct TargetStatus {
+    target: Arc<str>,
+    up: bool,
+    reason: String,
+    active: u32,
+    /// `direct`, `relayed` or `unknown`; `None`: it is no peer of a tailnet.
+    path: Option<Way>,
+    drained: bool,
+    addresses: Vec<SocketAddr>,
+    tailnet: Option<Peer>,
+    history: Vec<Change>,
+}
+
+impl Pool {
+    /// Builds the pool; targets that `previous` had too keep their state.
+    pub fn new(config: &config::Upstream, previous: Option<&Self>, metrics: &Metrics) -> Self {
+        let mut known: HashMap<&str, &Arc<Target>> =
+            previous.iter().flat_map(|p| &p.targets).map(|t| (&**t.text(), t)).collect();
+        let targets: Vec<Arc<Target>> = config
+            .targets
+            .iter()
+            .map(|t| known.remove(&*t.text).cloned().unwrap_or_else(|| Arc::new(Target::new(&config.name, t, metrics))))
+            .collect();
+        if config.health.is_none() {
+            targets.iter().for_each(|target| target.apply(Event::NoCheck));
+        }
+        let queue = previous.map_or_else(|| Arc::new(Queue::new(metrics.queued(&config.name))), |p| p.queue.clone());
+        Self {
+            config: config.clone(),
+            targets,
+            turn: AtomicUsize::new(0),
+            queue,
+            connect_duration: metrics.connect_duration(&config.name),
+            connect_failures: metrics.connect_failures.clone(),
+        }
+    }
+
+    /// The targets, in the order of the file.
+    pub fn targets(&self) -> &[Arc<Target>] {
+        &self.targets
+    }
+}
+
+impl Target {
+    fn new(upstream: &Arc<str>, address: &config::Target, metrics: &Metrics) -> Self {
+        let up = metrics.target_up(upstream, &address.text);
+        up.set(1);
+        let resolution = match address.host {
+            TargetHost::Ip(ip) => Resolution::Known([Address::new((ip, address.port).into())].into()),
+            TargetHost::Name(_) => Resolution::Pending,
+        };
+        Self {
+            upstream: upstream.clone(),
+            address: address.clone(),
+            active: AtomicU32::new(0),
+            overdue: AtomicU32::new(0),
+            turn: AtomicUsize::new(0),
+            drained: AtomicBool::new(false),
+            health: Mutex::default(),
+            is_up: AtomicBool::new(true),
+            aside: Notify::new(),
+            lost: watch::Sender::new(()),
+            resolution: watch::Sender::new(resolution),
+            relayed: AtomicBool::new(false),
+            peer: Mutex::default(),
+            epoch: Instant::now(),
+            up,
+            paths: metrics.tailnet_path.clone(),
+        }
+    }
+
+    /// As written in the configuration.
+    pub fn text(&self) -> &Arc<str> {
+        &self.address.text
+    }
+
+    /// Takes it out of the choice for new connections, or puts it back.
+    pub fn set_drained(&self, drained: bool) {
+        self.drained.store(drained, Relaxed);
+    }
+
+    /// For `dataplane status`.
+    pub fn status(&self) -> TargetStatus {
+        let peer = self.peer.lock().expect("no panic while held").as_ref().map(|(peer, _)| peer.clone());
+        let health = self.health.lock().expect("no panic while held");
+        TargetStatus {
+            target: self.address.text.clone(),
+            up: health.reason().is_none(),
+            reason: health.reason().unwrap_or("ok").to_owned(),
+            active: self.active.load(Relaxed),
+            path: peer.as_ref().map(|peer| peer.path),
+            drained: self.drained.load(Relaxed),
+            addresses: self.addresses(false).map_or_else(|_| Vec::new(), |all| all.iter().map(|a| a.at).collect()),
+            tailnet: peer,
+            history: health.history(),
+        }
+    }
+
+    fn standing(&self, prefer_direct: bool) -> Standing {
+        if !self.is_up.load(Relaxed) {
+            Standing::Down
+        } else if self.overdue.load(Relaxed) > 0 {
+            Standing::Overdue
+        } else if prefer_direct && self.relayed.load(Relaxed) {
+            Standing::Relayed
+        } else {
+            Standing::Good
+        }
+    }
+
+    /// Tells the target's health of something that happened just now, and everybody of what that changed.
+    fn apply(&self, event: Event) {
+        // Almost every connection: nothing changes, and no lock is needed to know.
+        if event == Event::DialPassed && self.is_up.load(Relaxed) {
+            return;
+        }
+        let mut health = self.health.lock().expect("no panic while held");
+        let outcome = health.apply(event, Instant::now());
+        if let Some(up) = outcome.up {
+            self.is_up.store(up, Relaxed);
+            self.up.set(i64::from(up));
+            health.remember(up, SystemTime::now());
+            let (upstream, target) = (&*self.upstream, &*self.address.text);
+            if up {
+                tracing::info!(upstream, target_name = target, "target is up");
+            } else {
+                let reason = health.reason().unwrap_or_default();
+                tracing::warn!(upstream, target_name = target, reason, "target is down");
+            }
+        }
+        drop(health);
+        if outcome.lost {
+            self.lost.send_replace(());
+        }
+        if outcome.up == Some(false) {
+            self.aside.notify_one();
+        }
+    }
+
+    /// What the tailnet says of it; `None`: it is no peer, or there is no tailnet.
+    fn see(&self, peer: Option<&Peer>) {
+        let now = Instant::now();
+        let mut seen = self.peer.lock().expect("no panic while held");
+        let before = seen.take();
+        *seen = peer.map(|peer| {
+            let mut peer = peer.clone();
+            let mut at = now;
+            if let (Way::Unknown, Some((Peer { path: Way::Relayed, via, .. }, since))) = (peer.path, before)
+                && now.duration_since(since) < RELAYED_FOR
+            {
+                (peer.path, peer.via, at) = (Way::Relayed, via, since);
+            }
+            (peer, at)
+        });
+        let path = seen.as_ref().map(|(peer, _)| peer.path);
+        drop(seen);
+        self.relayed.store(path == Some(Way::Relayed), Relaxed);
+        for way in Way::ALL {
+            let labels = [&*self.upstream, &*self.address.text, way.as_str()];
+            if path.is_some() {
+                self.paths.with_label_values(&labels).set(i64::from(path == Some(way)));
+            } else {
+                let _ = self.paths.remove_label_values(&labels);
+            }
+        }
+        self.apply(Event::Tailnet { online: peer.map(|peer| peer.online) });
+    }
+
+    /// What the resolver says of its name.
+    fn resolved(&self, answer: Result<Vec<IpAddr>, String>) {
+        let known = match (&*self.resolution.borrow(), &answer) {
+            (Resolution::Known(known), _) => Some(known.clone()),
+            _ => None,
+        };
+        let event = match (answer, known) {
+            (Ok(found), known) => {
+                let known = known.as_deref().unwrap_or_default();
+                let found: Vec<SocketAddr> = found.into_iter().map(|ip| (ip, self.address.port).into()).collect();
+                if known.iter().map(|a| a.at).ne(found.iter().copied()) {
+                    tracing::info!(
+                        upstream = &*self.upstream,
+                        target_name = &*self.address.text,
+                        addresses = ?found,
+                        "target has new addresses"
+                    );
+                    let keep = |at: &SocketAddr| known.iter().find(|a| a.at == *at).cloned();
+                    let addresses = found.iter().map(|at| keep(at).unwrap_or_else(|| Address::new(*at)));
+                    self.resolution.send_replace(Resolution::Known(addresses.collect()));
+                }
+                Event::Resolved
+            }
+            // The last good answer survives an outage of the resolver.
+            (Err(reason), Some(_)) => {
+                tracing::debug!(target_name = &*self.address.text, reason, "resolver");
+                return;
+            }
+            (Err(reason), None) => {
+                let reason = format!("resolve: {reason}");
+                self.resolution.send_replace(Resolution::Unknown(reason.as_str().into()));
+                Event::Unresolved { reason }
+            }
+        };
+        self.apply(event);
+    }
+
+    /// Where to connect: what has not failed lately first, then the client's address family, then in turn. The error says why there is nothing.
+    fn addresses(&self, ipv6_first: bool) -> Result<Vec<Arc<Address>>, Option<Arc<str>>> {
+        let known = match &*self.resolution.borrow() {
+            Resolution::Known(known) => known.clone(),
+            Resolution::Pending => return Err(None),
+            Resolution::Unknown(reason) => return Err(Some(reason.clone())),
+        };
+        let mut addresses: Vec<_> = known.to_vec();
+        if let [_, _, ..] = &addresses[..] {
+            let count = addresses.len();
+            addresses.rotate_left(self.turn.fetch_add(1, Relaxed) % count);
+            let now = self.now();
+            addresses.sort_by_key(|a| {
+                let failed_at = a.failed_at.load(Relaxed);
+                let failed = failed_at != 0 && now - failed_at < ADDRESS_ASIDE.as_millis() as u64;
+                (failed, a.at.is_ipv6() != ipv6_first)
+            });
+        }
+        Ok(addresses)
+    }
+
+    /// Milliseconds after the epoch, never 0.
+    fn now(&self) -> u64 {
+        self.epoch.elapsed().as_millis() as u64 + 1
+    }
+}

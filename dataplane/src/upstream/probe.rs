@@ -1,0 +1,131 @@
+//! One check of one target: a TCP connection, or a TLS handshake up to the ServerHello.
+//!
+//! It must not know what follows from the outcome.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use crate::config::SendProxy;
+use crate::proxy_protocol;
+
+/// Content types of TLS records (RFC 8446 section 5.1), and the message that is waited for (section 4).
+const ALERT: u8 = 21;
+const HANDSHAKE: u8 = 22;
+const SERVER_HELLO: u8 = 2;
+
+/// Connects; says that the connection is nobody's where `send_proxy` wants a header; with a server name sends a hello and waits for the answer.
+///
+/// # Errors
+/// Why the target counts as down, for people.
+pub async fn check(
+    address: SocketAddr,
+    send_proxy: SendProxy,
+    server_name: Option<&str>,
+    patience: Duration,
+) -> Result<(), String> {
+    let attempt = async {
+        let mut stream = TcpStream::connect(address).await.map_err(|error| in_words(&error))?;
+        let mut first = Vec::new();
+        match send_proxy {
+            SendProxy::Off => {}
+            SendProxy::V1 => proxy_protocol::encode_local_v1(&mut first),
+            SendProxy::V2 => proxy_protocol::encode_local_v2(&mut first),
+        }
+        let Some(name) = server_name else {
+            // A check that fails to say goodbye has still found what it came for.
+            let _ = stream.write_all(&first).await;
+            let _ = stream.shutdown().await;
+            return Ok(());
+        };
+        client_hello(&mut first, name);
+        stream.write_all(&first).await.map_err(|error| format!("the hello: {}", in_words(&error)))?;
+        server_hello(&mut stream).await
+    };
+    timeout(patience, attempt).await.unwrap_or_else(|_| Err(format!("timeout: no answer within {patience:?}")))
+}
+
+fn in_words(error: &io::Error) -> String {
+    format!("{}: {error}", super::dial::label(error))
+}
+
+async fn server_hello(stream: &mut TcpStream) -> Result<(), String> {
+    // Record header; then the type of the first message, or level and description of an alert.
+    let mut answer = [0; 7];
+    if let Err(error) = stream.read_exact(&mut answer).await {
+        return Err(match error.kind() {
+            io::ErrorKind::UnexpectedEof => "tls: the connection was closed instead of a ServerHello".to_owned(),
+            _ => format!("tls: {} instead of a ServerHello", in_words(&error)),
+        });
+    }
+    match (answer[0], answer[1], answer[5]) {
+        (HANDSHAKE, 3, SERVER_HELLO) => Ok(()),
+        (ALERT, 3, _) => Err(format!("tls: alert {} instead of a ServerHello", answer[6])),
+        _ => Err("tls: the answer is not TLS".to_owned()),
+    }
+}
+
+/// A ClientHello that any TLS 1.2 or 1.3 server can answer (RFC 8446 section 4.1.2), with this server name. Nobody means to finish the handshake, so the key share
+/// is a number that everybody knows: the base point of X25519 (RFC 7748 section 4.1).
+fn client_hello(out: &mut Vec<u8>, name: &str) {
+    const SUITES: [u16; 9] = [0x1301, 0x1302, 0x1303, 0xc02b, 0xc02f, 0xc02c, 0xc030, 0xcca9, 0xcca8];
+    const GROUPS: [u16; 3] = [29, 23, 24];
+    const SIGNATURES: [u16; 8] = [0x0403, 0x0503, 0x0603, 0x0804, 0x0805, 0x0806, 0x0807, 0x0401];
+    let numbers = |list: &[u16]| list.iter().flat_map(|n| n.to_be_bytes()).collect::<Vec<_>>();
+    let mut base_point = [0; 32];
+    base_point[0] = 9;
+    let host_name = [&[0][..], &prefixed(2, name.as_bytes())].concat();
+    let share = [&29_u16.to_be_bytes()[..], &prefixed(2, &base_point)].concat();
+    let extensions = [
+        (0, prefixed(2, &host_name)),            // server_name
+        (10, prefixed(2, &numbers(&GROUPS))),    // supported_groups
+        (11, prefixed(1, &[0])),                 // ec_point_formats: uncompressed
+        (13, prefixed(2, &numbers(&SIGNATURES))),
+        (23, Vec::new()),                        // extended_main_secret
+        (43, prefixed(1, &[3, 4, 3, 3])),        // supported_versions: 1.3, 1.2
+        (51, prefixed(2, &share)),               // key_share
+    ];
+    let extensions: Vec<u8> =
+        extensions.iter().flat_map(|(kind, body)| [&u16::to_be_bytes(*kind)[..], &prefixed(2, body)].concat()).collect();
+    let random: [u8; 32] = std::array::from_fn(|_| fastrand::u8(..));
+    let body = [
+        &[3, 3][..],
+        &random,
+        &prefixed(1, &random),
+        &prefixed(2, &numbers(&SUITES)),
+        &prefixed(1, &[0]),
+        &prefixed(2, &extensions),
+    ]
+    .concat();
+    let message = [&[1][..], &prefixed(3, &body)].concat();
+    out.extend_from_slice(&[HANDSHAKE, 3, 1]);
+    out.extend_from_slice(&prefixed(2, &message));
+}
+
+/// The bytes behind their number, which takes so many bytes.
+fn prefixed(width: usize, bytes: &[u8]) -> Vec<u8> {
+    let length = (bytes.len() as u32).to_be_bytes();
+    [&length[4 - width..], bytes].concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hello::{Input, Machine, Progress};
+
+    #[test]
+    fn our_own_reader_of_hellos_finds_the_server_name_in_ours() {
+        let mut bytes = Vec::new();
+        client_hello(&mut bytes, "blog.example.com");
+        let mut machine = Machine::new(16384);
+        machine.input(Input::Bytes(&bytes));
+        match machine.progress() {
+            Progress::Hello(hello) => assert_eq!(hello.server_name.as_deref(), Some("blog.example.com")),
+            other => panic!("{other:?}"),
+        }
+    }
+}

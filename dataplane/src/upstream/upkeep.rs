@@ -1,0 +1,154 @@
+//! What keeps the knowledge of targets true, on a thread and a runtime of its own: checks, trials of targets that were put aside, the resolver, the tailnet.
+//!
+//! A configuration's tasks end when the next one comes; what they found stays in the targets. Forwarding never waits for anything here.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, watch};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::sleep_until;
+
+use super::health::Event;
+use super::names::{self, Names};
+use super::{Pool, Target, probe};
+use crate::config::{self, Config, TargetHost};
+use crate::tailnet::{self, View};
+
+/// The first checks after a start are spread over this, or over the interval where that is shorter.
+const SPREAD: Duration = Duration::from_secs(1);
+
+/// The running thread.
+pub struct Upkeep {
+    work: mpsc::UnboundedSender<Work>,
+}
+
+struct Work {
+    pools: Vec<Arc<Pool>>,
+    resolver: config::Resolver,
+    tailscaled: PathBuf,
+}
+
+impl Upkeep {
+    /// Starts it, with nothing to do.
+    pub fn start() -> io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let (work, inbox) = mpsc::unbounded_channel();
+        std::thread::Builder::new().name("upkeep".into()).spawn(move || runtime.block_on(run(inbox)))?;
+        Ok(Self { work })
+    }
+
+    /// From now on keeps these up to date, and no others.
+    pub fn follow(&self, config: &Config, pools: &[Arc<Pool>]) {
+        let (resolver, tailscaled) = (config.resolver.clone(), config.tailnet.socket.clone());
+        let _ = self.work.send(Work { pools: pools.to_vec(), resolver, tailscaled });
+    }
+}
+
+async fn run(mut inbox: mpsc::UnboundedReceiver<Work>) {
+    let view = watch::Sender::new(None);
+    // It is not asked anew by every reload: for a moment nothing would be known of any peer.
+    let mut tailnet: Option<(PathBuf, AbortHandle)> = None;
+    let mut tasks = JoinSet::new();
+    while let Some(Work { pools, resolver, tailscaled }) = inbox.recv().await {
+        tasks.abort_all();
+        tasks = JoinSet::new();
+        if tailnet.as_ref().is_none_or(|(socket, _)| *socket != tailscaled) {
+            if let Some((_, task)) = tailnet.take() {
+                task.abort();
+                view.send_replace(None);
+            }
+            let task = tokio::spawn(tailnet::follow(tailscaled.clone(), view.clone()));
+            tailnet = Some((tailscaled, task.abort_handle()));
+        }
+        let names = Arc::new(Names::new(resolver));
+        for pool in &pools {
+            for target in pool.targets() {
+                tasks.spawn(attend(pool.clone(), target.clone()));
+                if let TargetHost::Name(name) = &target.address.host {
+                    tasks.spawn(resolve(target.clone(), name.clone(), names.clone(), view.subscribe()));
+                }
+            }
+        }
+        tasks.spawn(see(pools, view.subscribe()));
+    }
+}
+
+async fn resolve(target: Arc<Target>, name: String, names: Arc<Names>, view: watch::Receiver<Option<Arc<View>>>) {
+    names::follow(names, &name, view, |answer| target.resolved(answer)).await;
+}
+
+/// Tells the targets what the tailnet says of them.
+async fn see(pools: Vec<Arc<Pool>>, mut view: watch::Receiver<Option<Arc<View>>>) {
+    loop {
+        let now = view.borrow_and_update().clone();
+        for target in pools.iter().flat_map(|pool| pool.targets()) {
+            target.see(now.as_deref().and_then(|view| match &target.address.host {
+                TargetHost::Ip(ip) => view.by_address(*ip),
+                TargetHost::Name(name) => view.by_name(name),
+            }));
+        }
+        if view.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Checks a target as configured, and tries it again when it was put aside for long enough; one probe at a time.
+async fn attend(pool: Arc<Pool>, target: Arc<Target>) {
+    let health = pool.config.health.as_ref();
+    let mut next_check = health.map(|check| Instant::now() + SPREAD.min(check.interval).mul_f64(fastrand::f64()));
+    loop {
+        let trial = target.health.lock().expect("no panic while held").trial();
+        let Some(due) = [next_check, trial].into_iter().flatten().min() else {
+            target.aside.notified().await;
+            continue;
+        };
+        tokio::select! {
+            () = sleep_until(due.into()) => {}
+            // The trial may be due before the check now.
+            () = target.aside.notified() => continue,
+        }
+        let begun = Instant::now();
+        let outcome = probe(&pool, &target).await;
+        if let Some((check, due)) = health.zip(next_check)
+            && due <= begun
+        {
+            // A tenth more or less, so that the checks of many targets and of many entrance nodes do not fall into step.
+            next_check = Some(begun + check.interval.mul_f64(0.9 + 0.2 * fastrand::f64()));
+            target.apply(match &outcome {
+                Ok(()) => Event::CheckPassed { rise: check.rise },
+                Err(reason) => Event::CheckFailed { fall: check.fall, reason: format!("check: {reason}") },
+            });
+        }
+        if trial.is_some_and(|due| due <= begun) {
+            target.apply(match outcome {
+                Ok(()) => Event::TrialPassed,
+                Err(reason) => Event::TrialFailed { reason },
+            });
+        }
+    }
+}
+
+/// One of its addresses must pass; they share the time.
+async fn probe(pool: &Pool, target: &Target) -> Result<(), String> {
+    let addresses = target.addresses(false).map_err(|reason| match reason {
+        Some(reason) => reason.to_string(),
+        None => "resolve: no answer yet".to_owned(),
+    })?;
+    // Without a check, a trial is what a client would have done.
+    let health = pool.config.health.as_ref();
+    let timeout = health.map_or(pool.config.connect_timeout, |check| check.timeout);
+    let tls = health.and_then(|check| check.tls.as_deref());
+    let share = timeout / addresses.len() as u32;
+    let mut outcome = Ok(());
+    for address in addresses {
+        outcome = probe::check(address.at, pool.config.send_proxy, tls, share).await;
+        if outcome.is_ok() {
+            break;
+        }
+    }
+    outcome
+}
