@@ -3,10 +3,12 @@
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::SystemTime;
 
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 use dataplane::config::{self, Config, HostPattern};
+use dataplane::registry::unix_seconds;
 use dataplane::route::{By, Table};
 use dataplane::{control, daemon, doctor, logging};
 use hyper::Method;
@@ -39,6 +41,9 @@ enum Command {
     Doctor {
         #[arg(long)]
         json: bool,
+        /// Say what each target answers to a hello, with and without the PROXY header, and what to change.
+        #[arg(long)]
+        upstreams: bool,
     },
     /// Ask the running daemon for its listeners, routes, targets and engine.
     Status {
@@ -107,7 +112,16 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             write!(out, "{}", config::routing_table(&config))?;
         }
         Command::Init => write!(out, "{}", config::STARTER)?,
-        Command::Doctor { json } => {
+        Command::Doctor { json, upstreams: true } => {
+            let answers = doctor::upstreams::ask(&load(path)?)?;
+            if *json {
+                writeln!(out, "{:#}", serde_json::to_value(&answers)?)?;
+            } else {
+                write!(out, "{}", doctor::upstreams::text(&answers))?;
+            }
+            return Ok(if answers.iter().all(|a| a.ok) { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        Command::Doctor { json, upstreams: false } => {
             let findings = doctor::Findings::gather(path);
             if *json {
                 writeln!(out, "{:#}", findings.json())?;
@@ -243,6 +257,7 @@ fn describe_status(status: &Value) -> String {
     let mut out = String::new();
     let (engine, config, limits) = (&status["engine"], &status["config"], &status["limits"]);
     let uptime = status["uptime"].as_f64().unwrap_or(0.0);
+    let now = unix_seconds(SystemTime::now());
     let _ = writeln!(out, "dataplane {}, up {uptime:.0} s", text(status, "version"));
     let _ = writeln!(
         out,
@@ -272,14 +287,20 @@ fn describe_status(status: &Value) -> String {
         for target in items(&upstream["targets"]) {
             let up = if target["up"] == true { "up" } else { "down" };
             let drained = if target["drained"] == true { ", drained" } else { "" };
+            let path = target["path"].as_str().map(|path| format!(", {path}")).unwrap_or_default();
             let _ = writeln!(
                 out,
-                "target    {} of {}: {up}{drained}, {} active, {}",
+                "target    {} of {}: {up}{drained}{path}, {} active, {}",
                 text(target, "target"),
                 text(upstream, "name"),
                 target["active"],
                 text(target, "reason")
             );
+            for change in items(&target["history"]) {
+                let ago = now - change["at"].as_f64().unwrap_or(0.0);
+                let what = if change["up"] == true { "up" } else { "down" };
+                let _ = writeln!(out, "            {ago:.0} s ago: {what}, {}", text(change, "reason"));
+            }
         }
     }
     out

@@ -4,12 +4,13 @@
 //! server, relay and STUN server are one process of our own (`tests/tailnet`) on the entrance node's end of that link; it idles while the path is direct.
 //! Programs are built by Go once, into `target/tailnet-VERSION`. Knows nothing of the daemon.
 
+use std::io::{Read, Write};
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use crate::netns::{Host, Net, Process};
+use crate::netns::{ENTRANCE, Host, Net, Process};
 use crate::{peers, target_dir, within};
 
 /// Of the tailscale module, for the nodes as for the control server.
@@ -19,6 +20,10 @@ const MODULE: &str = include_str!("../tailnet/go.mod");
 const UNDERLAY: [&str; 2] = ["192.168.77.1", "192.168.77.2"];
 /// What the nodes are called, in MagicDNS, too.
 const NAMES: [&str; 2] = ["entrance", "thinkpad-1"];
+/// The one that may join them later.
+const THIRD: &str = "thinkpad-2";
+/// Of the control server, on the entrance node's end.
+const CONTROL_PORT: u16 = 8080;
 /// How long a node may take to join, and two to find their direct path, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -28,6 +33,8 @@ pub struct Tailnet {
     pub entrance: Node,
     /// On the cluster host.
     pub cluster: Node,
+    programs: Programs,
+    dir: PathBuf,
     _control: Process,
 }
 
@@ -40,6 +47,7 @@ pub struct Node {
     daemon: Process,
     host: Host,
     socket: PathBuf,
+    tailscaled: PathBuf,
     tailscale: PathBuf,
 }
 
@@ -58,7 +66,37 @@ impl Tailnet {
         let (entrance, cluster) = (entrance?, cluster?);
         // What crosses the relay first would be measured, or tested, on the relay.
         entrance.tailscale(&["ping", "--until-direct", "--c=50", "--timeout=1s", &cluster.address.to_string()])?;
-        Ok(Self { entrance, cluster, _control: control })
+        Ok(Self { entrance, cluster, programs, dir, _control: control })
+    }
+
+    /// Joins a third machine, `thinkpad-2`, on the client's host: that has a link to the entrance node of its own, and none to the cluster.
+    pub fn join_client(&self, net: &Net) -> Result<Node, String> {
+        net.client.ip(&format!("route add {} via {}\n", UNDERLAY[0], ENTRANCE[0]));
+        let node = Node::start(&net.client, THIRD, &self.programs, &self.dir)?;
+        self.entrance.tailscale(&["ping", "--until-direct", "--c=50", "--timeout=1s", &node.address.to_string()])?;
+        Ok(node)
+    }
+
+    /// Has the control server tell the others that a node is online or not.
+    #[track_caller]
+    pub fn tell_online(&self, node: &Node, online: bool) {
+        let form = format!("name={}&online={online}", node.name);
+        let request = format!(
+            "POST /rig/online HTTP/1.0\r\nContent-Type: application/x-www-form-urlencoded\r\nContent-Length: {}\r\n\r\n{form}",
+            form.len()
+        );
+        let control = format!("{}:{CONTROL_PORT}", UNDERLAY[0]).parse().expect("an address");
+        let mut stream = self.entrance.host.connect(control).expect("the control server runs");
+        stream.write_all(request.as_bytes()).expect("sent");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        assert!(answer.starts_with("HTTP/1.0 200"), "{answer}");
+    }
+
+    /// Drops what the entrance node sends to the cluster's machine by UDP, or lets it through again: the two are left to the relay, or not.
+    pub fn block_udp(&self, blocked: bool) {
+        let what = if blocked { "add" } else { "del" };
+        self.entrance.host.ip(&format!("rule {what} pref 10 to {} ipproto udp blackhole\n", UNDERLAY[1]));
     }
 }
 
@@ -67,25 +105,33 @@ impl Node {
         let state = dir.join(name);
         std::fs::create_dir_all(&state).map_err(|e| format!("{}: {e}", state.display()))?;
         let socket = state.join("tailscaled.sock");
-        let mut command = Command::new(&programs.tailscaled);
-        command
-            .args(["--state=mem:", "--tun=tailscale0", "--port=41641", "--no-logs-no-support"])
-            .arg(format!("--statedir={}", state.display()))
-            .arg(format!("--socket={}", socket.display()))
-            // iptables(8) may not be there, and nft(8) is not needed for this.
-            .env("TS_DEBUG_FIREWALL_MODE", "nftables")
-            .env("TS_LOGS_DIR", &state);
-        let daemon = start(host, &mut command, &state, "tailscaled")?;
+        let tailscaled = programs.tailscaled.clone();
+        let daemon = spawn(host, &tailscaled, &state)?;
         let tailscale = programs.tailscale.clone();
-        let mut node = Self { address: Ipv4Addr::UNSPECIFIED, name, daemon, host: host.clone(), socket, tailscale };
-        within(PATIENCE, || node.socket.exists().then_some(()))
-            .ok_or_else(|| format!("tailscaled on {name} makes no socket:\n{}", node.log()))?;
-        let control = format!("--login-server=http://{}:8080", UNDERLAY[0]);
+        let mut node =
+            Self { address: Ipv4Addr::UNSPECIFIED, name, daemon, host: host.clone(), socket, tailscaled, tailscale };
+        node.wait_for_socket()?;
+        let control = format!("--login-server=http://{}:{CONTROL_PORT}", UNDERLAY[0]);
         // The hosts share one /etc/resolv.conf.
         node.tailscale(&["up", &control, "--accept-dns=false", "--timeout=30s", &format!("--hostname={name}")])?;
         let said = node.tailscale(&["ip", "-4"])?;
         node.address = said.trim().parse().map_err(|e| format!("tailscale ip said {said:?}: {e}"))?;
         Ok(node)
+    }
+
+    /// Kills tailscaled and starts it again; it finds back into the tailnet by itself.
+    pub fn restart(&mut self) -> Result<(), String> {
+        let state = self.socket.parent().expect("a directory of its own").to_owned();
+        let _ = self.daemon.child().kill();
+        let _ = self.daemon.child().wait();
+        let _ = std::fs::remove_file(&self.socket);
+        self.daemon = spawn(&self.host, &self.tailscaled, &state)?;
+        self.wait_for_socket()
+    }
+
+    fn wait_for_socket(&self) -> Result<(), String> {
+        within(PATIENCE, || self.socket.exists().then_some(()))
+            .ok_or_else(|| format!("tailscaled on {} makes no socket:\n{}", self.name, self.log()))
     }
 
     /// What tailscaled logged.
@@ -96,6 +142,11 @@ impl Node {
     /// tailscaled's process id.
     pub fn pid(&self) -> u32 {
         self.daemon.pid()
+    }
+
+    /// Where it runs.
+    pub fn host(&self) -> &Host {
+        &self.host
     }
 
     /// The socket of tailscaled's LocalAPI.
@@ -118,8 +169,22 @@ impl Node {
     }
 }
 
+fn spawn(host: &Host, tailscaled: &Path, state: &Path) -> Result<Process, String> {
+    let mut command = Command::new(tailscaled);
+    command
+        .args(["--tun=tailscale0", "--port=41641", "--no-logs-no-support"])
+        .arg(format!("--statedir={}", state.display()))
+        .arg(format!("--state={}", state.join("state").display()))
+        .arg(format!("--socket={}", state.join("tailscaled.sock").display()))
+        // iptables(8) may not be there, and nft(8) is not needed for this.
+        .env("TS_DEBUG_FIREWALL_MODE", "nftables")
+        .env("TS_LOGS_DIR", state);
+    start(host, &mut command, state, "tailscaled")
+}
+
 fn start(host: &Host, command: &mut Command, dir: &Path, name: &str) -> Result<Process, String> {
-    let log = std::fs::File::create(dir.join(format!("{name}.log"))).map_err(|e| format!("{name}'s log: {e}"))?;
+    let log = std::fs::File::options().create(true).append(true).open(dir.join(format!("{name}.log")));
+    let log = log.map_err(|e| format!("{name}'s log: {e}"))?;
     let errors = log.try_clone().map_err(|e| format!("{name}'s log: {e}"))?;
     host.spawn(command.stdin(Stdio::null()).stdout(log).stderr(errors)).map_err(|e| format!("{name}: {e}"))
 }

@@ -2,6 +2,9 @@
 //!
 //! It changes nothing and needs no running daemon.
 
+mod entrance;
+pub mod upstreams;
+
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -17,6 +20,7 @@ pub struct Findings {
     config: Result<Config, String>,
     engine: Effective,
     abilities: Abilities,
+    entrance: Vec<entrance::Finding>,
 }
 
 /// What every owner should have been told once.
@@ -38,7 +42,8 @@ impl Findings {
         // Room for the self-test's connections.
         let abilities = Abilities::test(16, Metrics::new().sockmap_spills());
         let choice = config.as_ref().map_or(EngineChoice::Auto, |c| c.engine);
-        Self { engine: Effective::choose(choice, &abilities), abilities, config }
+        let entrance = entrance::look(config.as_ref().ok());
+        Self { engine: Effective::choose(choice, &abilities), abilities, config, entrance }
     }
 
     /// Whether the engine that is configured can run.
@@ -83,6 +88,7 @@ impl Findings {
                 "path": self.config.as_ref().ok().map(|c| c.source.path.clone()),
                 "error": self.config.as_ref().err(),
             },
+            "entrance": self.entrance,
             "notes": [SECURITY_NOTE],
         })
     }
@@ -108,6 +114,9 @@ impl Findings {
                 Ok(()) => line(true, &format!("engine {name}"), "passed its self-test"),
                 Err(why) => line(false, &format!("engine {name}"), &why),
             }
+        }
+        for finding in &self.entrance {
+            line(finding.ok, finding.check, &finding.text);
         }
         match &self.config {
             Ok(config) => line(true, "configuration", &config.source.path.display().to_string()),

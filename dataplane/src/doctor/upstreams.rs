@@ -1,0 +1,183 @@
+//! `dataplane doctor --upstreams`: what each target answers to a hello with and without the PROXY header, and what to change when the configured way is not the one that works.
+//!
+//! It dials from this process; no daemon need run.
+
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::Result;
+use serde::Serialize;
+
+use crate::config::{Config, HostPattern, Mode, SendProxy, Target, TargetHost, Upstream};
+use crate::tailnet::{self, View};
+use crate::upstream::names::Names;
+use crate::upstream::probe;
+
+/// For one attempt, at most: an owner waits for the answer.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// The ways in which a connection can begin.
+const WAYS: [SendProxy; 3] = [SendProxy::Off, SendProxy::V1, SendProxy::V2];
+
+/// What one target answers.
+#[derive(Debug, Serialize)]
+pub struct Answers {
+    upstream: String,
+    target: String,
+    address: Option<SocketAddr>,
+    /// The server name of the hello; `None`: nobody sends hellos there.
+    host: Option<String>,
+    configured: SendProxy,
+    attempts: Vec<Attempt>,
+    /// It works as it is configured.
+    pub ok: bool,
+    advice: Option<String>,
+}
+
+/// One attempt.
+#[derive(Debug, Serialize)]
+struct Attempt {
+    send_proxy: SendProxy,
+    /// Whether a ServerHello came, or the connection where no hello was sent.
+    ok: bool,
+    error: Option<String>,
+}
+
+/// Asks every target.
+pub fn ask(config: &Config) -> Result<Vec<Answers>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let view = tailnet::look(&config.tailnet.socket).await.ok();
+        let names = Names::new(config.resolver.clone());
+        let mut all = Vec::new();
+        for (index, upstream) in config.upstreams.iter().enumerate() {
+            let host = host_of(config, index);
+            for target in &upstream.targets {
+                all.push(of_target(upstream, target, host.as_deref(), &names, view.as_ref()).await);
+            }
+        }
+        Ok(all)
+    })
+}
+
+/// A host that routes send to the upstream; `None` when only listeners of mode `tcp` do, which forward anything.
+fn host_of(config: &Config, upstream: usize) -> Option<String> {
+    let hosts = config.routes.iter().filter(|route| route.upstream == upstream).flat_map(|route| &route.hosts);
+    let mut hosts: Vec<&HostPattern> = hosts.collect();
+    hosts.sort_by_key(|host| !matches!(host, HostPattern::Exact(_)));
+    let forwards_all = config.listeners.iter().any(|l| matches!(l.mode, Mode::Tcp { upstream: u } if u == upstream));
+    match hosts.first()? {
+        HostPattern::Exact(name) => Some(name.clone()),
+        HostPattern::Wildcard(suffix) => Some(format!("doctor.{suffix}")),
+        HostPattern::Any if forwards_all => None,
+        HostPattern::Any => Some("doctor.invalid".to_owned()),
+    }
+}
+
+async fn of_target(
+    upstream: &Upstream,
+    target: &Target,
+    host: Option<&str>,
+    names: &Names,
+    view: Option<&View>,
+) -> Answers {
+    let mut answers = Answers {
+        upstream: upstream.name.to_string(),
+        target: target.text.to_string(),
+        address: None,
+        host: host.map(str::to_owned),
+        configured: upstream.send_proxy,
+        attempts: Vec::new(),
+        ok: false,
+        advice: None,
+    };
+    let found = match &target.host {
+        TargetHost::Ip(ip) => Ok(vec![*ip]),
+        TargetHost::Name(name) => names.look_up(name, view).await.map(|(found, _)| found),
+    };
+    let addresses = match found {
+        Ok(addresses) => addresses,
+        Err(reason) => {
+            answers.advice = Some(format!("the name has no address here: {reason}; name its address, or see [resolver]"));
+            return answers;
+        }
+    };
+    let patience = PATIENCE.min(upstream.connect_timeout);
+    for ip in addresses {
+        let address = SocketAddr::new(ip, target.port);
+        answers.address = Some(address);
+        answers.attempts.clear();
+        // Where no hello is sent there is no answer to compare.
+        let ways = if host.is_some() { &WAYS[..] } else { &[upstream.send_proxy] };
+        for way in ways {
+            let error = probe::check(address, *way, host, patience).await.err();
+            answers.attempts.push(Attempt { send_proxy: *way, ok: error.is_none(), error });
+        }
+        if answers.attempts.iter().any(|attempt| attempt.ok) {
+            break;
+        }
+    }
+    let works = |way: SendProxy| answers.attempts.iter().any(|attempt| attempt.send_proxy == way && attempt.ok);
+    answers.ok = works(upstream.send_proxy);
+    answers.advice = advice(&answers.attempts, upstream.send_proxy, &upstream.name, host);
+    answers
+}
+
+fn advice(attempts: &[Attempt], configured: SendProxy, upstream: &str, host: Option<&str>) -> Option<String> {
+    let of = |way: SendProxy| attempts.iter().find(|attempt| attempt.send_proxy == way);
+    let works = |way: SendProxy| of(way).is_some_and(|attempt| attempt.ok);
+    if works(configured) {
+        return None;
+    }
+    // The newest version first: it carries the most.
+    if let Some(way) = [SendProxy::V2, SendProxy::V1].into_iter().find(|way| works(*way)) {
+        let text = if configured == SendProxy::Off { "the ingress wants a PROXY header" } else { "the ingress wants the other version" };
+        return Some(format!("{text}: write `send_proxy = \"{}\"` in [upstreams.{upstream}]", word(way)));
+    }
+    if works(SendProxy::Off) {
+        return Some(format!(
+            "the ingress does not expect the PROXY header: write `send_proxy = \"off\"` in [upstreams.{upstream}], or better have it expect one \
+             (nginx: `listen … proxy_protocol`; HAProxy: `accept-proxy`; Traefik: `proxyProtocol.trustedIPs` of the entry point), so that it learns who the client is"
+        ));
+    }
+    let error = of(configured).and_then(|attempt| attempt.error.as_deref()).unwrap_or_default();
+    Some(match host {
+        Some(host) if error.starts_with("tls: alert") => {
+            format!("the ingress answers, but does not serve {host}: give it that host and a certificate for it")
+        }
+        Some(_) if error.starts_with("tls:") => {
+            "something answers that does not speak TLS this way: is it the port of the ingress for HTTPS?".to_owned()
+        }
+        _ => "nothing answers there: is the machine on, and the service, and may this machine reach the port?".to_owned(),
+    })
+}
+
+fn word(way: SendProxy) -> &'static str {
+    match way {
+        SendProxy::Off => "off",
+        SendProxy::V1 => "v1",
+        SendProxy::V2 => "v2",
+    }
+}
+
+/// For people.
+pub fn text(all: &[Answers]) -> String {
+    let mut out = String::new();
+    for answers in all {
+        let mark = if answers.ok { "ok  " } else { "no  " };
+        let address = answers.address.map(|address| format!(" ({address})")).unwrap_or_default();
+        let host = answers.host.as_ref().map(|host| format!(", hello for {host}")).unwrap_or_default();
+        let _ = writeln!(out, "{mark}{} of {}{address}{host}", answers.target, answers.upstream);
+        for attempt in &answers.attempts {
+            let configured = if attempt.send_proxy == answers.configured { " (configured)" } else { "" };
+            let answered = if answers.host.is_some() { "ServerHello" } else { "connected" };
+            let outcome = attempt.error.as_deref().unwrap_or(answered);
+            let _ = writeln!(out, "      send_proxy = \"{}\"{configured}: {outcome}", word(attempt.send_proxy));
+        }
+        if let Some(advice) = &answers.advice {
+            let _ = writeln!(out, "      help: {advice}");
+        }
+    }
+    out
+}

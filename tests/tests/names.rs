@@ -1,0 +1,162 @@
+//! Targets by name, with a real DNS server that changes its mind and falls silent.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use tests::daemon::{Config, Daemon};
+use tests::netns::{CLUSTER, Net, Process};
+use tests::rig::{PATIENCE, Server, hello, public};
+use tests::stream::read_preamble;
+use tests::{beside_others, eventually};
+
+const UP: &str = "dataplane_upstream_target_up";
+/// Seconds.
+const TTL: u64 = 2;
+/// What a busy machine may take beyond the TTL.
+const SLACK: Duration = Duration::from_secs(8);
+
+/// dnsmasq on the entrance node, with records that can be changed.
+struct Dns<'a> {
+    net: &'a Net,
+    process: Process,
+}
+
+impl<'a> Dns<'a> {
+    fn start(net: &'a Net, records: &str) -> Self {
+        net.file("records", records);
+        let mut command = Command::new("dnsmasq");
+        let hosts = net.dir().join("records");
+        command
+            .args(["--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--port=5300", "--pid-file"])
+            .args(["--listen-address=127.0.0.1", "--bind-interfaces", "--user=root", "--log-facility=-"])
+            .arg(format!("--local-ttl={TTL}"))
+            .arg(format!("--addn-hosts={}", hosts.display()))
+            .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
+            .stdin(Stdio::null())
+            .stderr(Stdio::null());
+        let process = net.entrance.spawn(&mut command).expect("dnsmasq is needed: apt-get install dnsmasq-base");
+        eventually(PATIENCE, "dnsmasq listens", || {
+            net.entrance.output(Command::new("ss").args(["-lunH"])).contains(":5300").then_some(())
+        });
+        Self { net, process }
+    }
+
+    fn change(&self, records: &str) {
+        self.net.file("records", records);
+        self.signal(Signal::HUP);
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_raw(self.process.pid() as i32).expect("a process id"), signal).expect("our child");
+    }
+}
+
+fn config(more: &str) -> Config {
+    Config::new("auto").targets(["laptop.example:443"]).more(&format!("[resolver]\nservers = [\"127.0.0.1:5300\"]\n{more}"))
+}
+
+/// A server that says which one it is, then keeps the connection.
+fn named(net: &Net, address: &str) -> Server {
+    let name = address.to_owned();
+    Server::start(net.cluster.listen(address), move |mut stream| {
+        if read_preamble(&stream, false).is_ok() {
+            let _ = writeln!(stream, "{name}");
+            let _ = std::io::copy(&mut &stream, &mut &stream);
+        }
+    })
+}
+
+/// Who answers a new connection; empty when nobody does. The connection stays.
+fn ask(net: &Net) -> (String, TcpStream) {
+    let mut client = net.client.connect(public()).expect("accepted");
+    client.set_read_timeout(Some(PATIENCE)).expect("a time limit");
+    client.write_all(&hello()).expect("sent");
+    let mut name = Vec::new();
+    let mut byte = [0];
+    while client.read_exact(&mut byte).is_ok() && byte != *b"\n" {
+        name.push(byte[0]);
+    }
+    (String::from_utf8_lossy(&name).into_owned(), client)
+}
+
+#[test]
+fn a_changed_address_moves_new_connections_within_the_ttl_and_leaves_established_ones() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let (first, second) = (format!("{}:443", CLUSTER[0]), format!("{}:443", CLUSTER[1]));
+    let _servers = [&first, &second].map(|address| named(&net, address));
+    let dns = Dns::start(&net, &format!("{} laptop.example\n", CLUSTER[0]));
+    let daemon = Daemon::start(&net, &config(""));
+    let (answered, mut established) = ask(&net);
+    assert_eq!(answered, first);
+
+    dns.change(&format!("{} laptop.example\n", CLUSTER[1]));
+    let changed = Instant::now();
+    eventually(Duration::from_secs(TTL) + SLACK, "new connections go to the new address", || {
+        (ask(&net).0 == second).then_some(())
+    });
+    println!("moved {:?} after the change, with a TTL of {TTL} s", changed.elapsed());
+    established.write_all(b"still here").expect("established");
+    let mut echoed = [0; 10];
+    established.read_exact(&mut echoed).expect("established");
+    assert_eq!(&echoed, b"still here");
+
+    // The server falls silent, and then is gone.
+    for signal in [Signal::STOP, Signal::KILL] {
+        dns.signal(signal);
+        std::thread::sleep(Duration::from_secs(TTL + 1));
+        let start = Instant::now();
+        assert_eq!(ask(&net).0, second, "the last good answer survives");
+        assert!(start.elapsed() < Duration::from_secs(2), "nobody waits for the resolver: {:?}", start.elapsed());
+    }
+    assert_eq!(daemon.metric(UP, &[]), 1.0);
+}
+
+#[test]
+fn a_name_without_an_address_is_a_target_that_is_down_until_it_has_one() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let second = format!("{}:443", CLUSTER[1]);
+    let _server = named(&net, &second);
+    let dns = Dns::start(&net, "");
+    let daemon = Daemon::start(&net, &config(""));
+    daemon.wait_metric(UP, &[], 0.0);
+    let status = daemon.json(&["status", "--json"]);
+    let target = &status["upstreams"][0]["targets"][0];
+    assert!(target["reason"].as_str().is_some_and(|r| r.starts_with("resolve:")), "{target}");
+    assert_eq!(target["addresses"], Value::Array(Vec::new()));
+    let warned = daemon.log().iter().filter(|line| line.contains("WARN") && line.contains("laptop.example")).count();
+    assert_eq!(warned, 1, "{:?}", daemon.log());
+    assert!(daemon.cli(&["reload"]).status.success(), "nor is it an error of a reload");
+    dns.change(&format!("{} laptop.example\n", CLUSTER[1]));
+    eventually(PATIENCE + SLACK, "it has an address now", || (ask(&net).0 == second).then_some(()));
+    assert_eq!(daemon.metric(UP, &[]), 1.0);
+}
+
+#[test]
+fn all_addresses_of_a_name_are_used_and_one_that_is_dead_is_passed_over() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let (v4, v6) = (format!("{}:443", CLUSTER[0]), format!("[{}]:443", CLUSTER[2]));
+    let (four, six) = (named(&net, &v4), named(&net, &v6));
+    let records = [CLUSTER[0], CLUSTER[2]].map(|address| format!("{address} laptop.example\n")).concat();
+    let _dns = Dns::start(&net, &records);
+    let daemon = Daemon::start(&net, &config(""));
+    eventually(PATIENCE, "both are known", || {
+        let status = daemon.json(&["status", "--json"]);
+        let addresses = status["upstreams"][0]["targets"][0]["addresses"].as_array().expect("a list").len();
+        (addresses == 2).then_some(())
+    });
+    // The client came by IPv4: so does the connection.
+    assert_eq!(ask(&net).0, v4);
+    drop(four);
+    for _ in 0..4 {
+        assert_eq!(ask(&net).0, v6);
+    }
+    assert_eq!(daemon.metric(UP, &[]), 1.0, "one of its addresses answers: it is up");
+    drop(six);
+}

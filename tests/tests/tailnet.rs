@@ -1,0 +1,155 @@
+//! The tailnet's own view, with real tailscaled nodes: two laptops and the entrance node.
+
+use std::io::{Read, Write};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tests::daemon::{Config, Daemon};
+use tests::netns::Net;
+use tests::rig::{PATIENCE, Server, hello, public};
+use tests::stream::read_preamble;
+use tests::tailnet::{Node, Tailnet};
+use tests::{beside_others, eventually, within};
+
+const FIRST: &str = "thinkpad-1:443";
+const SECOND: &str = "thinkpad-2.tailnet.example:443";
+const UP: &str = "dataplane_upstream_target_up";
+const PATH: &str = "dataplane_tailnet_path";
+/// Joining, paths that break and heal: tailscaled takes its time, more so on a busy machine.
+const LONG: Duration = Duration::from_secs(60);
+
+fn named(node: &Node) -> Server {
+    let name = node.name;
+    Server::start(node.host().listen(&format!("{}:443", node.address)), move |mut stream| {
+        if read_preamble(&stream, false).is_ok() {
+            let _ = writeln!(stream, "{name}");
+        }
+    })
+}
+
+/// Who answers a new connection, and after what time.
+fn ask(net: &Net) -> Result<(String, Duration), String> {
+    let start = Instant::now();
+    let mut client = net.client.connect(public()).map_err(|e| e.to_string())?;
+    client.set_read_timeout(Some(PATIENCE)).expect("a time limit");
+    client.write_all(&hello()).map_err(|e| e.to_string())?;
+    let mut answer = Vec::new();
+    let mut byte = [0];
+    while byte != *b"\n" {
+        client.read_exact(&mut byte).map_err(|e| format!("after {answer:?}: {e}"))?;
+        answer.push(byte[0]);
+    }
+    Ok((String::from_utf8_lossy(&answer).trim().to_owned(), start.elapsed()))
+}
+
+fn names(net: &Net, count: usize) -> Vec<String> {
+    let mut names: Vec<_> = (0..count).map(|_| ask(net).expect("served").0).collect();
+    names.sort();
+    names.dedup();
+    names
+}
+
+fn target(daemon: &Daemon, name: &str) -> Value {
+    let status = daemon.json(&["status", "--json"]);
+    let targets = status["upstreams"][0]["targets"].as_array().expect("a list").clone();
+    targets.into_iter().find(|t| t["target"] == name).expect("it is configured")
+}
+
+#[test]
+fn what_the_tailnet_knows_of_its_laptops_decides_before_any_connection_fails() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let mut tailnet = Tailnet::join(&net).unwrap_or_else(|why| panic!("{why}"));
+    let laptop = tailnet.join_client(&net).unwrap_or_else(|why| panic!("{why}"));
+    let (first, second) = (named(&tailnet.cluster), named(&laptop));
+    let config = Config::new("auto")
+        .targets([FIRST, SECOND])
+        .upstream("balance = \"round-robin\"")
+        .more(&format!("[tailnet]\nsocket = \"{}\"\n", tailnet.entrance.socket().display()));
+    let daemon = Daemon::start(&net, &config);
+    let up = |name: &str, up: f64| daemon.wait_metric(UP, &[("target", name)], up);
+
+    magic_dns_names_work(&net, &daemon);
+    a_node_that_is_told_offline_gets_nothing(&net, &tailnet, &daemon);
+    a_node_whose_tailscaled_is_down_costs_the_hedge_delay(&net, &tailnet, &daemon);
+    a_relayed_node_is_avoided_while_there_is_a_direct_one(&net, &tailnet, &daemon);
+
+    // The entrance node's own tailscaled dies and comes back.
+    tailnet.entrance.restart().unwrap_or_else(|why| panic!("{why}"));
+    eventually(LONG, "forwarding resumes by itself", || ask(&net).ok());
+    up(FIRST, 1.0);
+    up(SECOND, 1.0);
+    assert_eq!(names(&net, 6), ["thinkpad-1", "thinkpad-2"]);
+    drop((first, second));
+}
+
+fn magic_dns_names_work(net: &Net, daemon: &Daemon) {
+    eventually(LONG, "both names have addresses", || {
+        let known = |name| !target(daemon, name)["addresses"].as_array().expect("a list").is_empty();
+        (known(FIRST) && known(SECOND)).then_some(())
+    });
+    assert_eq!(names(net, 6), ["thinkpad-1", "thinkpad-2"]);
+    for name in [FIRST, SECOND] {
+        let path = |path: &str| daemon.metric(PATH, &[("target", name), ("path", path)]);
+        eventually(LONG, "the path is known to be direct", || (path("direct") > 0.5).then_some(()));
+        assert_eq!(path("relayed") + path("unknown"), 0.0);
+        assert_eq!(target(daemon, name)["path"], "direct");
+        let addresses = target(daemon, name)["addresses"].to_string();
+        assert!(addresses.contains("100.64.") && addresses.contains("[fd7a:"), "both families: {addresses}");
+    }
+}
+
+fn a_node_that_is_told_offline_gets_nothing(net: &Net, tailnet: &Tailnet, daemon: &Daemon) {
+    tailnet.tell_online(&tailnet.cluster, false);
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(names(net, 10), ["thinkpad-2"], "a second is enough: {}", target(daemon, FIRST));
+    assert_eq!(target(daemon, FIRST)["reason"], "offline: the tailnet says so");
+    tailnet.tell_online(&tailnet.cluster, true);
+    daemon.wait_metric(UP, &[("target", FIRST)], 1.0);
+    assert_eq!(names(net, 6), ["thinkpad-1", "thinkpad-2"]);
+}
+
+fn a_node_whose_tailscaled_is_down_costs_the_hedge_delay(net: &Net, tailnet: &Tailnet, daemon: &Daemon) {
+    // How long a connection to the good one takes, with all that the machine does besides.
+    let good = (0..20).map(|_| ask(net).expect("served").1).max().expect("some");
+    tailnet.cluster.tailscale(&["down"]).unwrap_or_else(|why| panic!("{why}"));
+    let start = Instant::now();
+    let mut slowest = Duration::ZERO;
+    // Until it is found out, and a while longer.
+    while start.elapsed() < Duration::from_secs(8) {
+        let (name, took) = ask(net).expect("served all the same");
+        if start.elapsed() > Duration::from_secs(1) {
+            assert_eq!(name, "thinkpad-2");
+        }
+        slowest = slowest.max(took);
+    }
+    println!("tailscale down: the slowest of all connections took {slowest:?}, before it {good:?}");
+    let bound = Duration::from_millis(250) + good + Duration::from_millis(250);
+    assert!(slowest < bound, "{slowest:?} against {bound:?}");
+    assert_eq!(daemon.metric(UP, &[("target", FIRST)]), 0.0);
+    tailnet.cluster.tailscale(&["up", "--timeout=30s"]).unwrap_or_else(|why| panic!("{why}"));
+    eventually(LONG, "it is back", || (daemon.metric(UP, &[("target", FIRST)]) > 0.5).then_some(()));
+    eventually(LONG, "it is used again", || (names(net, 4).len() == 2).then_some(()));
+}
+
+fn a_relayed_node_is_avoided_while_there_is_a_direct_one(net: &Net, tailnet: &Tailnet, daemon: &Daemon) {
+    tailnet.block_udp(true);
+    let relayed = || daemon.metric(PATH, &[("target", FIRST), ("path", "relayed")]) > 0.5;
+    // It takes traffic to find out.
+    let found = within(LONG, || {
+        let _ = ask(net);
+        relayed().then_some(())
+    });
+    assert!(found.is_some(), "the path is known to be relayed: {}", target(daemon, FIRST));
+    assert_eq!(names(net, 10), ["thinkpad-2"], "{}", target(daemon, FIRST));
+    assert_eq!(target(daemon, FIRST)["up"], true, "relayed is not down");
+    // When it is the only one it is used.
+    assert!(daemon.cli(&["drain", SECOND]).status.success());
+    assert_eq!(names(net, 5), ["thinkpad-1"]);
+    let doctor = daemon.json(&["doctor", "--json"]);
+    let findings = doctor["entrance"].as_array().expect("a list");
+    let told = findings.iter().find(|f| f["check"] == "tailnet").expect("it looks at the tailnet");
+    assert!(told["ok"] == false && told["text"].as_str().is_some_and(|t| t.contains(FIRST)), "{told}");
+    assert!(daemon.cli(&["undrain", SECOND]).status.success());
+    tailnet.block_udp(false);
+}
