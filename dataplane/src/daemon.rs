@@ -33,7 +33,7 @@ use crate::worker::{Command, Worker};
 
 /// Descriptors that are neither a connection's nor a pipe's nor a listener's: admin clients, the configuration, eBPF maps and programs, and of the upkeep epoll, its wake-up,
 /// tailscaled, the resolver's questions and checks.
-const DESCRIPTORS_FOR_US: u64 = 96;
+const DESCRIPTORS_FOR_US: u64 = 64;
 
 /// Of a worker: epoll, its wake-up, signals' pipe, epoll for the sockmap.
 const DESCRIPTORS_PER_WORKER: u64 = 5;

@@ -186,13 +186,17 @@ impl TryFrom<Status> for View {
 
 /// Keeps `view` up to date, for ever. It holds nothing while tailscaled is gone, silent, or not part of a tailnet.
 pub async fn follow(socket: PathBuf, view: watch::Sender<Option<Arc<View>>>) {
+    let mut first = true;
     loop {
         let Err(error) = session(&socket, &view).await;
-        if view.send_replace(None).is_some() {
-            tracing::warn!(socket = %socket.display(), error = format!("{error:#}"), "tailscaled is silent; going on without it");
+        let error = format!("{error:#}");
+        if view.borrow().is_some() {
+            tracing::warn!(socket = %socket.display(), error, "tailscaled is silent; going on without it");
         } else {
-            tracing::debug!(socket = %socket.display(), error = format!("{error:#}"), "tailscaled");
+            tracing::debug!(socket = %socket.display(), error, "tailscaled");
         }
+        // That there is none is news once: somebody may wait for it.
+        view.send_if_modified(|view| view.take().is_some() || std::mem::take(&mut first));
         sleep(AGAIN).await;
     }
 }

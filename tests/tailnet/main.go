@@ -58,7 +58,13 @@ func run(address, domain string) error {
 		DNSConfig:        &tailcfg.DNSConfig{Proxied: true},
 		DERPMap:          relays(ip),
 		AllNodesSameUser: true,
-		AllOnline:        true,
+	}
+	server.HoldMapRequest = func(request *tailcfg.MapRequest) func() {
+		// One that joins is online until the test says otherwise.
+		if node := server.Node(request.NodeKey); node != nil && node.Online == nil {
+			setOnline(server, request.NodeKey, true)
+		}
+		return nil
 	}
 	routes := http.NewServeMux()
 	routes.Handle("/", server)
@@ -120,18 +126,18 @@ func serveSTUN(requests net.PacketConn) {
 
 // tellOnline tells every other node whether the named one is online; the test control server takes no notice of that by itself.
 func tellOnline(server *testcontrol.Server, name string, online bool) bool {
-	nodes := server.AllNodes()
-	for _, node := range nodes {
-		if node.Hostinfo.Hostname() != name {
-			continue
+	for _, node := range server.AllNodes() {
+		if node.Hostinfo.Hostname() == name {
+			setOnline(server, node.Key, online)
+			return true
 		}
-		for _, other := range nodes {
-			if other.ID != node.ID {
-				change := map[tailcfg.NodeID]bool{node.ID: online}
-				server.AddRawMapResponse(other.Key, &tailcfg.MapResponse{OnlineChange: change})
-			}
-		}
-		return true
 	}
 	return false
+}
+
+func setOnline(server *testcontrol.Server, which key.NodePublic, online bool) {
+	if node := server.Node(which); node != nil {
+		node.Online = &online
+		server.UpdateNode(node)
+	}
 }

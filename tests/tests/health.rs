@@ -46,7 +46,7 @@ fn a_check_takes_a_target_down_and_brings_it_back_without_any_client() {
     let history = target(&daemon, FIRST)["history"].clone();
     let ups: Vec<_> = history.as_array().expect("a list").iter().map(|c| c["up"] == true).collect();
     assert_eq!(ups, [false, true], "{history}");
-    assert_eq!(daemon.metric("dataplane_connections_accepted_total", &[]), 0.0);
+    assert!(daemon.metric("dataplane_connections_accepted_total", &[]) < 0.5);
     let log = daemon.log();
     assert_eq!(events(&log, "target is down", FIRST).len(), 1, "one event for a change: {log:?}");
     assert_eq!(events(&log, "target is up", FIRST).len(), 1, "one event for a change: {log:?}");
@@ -68,13 +68,15 @@ fn an_ingress_that_is_up_but_does_not_serve_the_host_is_down_for_a_check_by_tls(
     let serves = node(&format!("{FIRST} proxy_protocol"), HOST);
     let refuses = node(&format!("{SECOND} proxy_protocol"), "other.example.com");
     for version in ["v1", "v2"] {
-        let health = format!("health = {{ interval = \"200ms\", timeout = \"5s\", tls = \"{HOST}\" }}\nsend_proxy = \"{version}\"");
+        let health = format!(
+            "health = {{ interval = \"200ms\", timeout = \"5s\", tls = \"{HOST}\" }}\nsend_proxy = \"{version}\""
+        );
         let daemon = Daemon::start(&net, &Config::new("auto").targets([FIRST, SECOND]).upstream(&health));
         daemon.wait_metric(UP, &[("target", SECOND)], 0.0);
         let down = target(&daemon, SECOND);
         // RFC 8446 section 6: unrecognized_name.
         assert_eq!(down["reason"], "check: tls: alert 112 instead of a ServerHello", "{down}");
-        assert_eq!(daemon.metric(UP, &[("target", FIRST)]), 1.0, "{}", target(&daemon, FIRST));
+        assert!(daemon.metric(UP, &[("target", FIRST)]) > 0.5, "{}", target(&daemon, FIRST));
         for _ in 0..4 {
             let answer = curl(&net.client, &pem, HOST, "198.51.100.1:443", &[]).expect("the one that serves it");
             assert_eq!(answer, "198.51.100.2");
@@ -88,10 +90,10 @@ fn an_ingress_that_is_up_but_does_not_serve_the_host_is_down_for_a_check_by_tls(
 #[test]
 fn connections_of_a_target_that_went_down_are_reset_only_where_that_is_configured() {
     let _turn = beside_others();
-    for (on_down, ends) in [("reset", true), ("keep", false)] {
-        let Rig { daemon, upstream, net } = Rig::new(
-            &Config::new("auto").targets([FIRST]).upstream(&format!("{QUICK}\non_down = \"{on_down}\"")),
-        );
+    let cases = [("splice", "reset"), ("copy", "reset"), ("sockmap", "reset"), ("auto", "keep")];
+    for (engine, on_down) in cases {
+        let config = Config::new(engine).targets([FIRST]).upstream(&format!("{QUICK}\non_down = \"{on_down}\""));
+        let Rig { daemon, upstream, net } = Rig::new(&config);
         let mut client = net.client.connect(public()).expect("accepted");
         client.write_all(&hello()).expect("sent");
         let server = eventually(PATIENCE, "the connection among the checks", || {
@@ -99,9 +101,12 @@ fn connections_of_a_target_that_went_down_are_reset_only_where_that_is_configure
             stream.set_read_timeout(Some(PATIENCE)).expect("a time limit");
             read_preamble(&stream, false).ok().map(|_| stream)
         });
+        if engine == "sockmap" {
+            daemon.wait_metric("dataplane_connections_active", &[("engine", engine)], 1.0);
+        }
         drop(upstream);
         daemon.wait_metric(UP, &[("target", FIRST)], 0.0);
-        if ends {
+        if on_down == "reset" {
             assert_eq!(read_to_end(&client, PATIENCE).1, End::Reset);
             daemon.wait_metric("dataplane_connections_closed_total", &[("reason", "target_down")], 1.0);
         } else {
@@ -117,14 +122,21 @@ fn a_reset_before_the_first_byte_puts_a_target_aside_and_time_brings_it_back() {
     let _turn = beside_others();
     let rig = Rig::new(&Config::new("auto").targets([FIRST, SECOND]).upstream("balance = \"first\""));
     let second = rig.net.cluster.listen(SECOND);
-    let client = rig.open();
-    reset(rig.accept());
+    let (client, server) = rig.pair();
+    let Rig { daemon, upstream, net } = rig;
+    // Else it would be back after a second, which may be over before anybody has looked.
+    drop(upstream);
+    reset(server);
     assert_eq!(read_to_end(&client, PATIENCE).1, End::Reset);
-    rig.daemon.wait_metric(UP, &[("target", FIRST)], 0.0);
-    assert!(target(&rig.daemon, FIRST)["reason"].as_str().is_some_and(|r| r.starts_with("reset:")));
-    let _client = rig.open();
+    daemon.wait_metric(UP, &[("target", FIRST)], 0.0);
+    let change = &target(&daemon, FIRST)["history"][0];
+    assert!(change["reason"].as_str().is_some_and(|r| r.starts_with("reset:")), "{change}");
+    let mut client = net.client.connect(public()).expect("accepted");
+    client.write_all(&hello()).expect("sent");
     accept_within(&second, PATIENCE).expect("the next client goes to the other one");
-    rig.daemon.wait_metric(UP, &[("target", FIRST)], 1.0);
+    let _first = net.cluster.listen(FIRST);
+    let is_up = || (daemon.metric(UP, &[("target", FIRST)]) > 0.5).then_some(());
+    eventually(Duration::from_secs(60), "it is back", is_up);
 }
 
 #[test]
@@ -152,22 +164,23 @@ fn when_all_are_down_they_are_tried_all_the_same() {
 #[test]
 fn a_full_target_is_waited_for_but_no_longer_than_connect_timeout() {
     let _turn = beside_others();
-    let rig =
-        Rig::new(&Config::new("auto").targets([FIRST]).upstream("max_connections_per_target = 1\nconnect_timeout = \"2s\""));
+    let rig = Rig::new(
+        &Config::new("auto").targets([FIRST]).upstream("max_connections_per_target = 1\nconnect_timeout = \"4s\""),
+    );
     let (client, server) = rig.pair();
     let waits = rig.open();
     rig.daemon.wait_metric("dataplane_upstream_queued", &[], 1.0);
     assert!(accept_within(&rig.upstream, Duration::from_millis(300)).is_none(), "the cap holds");
     drop((client, server));
-    let served = rig.accept();
+    let next = rig.accept();
     rig.daemon.wait_metric("dataplane_upstream_queued", &[], 0.0);
     let start = Instant::now();
     let refused = rig.open();
     let (answer, _) = read_to_end(&refused, PATIENCE);
     assert_eq!(answer, [21, 3, 3, 0, 2, 2, 80], "no_upstream is told by an alert");
-    assert!(start.elapsed() >= Duration::from_millis(1900), "{:?}", start.elapsed());
+    assert!(start.elapsed() >= Duration::from_millis(3900), "{:?}", start.elapsed());
     rig.daemon.wait_metric("dataplane_connections_rejected_total", &[("reason", "no_upstream")], 1.0);
-    drop((waits, served));
+    drop((waits, next));
 }
 
 #[test]
@@ -256,8 +269,10 @@ fn connections_that_lose_a_race_are_closed_unused() {
         net.entrance.ip(&format!("neigh {what} {} dev inside{how}\n", CLUSTER[0]));
     };
     swallow(true);
-    let daemon =
-        Daemon::start(&net, &Config::new("auto").targets([FIRST, SECOND]).upstream("balance = \"first\"\nconnect_timeout = \"20s\""));
+    let daemon = Daemon::start(
+        &net,
+        &Config::new("auto").targets([FIRST, SECOND]).upstream("balance = \"first\"\nconnect_timeout = \"20s\""),
+    );
     let mut client = net.client.connect(public()).expect("accepted");
     client.write_all(&hello()).expect("sent");
     let winner = accept_within(&second, PATIENCE).expect("the second is dialled beside the first");
@@ -265,6 +280,6 @@ fn connections_that_lose_a_race_are_closed_unused() {
     swallow(false);
     let loser = accept_within(&first, PATIENCE).expect("the first answers at last");
     assert_eq!(read_to_end(&loser, PATIENCE), (Vec::new(), End::Fin), "not a byte");
-    assert_eq!(daemon.metric(UP, &[("target", FIRST)]), 1.0, "slow is not down");
+    assert!(daemon.metric(UP, &[("target", FIRST)]) > 0.5, "slow is not down");
     drop((client, winner));
 }

@@ -31,7 +31,14 @@ impl<'a> Dns<'a> {
         let mut command = Command::new("dnsmasq");
         let hosts = net.dir().join("records");
         command
-            .args(["--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--port=5300", "--pid-file"])
+            .args([
+                "--keep-in-foreground",
+                "--conf-file=/dev/null",
+                "--no-resolv",
+                "--no-hosts",
+                "--port=5300",
+                "--pid-file",
+            ])
             .args(["--listen-address=127.0.0.1", "--bind-interfaces", "--user=root", "--log-facility=-"])
             .arg(format!("--local-ttl={TTL}"))
             .arg(format!("--addn-hosts={}", hosts.display()))
@@ -56,7 +63,9 @@ impl<'a> Dns<'a> {
 }
 
 fn config(more: &str) -> Config {
-    Config::new("auto").targets(["laptop.example:443"]).more(&format!("[resolver]\nservers = [\"127.0.0.1:5300\"]\n{more}"))
+    Config::new("auto")
+        .targets(["laptop.example:443"])
+        .more(&format!("[resolver]\nservers = [\"127.0.0.1:5300\"]\n{more}"))
 }
 
 /// A server that says which one it is, then keeps the connection.
@@ -113,7 +122,7 @@ fn a_changed_address_moves_new_connections_within_the_ttl_and_leaves_established
         assert_eq!(ask(&net).0, second, "the last good answer survives");
         assert!(start.elapsed() < Duration::from_secs(2), "nobody waits for the resolver: {:?}", start.elapsed());
     }
-    assert_eq!(daemon.metric(UP, &[]), 1.0);
+    assert!(daemon.metric(UP, &[]) > 0.5);
 }
 
 #[test]
@@ -134,7 +143,7 @@ fn a_name_without_an_address_is_a_target_that_is_down_until_it_has_one() {
     assert!(daemon.cli(&["reload"]).status.success(), "nor is it an error of a reload");
     dns.change(&format!("{} laptop.example\n", CLUSTER[1]));
     eventually(PATIENCE + SLACK, "it has an address now", || (ask(&net).0 == second).then_some(()));
-    assert_eq!(daemon.metric(UP, &[]), 1.0);
+    assert!(daemon.metric(UP, &[]) > 0.5);
 }
 
 #[test]
@@ -157,6 +166,6 @@ fn all_addresses_of_a_name_are_used_and_one_that_is_dead_is_passed_over() {
     for _ in 0..4 {
         assert_eq!(ask(&net).0, v6);
     }
-    assert_eq!(daemon.metric(UP, &[]), 1.0, "one of its addresses answers: it is up");
+    assert!(daemon.metric(UP, &[]) > 0.5, "one of its addresses answers: it is up");
     drop(six);
 }

@@ -47,7 +47,9 @@ fn when_one_nginx_is_killed_the_next_request_succeeds() {
 fn a_target_that_swallows_everything_costs_one_connect_timeout() {
     let _turn = beside_others();
     let hole = format!("{BLACK_HOLE}:443");
-    let config = Config::new("auto").targets([&hole, FIRST]).upstream("balance = \"first\"\nconnect_timeout = \"1s\"\nhedge_delay = \"0s\"");
+    let config = Config::new("auto")
+        .targets([&hole, FIRST])
+        .upstream("balance = \"first\"\nconnect_timeout = \"1s\"\nhedge_delay = \"0s\"");
     let rig = Rig::new(&config);
     let start = Instant::now();
     let _first = rig.pair();

@@ -12,7 +12,9 @@ use crate::{ebpf, matrix, packages};
 /// Programs that the end-to-end tests run, and the Debian packages that bring them. nginx and HAProxy come as newer builds from PyPI.
 pub const PROGRAMS: &[(&str, &str)] = &[
     ("curl", "curl"),
+    ("dnsmasq", "dnsmasq-base"),
     ("ip", "iproute2"),
+    ("iptables", "iptables"),
     ("openssl", "openssl"),
     ("pip3", "python3-pip"),
     ("python3", "python3"),
@@ -41,10 +43,16 @@ pub fn run(options: &Options) -> Result<()> {
     packages::ensure(PROGRAMS)?;
     let unpacked = run::target().join("tools/debian");
     packages::unpack("promtool", "prometheus", &unpacked)?;
+    // Go takes its time, once; beside the other builds, and not beside tests that measure.
+    let tailnet = std::thread::spawn(tests::tailnet::build);
     ebpf::build()?;
 
     step("building the daemon and the tests");
     run::run(&mut build(options.release))?;
+    match tailnet.join() {
+        Ok(built) => built.map_err(anyhow::Error::msg)?,
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
     let daemon = run::binaries(options.release)?.join("dataplane");
 
     step("running the tests");

@@ -152,8 +152,7 @@ impl Parser {
         let most = section
             .get("max_connections_per_target")
             .and_then(|field| reader.integer(field, &(0..=u64::from(u32::MAX)), "1000"));
-        let hedge_delay =
-            section.get("hedge_delay").and_then(|field| reader.duration(field, &(Duration::ZERO..=HOUR)));
+        let hedge_delay = section.get("hedge_delay").and_then(|field| reader.duration(field, &(Duration::ZERO..=HOUR)));
         let on_down = section
             .get("on_down")
             .and_then(|field| reader.choice(field, &[("keep", OnDown::Keep), ("reset", OnDown::Reset)]));

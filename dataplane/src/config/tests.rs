@@ -140,14 +140,18 @@ fn every_key_is_read_into_its_place() {
     assert_eq!(config.admin.bind.addr.to_string(), "127.0.0.1:9443");
     assert_eq!(config.admin.socket.to_str(), Some("/run/dataplane/admin.sock"));
 
-    let health = HealthCheck { interval: Duration::from_secs(5), timeout: Duration::from_secs(2), fall: 2, rise: 2, tls: None };
+    let health =
+        HealthCheck { interval: Duration::from_secs(5), timeout: Duration::from_secs(2), fall: 2, rise: 2, tls: None };
     assert_eq!(cluster.health, Some(health));
     assert_eq!((cluster.hedge_delay, cluster.on_down), (Duration::from_millis(250), OnDown::Keep));
     assert_eq!(config.upstreams[1].health, None);
     let servers: Vec<String> = config.resolver.servers.iter().map(ToString::to_string).collect();
     assert_eq!(servers, ["100.100.100.100:53", "[::1]:5353"]);
     assert_eq!(config.tailnet.socket.to_str(), Some("/run/tailscaled.sock"));
-    assert!(!cluster.prefer_direct && config.upstreams[1].prefer_direct, "an upstream may say otherwise than [tailnet]");
+    assert!(
+        !cluster.prefer_direct && config.upstreams[1].prefer_direct,
+        "an upstream may say otherwise than [tailnet]"
+    );
     assert_eq!(warnings, "");
 }
 

@@ -111,14 +111,14 @@ fn takes(rule: &str, port: u16, is_ours: &impl Fn(IpAddr) -> bool) -> bool {
         return from_outside && rewrites && port && !negated && after("-d").is_none_or(of_address);
     }
     let port = match words.windows(3).find(|words| words[..2] == ["tcp", "dport"]).map(|words| words[2]) {
-        Some("{") => rule.split_once("dport {").and_then(|(_, rest)| rest.split_once('}')).is_some_and(|(set, _)| {
-            among(&set.replace(' ', ""))
-        }),
+        Some("{") => rule
+            .split_once("dport {")
+            .and_then(|(_, rest)| rest.split_once('}'))
+            .is_some_and(|(set, _)| among(&set.replace(' ', ""))),
         Some(port) => among(port),
         None => false,
     };
-    port && words.iter().any(|word| matches!(*word, "dnat" | "redirect"))
-        && after("daddr").is_none_or(of_address)
+    port && words.iter().any(|word| matches!(*word, "dnat" | "redirect")) && after("daddr").is_none_or(of_address)
 }
 
 fn conntrack() -> Finding {

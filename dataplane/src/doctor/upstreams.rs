@@ -99,7 +99,8 @@ async fn of_target(
     let addresses = match found {
         Ok(addresses) => addresses,
         Err(reason) => {
-            answers.advice = Some(format!("the name has no address here: {reason}; name its address, or see [resolver]"));
+            answers.advice =
+                Some(format!("the name has no address here: {reason}; name its address, or see [resolver]"));
             return answers;
         }
     };
@@ -118,8 +119,7 @@ async fn of_target(
             break;
         }
     }
-    let works = |way: SendProxy| answers.attempts.iter().any(|attempt| attempt.send_proxy == way && attempt.ok);
-    answers.ok = works(upstream.send_proxy);
+    answers.ok = answers.attempts.iter().any(|attempt| attempt.send_proxy == upstream.send_proxy && attempt.ok);
     answers.advice = advice(&answers.attempts, upstream.send_proxy, &upstream.name, host);
     answers
 }
@@ -132,7 +132,11 @@ fn advice(attempts: &[Attempt], configured: SendProxy, upstream: &str, host: Opt
     }
     // The newest version first: it carries the most.
     if let Some(way) = [SendProxy::V2, SendProxy::V1].into_iter().find(|way| works(*way)) {
-        let text = if configured == SendProxy::Off { "the ingress wants a PROXY header" } else { "the ingress wants the other version" };
+        let text = if configured == SendProxy::Off {
+            "the ingress wants a PROXY header"
+        } else {
+            "the ingress wants the other version"
+        };
         return Some(format!("{text}: write `send_proxy = \"{}\"` in [upstreams.{upstream}]", word(way)));
     }
     if works(SendProxy::Off) {
@@ -149,7 +153,9 @@ fn advice(attempts: &[Attempt], configured: SendProxy, upstream: &str, host: Opt
         Some(_) if error.starts_with("tls:") => {
             "something answers that does not speak TLS this way: is it the port of the ingress for HTTPS?".to_owned()
         }
-        _ => "nothing answers there: is the machine on, and the service, and may this machine reach the port?".to_owned(),
+        _ => {
+            "nothing answers there: is the machine on, and the service, and may this machine reach the port?".to_owned()
+        }
     })
 }
 

@@ -112,6 +112,18 @@ fn every_prefix_needs_more_and_what_follows_the_header_is_left_alone() {
 }
 
 #[test]
+fn the_header_of_a_connection_of_our_own_names_nobody() {
+    let (mut v1, mut v2) = (Vec::new(), Vec::new());
+    encode_local_v1(&mut v1);
+    encode_local_v2(&mut v2);
+    for header in [&v1, &v2] {
+        assert_eq!(decode(header), Decoded::Header { len: header.len(), source: None });
+    }
+    assert_eq!(ppp_v2(&v2).0.command, ppp::v2::Command::Local);
+    assert!(ppp::v1::Header::try_from(&*v1).is_ok());
+}
+
+#[test]
 fn the_unique_id_of_haproxy_arrives() {
     let id = source(capture!("haproxy-v2-tls-tcp4")).unwrap().unique_id;
     assert_eq!(id, Some(b"C0000207:C358_C6336401:238F_0009".as_slice()));

@@ -54,13 +54,12 @@ pub fn choose(balance: Balance, turn: usize, candidates: &(impl Iterator<Item = 
     // Position after the turn's starting point: breaks ties in turn.
     let place = |i: usize| (i + count - turn % count) % count;
     let pick = |standing: Standing| {
-        let eligible =
-            candidates.clone().enumerate().filter(|(_, c)| c.allowed && !c.full && c.standing == standing);
+        let eligible = candidates.clone().enumerate().filter(|(_, c)| c.allowed && !c.full && c.standing == standing);
         match balance {
             Balance::LeastConnections => eligible.min_by_key(|(i, c)| (c.active, place(*i))),
             Balance::RoundRobin => eligible.min_by_key(|(i, _)| place(*i)),
             Balance::Hash => eligible.max_by_key(|(_, c)| c.weight),
-            Balance::First => eligible.take(1).next(),
+            Balance::First => eligible.min_by_key(|(i, _)| *i),
         }
     };
     let full = |down: bool| candidates.clone().any(|c| c.allowed && (c.standing == Standing::Down) == down);
@@ -180,5 +179,5 @@ mod tests {
         assert_eq!(weight([192, 0, 2, 7].into(), "node-1:443"), NODE_1_FOR_192_0_2_7);
         assert_eq!(weight("::ffff:192.0.2.7".parse().unwrap(), "node-1:443"), NODE_1_FOR_192_0_2_7);
     }
-    const NODE_1_FOR_192_0_2_7: u64 = 0x70180efcbf7b26a4;
+    const NODE_1_FOR_192_0_2_7: u64 = 0x7018_0efc_bf7b_26a4;
 }

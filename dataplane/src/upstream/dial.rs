@@ -330,6 +330,9 @@ fn see_to_its_end(attempt: Attempt) {
     });
 }
 
+/// A connect to one of several addresses.
+type UnderWay<'a> = Pin<Box<dyn Future<Output = Result<TcpStream, Failure>> + Send + 'a>>;
+
 impl Target {
     /// Connects to one of the target's addresses before the deadline: one after the other, the next as soon as one has failed or has not answered for `stagger`. Without a
     /// `stagger`, those that are left share the time that is left.
@@ -340,7 +343,7 @@ impl Target {
             return timeout_at(deadline.into(), self.connect_to(address, dial)).await.map_err(no_answer)?;
         }
         let mut last = Failure::new("resolve", "the name has no address");
-        let mut under_way: Vec<Pin<Box<dyn Future<Output = Result<TcpStream, Failure>> + Send + '_>>> = Vec::new();
+        let mut under_way: Vec<UnderWay<'_>> = Vec::new();
         let mut left = addresses.iter();
         loop {
             if let Some(address) = left.next() {
@@ -376,14 +379,14 @@ impl Target {
     }
 
     async fn connect_to(&self, address: &Address, dial: &Dial) -> Result<TcpStream, Failure> {
-        let unanswered = Unanswered { target: self, address, since: Instant::now() };
+        let mut connect = Connect { target: self, address, begun: Instant::now(), answered: false };
         let at = address.at;
         let prepared = if at.is_ipv6() { TcpSocket::new_v6() } else { TcpSocket::new_v4() }.and_then(|socket| {
             socket::prepare(&socket)?;
             Ok(socket)
         });
         let stream = prepared?.connect(at).await.inspect_err(|_| address.failed_at.store(self.now(), Relaxed))?;
-        std::mem::forget(unanswered);
+        connect.answered = true;
         address.failed_at.store(0, Relaxed);
         if is_own(&stream, &dial.own) {
             return Err(Failure::new("own_listener", format!("{at} is a listener of this daemon")));
@@ -399,22 +402,22 @@ impl Target {
             let answered = resolution.wait_for(|known| !matches!(known, Resolution::Pending));
             let _ = timeout_at(deadline.into(), answered).await;
         }
-        self.addresses(ipv6_first).map_err(|reason| {
-            Failure::new("resolve", reason.as_deref().unwrap_or("no answer within connect_timeout"))
-        })
+        self.addresses(ipv6_first)
+            .map_err(|reason| Failure::new("resolve", reason.as_deref().unwrap_or("no answer within connect_timeout")))
     }
 }
 
 /// A connect to one address. Given up after a while, it says that the others are to be preferred.
-struct Unanswered<'a> {
+struct Connect<'a> {
     target: &'a Target,
     address: &'a Address,
-    since: Instant,
+    begun: Instant,
+    answered: bool,
 }
 
-impl Drop for Unanswered<'_> {
+impl Drop for Connect<'_> {
     fn drop(&mut self) {
-        if self.since.elapsed() >= LONG {
+        if !self.answered && self.begun.elapsed() >= LONG {
             self.address.failed_at.store(self.target.now(), Relaxed);
         }
     }

@@ -204,16 +204,15 @@ impl Health {
             return;
         }
         self.last_failure = Some(now);
-        match &mut self.aside {
+        if let Some(aside) = &mut self.aside {
             // It was tried because all others were down, too. That is no reason to keep it away longer.
-            Some(aside) => (aside.reason, aside.answers) = (reason, answers),
-            None => {
-                if self.back_since.is_some_and(|at| now.duration_since(at) > ASIDE_MAX) {
-                    self.times_aside = 0;
-                }
-                self.set_aside(reason, answers, now);
-            }
+            (aside.reason, aside.answers) = (reason, answers);
+            return;
         }
+        if self.back_since.is_some_and(|at| now.duration_since(at) > ASIDE_MAX) {
+            self.times_aside = 0;
+        }
+        self.set_aside(reason, answers, now);
     }
 
     fn set_aside(&mut self, reason: String, answers: bool, now: Instant) {
@@ -239,10 +238,7 @@ mod tests {
     const LOST: Outcome = Outcome { up: Some(false), lost: true };
 
     fn check(passed: bool) -> Event {
-        match passed {
-            true => Event::CheckPassed { rise: 2 },
-            false => Event::CheckFailed { fall: 3, reason: "check".into() },
-        }
+        if passed { Event::CheckPassed { rise: 2 } } else { Event::CheckFailed { fall: 3, reason: "check".into() } }
     }
 
     fn refused(started: Instant) -> Event {

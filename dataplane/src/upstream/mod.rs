@@ -139,7 +139,7 @@ impl Lease {
         if let Some(lost) = &mut self.lost {
             let _ = lost.changed().await;
         } else {
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
     }
 
@@ -184,7 +184,9 @@ impl Pool {
             .map(|t| known.remove(&*t.text).cloned().unwrap_or_else(|| Arc::new(Target::new(&config.name, t, metrics))))
             .collect();
         if config.health.is_none() {
-            targets.iter().for_each(|target| target.apply(Event::NoCheck));
+            for target in &targets {
+                target.apply(Event::NoCheck);
+            }
         }
         let queue = previous.map_or_else(|| Arc::new(Queue::new(metrics.queued(&config.name))), |p| p.queue.clone());
         Self {

@@ -9,11 +9,10 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use hickory_resolver::TokioResolver;
-use hickory_resolver::config::{
-    ConnectionConfig, LookupIpStrategy, NameServerConfig, ResolverConfig, ResolverOpts,
-};
+use hickory_resolver::config::{ConnectionConfig, LookupIpStrategy, NameServerConfig, ResolverConfig, ResolverOpts};
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use crate::config;
 use crate::tailnet::View;
@@ -154,9 +153,14 @@ pub async fn follow(
                 pause
             }
         };
-        tokio::select! {
-            () = tokio::time::sleep(pause) => {}
-            changed = view.changed() => if changed.is_err() { return },
+        let addresses_in = |view: &Option<Arc<View>>| -> Option<Vec<IpAddr>> {
+            view.as_ref()?.by_name(name).map(|peer| peer.addresses.clone())
+        };
+        let before = addresses_in(&now);
+        // Of most that changes in a tailnet a name takes no notice.
+        let news = view.wait_for(|view| addresses_in(view) != before);
+        if let Ok(Err(_)) = timeout(pause, news).await {
+            return;
         }
     }
 }

@@ -49,6 +49,11 @@ pub async fn check(
     timeout(patience, attempt).await.unwrap_or_else(|_| Err(format!("timeout: no answer within {patience:?}")))
 }
 
+/// Whether a check failed for want of a file descriptor or port of our own: that says nothing of the target.
+pub fn is_our_own(reason: &str) -> bool {
+    reason.starts_with("no_")
+}
+
 fn in_words(error: &io::Error) -> String {
     format!("{}: {error}", super::dial::label(error))
 }
@@ -81,16 +86,18 @@ fn client_hello(out: &mut Vec<u8>, name: &str) {
     let host_name = [&[0][..], &prefixed(2, name.as_bytes())].concat();
     let share = [&29_u16.to_be_bytes()[..], &prefixed(2, &base_point)].concat();
     let extensions = [
-        (0, prefixed(2, &host_name)),            // server_name
-        (10, prefixed(2, &numbers(&GROUPS))),    // supported_groups
-        (11, prefixed(1, &[0])),                 // ec_point_formats: uncompressed
+        (0, prefixed(2, &host_name)),         // server_name
+        (10, prefixed(2, &numbers(&GROUPS))), // supported_groups
+        (11, prefixed(1, &[0])),              // ec_point_formats: uncompressed
         (13, prefixed(2, &numbers(&SIGNATURES))),
-        (23, Vec::new()),                        // extended_main_secret
-        (43, prefixed(1, &[3, 4, 3, 3])),        // supported_versions: 1.3, 1.2
-        (51, prefixed(2, &share)),               // key_share
+        (23, Vec::new()),                 // extended_main_secret
+        (43, prefixed(1, &[3, 4, 3, 3])), // supported_versions: 1.3, 1.2
+        (51, prefixed(2, &share)),        // key_share
     ];
-    let extensions: Vec<u8> =
-        extensions.iter().flat_map(|(kind, body)| [&u16::to_be_bytes(*kind)[..], &prefixed(2, body)].concat()).collect();
+    let extensions: Vec<u8> = extensions
+        .iter()
+        .flat_map(|(kind, body)| [&u16::to_be_bytes(*kind)[..], &prefixed(2, body)].concat())
+        .collect();
     let random: [u8; 32] = std::array::from_fn(|_| fastrand::u8(..));
     let body = [
         &[3, 3][..],

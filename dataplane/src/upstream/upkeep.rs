@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::sleep_until;
+use tokio::time::{sleep, sleep_until, timeout};
 
 use super::health::Event;
 use super::names::{self, Names};
@@ -17,8 +17,11 @@ use super::{Pool, Target, probe};
 use crate::config::{self, Config, TargetHost};
 use crate::tailnet::{self, View};
 
-/// The first checks after a start are spread over this, or over the interval where that is shorter.
+/// The first checks after a start are spread over this, or over the interval where that is shorter. Also how long to wait when we lack what a check needs.
 const SPREAD: Duration = Duration::from_secs(1);
+
+/// How long names wait for the tailnet's first word at a start; without a tailscaled that is a refusal, at once.
+const TAILNET_FIRST: Duration = Duration::from_millis(500);
 
 /// The running thread.
 pub struct Upkeep {
@@ -76,7 +79,11 @@ async fn run(mut inbox: mpsc::UnboundedReceiver<Work>) {
     }
 }
 
-async fn resolve(target: Arc<Target>, name: String, names: Arc<Names>, view: watch::Receiver<Option<Arc<View>>>) {
+async fn resolve(target: Arc<Target>, name: String, names: Arc<Names>, mut view: watch::Receiver<Option<Arc<View>>>) {
+    // At a start the tailnet has not been heard yet, and what is one of its names the resolver may not know.
+    if view.borrow().is_none() {
+        let _ = timeout(TAILNET_FIRST, view.changed()).await;
+    }
     names::follow(names, &name, view, |answer| target.resolved(answer)).await;
 }
 
@@ -113,6 +120,10 @@ async fn attend(pool: Arc<Pool>, target: Arc<Target>) {
         }
         let begun = Instant::now();
         let outcome = probe(&pool, &target).await;
+        if outcome.as_ref().is_err_and(|reason| probe::is_our_own(reason)) {
+            sleep(SPREAD).await;
+            continue;
+        }
         if let Some((check, due)) = health.zip(next_check)
             && due <= begun
         {
