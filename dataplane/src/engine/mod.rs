@@ -228,13 +228,15 @@ pub enum End {
     Idle,
     /// The daemon stopped before the connection did.
     Drained,
+    /// A reload removed its route.
+    RouteRemoved,
     /// The kernel refused a call; see the log.
     Error,
 }
 
 impl End {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Done,
         Self::Reset(Side::Client),
         Self::Reset(Side::Upstream),
@@ -242,6 +244,7 @@ impl End {
         Self::Vanished(Side::Upstream),
         Self::Idle,
         Self::Drained,
+        Self::RouteRemoved,
         Self::Error,
     ];
 
@@ -255,6 +258,7 @@ impl End {
             Self::Vanished(Side::Upstream) => "upstream_vanished",
             Self::Idle => "idle",
             Self::Drained => "drained",
+            Self::RouteRemoved => "route_removed",
             Self::Error => "error",
         }
     }
