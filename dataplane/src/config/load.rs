@@ -112,9 +112,10 @@ fn include(source: &mut Source, folder: &Path, files: &impl Files, role: Role, s
         }
         // A file that is matched twice, or by its own pattern, is read once.
         for file in found.into_iter().filter(|file| seen.insert(shown(file))) {
-            let text = files.read(&file).map_err(|error| error.to_string()).and_then(|bytes| {
-                utf8(&file, bytes).map_err(|_| "it is not UTF-8 text".to_owned())
-            });
+            let text = files
+                .read(&file)
+                .map_err(|error| error.to_string())
+                .and_then(|bytes| utf8(&file, bytes).map_err(|_| "it is not UTF-8 text".to_owned()));
             match text {
                 Ok(text) => source.add(shown(&file), &text, role),
                 Err(error) => {
@@ -218,7 +219,10 @@ impl fmt::Display for LoadError {
                 write!(f, "{}:{line}: error: this is not UTF-8\n  help: save the file as UTF-8 text", path.display())
             }
             Self::Repository { git, error } => {
-                write!(f, "{git}: error: {error}\n  help: `[source]` says which repository this is and how it is reached")
+                write!(
+                    f,
+                    "{git}: error: {error}\n  help: `[source]` says which repository this is and how it is reached"
+                )
             }
             Self::Report { source, diagnostics } => {
                 for diagnostic in diagnostics {

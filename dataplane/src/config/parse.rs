@@ -159,8 +159,7 @@ impl Parser {
             self.reader.strings(field, "a file name or a pattern", "\"routes.d/*.toml\"");
         }
         let watch = roots[0].get("watch").and_then(|field| self.reader.boolean(field));
-        let repository =
-            roots[0].get("source").and_then(|field| super::repository::read(&mut self.reader, field));
+        let repository = roots[0].get("source").and_then(|field| super::repository::read(&mut self.reader, field));
         let upstreams = self.upstreams(roots);
         self.upstreams = upstreams.iter().enumerate().map(|(index, u)| (u.name.clone(), index)).collect();
         let listeners = self.listeners(roots, &upstreams);

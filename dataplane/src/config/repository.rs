@@ -4,9 +4,9 @@ use std::ops::RangeInclusive;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
-use super::{Bind, keys};
 use super::reader::{Field, Reader, Section, quoted};
 use super::values::{Refused, parse_bind, refuse};
+use super::{Bind, keys};
 
 const INTERVAL: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(24 * 3600);
 const TIMEOUT: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(3600);
@@ -163,7 +163,10 @@ fn transport(text: &str) -> Result<Transport, Refused> {
     }
     if user.is_some_and(|user| transport == Transport::Http || user.contains(':')) {
         // Not quoted: it would stand in the log.
-        return refuse("`git` has a name or a password in it", "write the token into a file, and the file as `token_file`");
+        return refuse(
+            "`git` has a name or a password in it",
+            "write the token into a file, and the file as `token_file`",
+        );
     }
     Ok(transport)
 }
@@ -172,14 +175,19 @@ fn transport(text: &str) -> Result<Transport, Refused> {
 fn scp_like(text: &str) -> bool {
     let Some((host, path)) = text.split_once(':') else { return false };
     let name = |part: &str| !part.is_empty() && !part.starts_with('-') && !part.contains('/');
-    host.split_once('@').is_some_and(|(user, host)| name(user) && name(host)) && !path.is_empty() && !path.starts_with(':')
+    host.split_once('@').is_some_and(|(user, host)| name(user) && name(host))
+        && !path.is_empty()
+        && !path.starts_with(':')
 }
 
 /// A name that git takes for a branch or a tag, and for nothing else (git-check-ref-format(1)).
 fn reference(text: &str) -> Result<String, Refused> {
     let bad = |c: char| c.is_whitespace() || c.is_control() || "~^:?*[\\+@{".contains(c);
     let parts = || text.split('/');
-    if text.is_empty() || text.starts_with('-') || text.contains(bad) || text.contains("..")
+    if text.is_empty()
+        || text.starts_with('-')
+        || text.contains(bad)
+        || text.contains("..")
         || parts().any(|part| part.is_empty() || part.starts_with('.') || part.ends_with(".lock"))
     {
         return refuse(format!("{} is not the name of a branch or a tag", quoted(text)), "write its name: \"main\"");
@@ -242,7 +250,9 @@ mod tests {
         for text in ["main", "HEAD", "release/v1", "refs/heads/main", "v1.2"] {
             assert!(reference(text).is_ok(), "{text}");
         }
-        for text in ["", "-x", "--upload-pack=x", "a..b", "a:b", "+main", "a b", "a^", "a~1", "/a", "a//b", "a@{1}", "x.lock"] {
+        for text in
+            ["", "-x", "--upload-pack=x", "a..b", "a:b", "+main", "a b", "a^", "a~1", "/a", "a//b", "a@{1}", "x.lock"]
+        {
             assert!(reference(text).is_err(), "{text}");
         }
     }

@@ -438,13 +438,17 @@ fn included_files_are_read_as_one_with_the_file_that_includes_them() {
     assert_eq!(local.len(), 4);
     let whole = local.iter().map(|path| std::fs::read_to_string(path).unwrap()).collect::<String>();
     let alone = Sha256::digest(whole.as_bytes());
-    assert!(config.hash == alone[..8].iter().map(|byte| format!("{byte:02x}")).collect::<String>(), "as cat | sha256sum");
+    assert!(
+        config.hash == alone[..8].iter().map(|byte| format!("{byte:02x}")).collect::<String>(),
+        "as cat | sha256sum"
+    );
 }
 
 #[test]
 fn what_two_files_define_is_an_error_that_names_both_places() {
     let main = format!("include = [\"*.d/*.toml\"]\nengine = \"auto\"\n{SMALL}");
-    let second = "engine = \"copy\"\n[upstreams.cluster]\ntargets = [\"thinkpad-2:443\"]\n[limits]\nidle_timeout = \"1m\"\n";
+    let second =
+        "engine = \"copy\"\n[upstreams.cluster]\ntargets = [\"thinkpad-2:443\"]\n[limits]\nidle_timeout = \"1m\"\n";
     let folder = Folder::new(&[
         ("main.toml", &main),
         ("a.d/x.toml", &ROUTE.replace("HOST", "Blog.example.com")),
@@ -453,9 +457,18 @@ fn what_two_files_define_is_an_error_that_names_both_places() {
     ]);
     let shown = folder.read().unwrap_err();
     for (error, note) in [
-        ("a.d/x.toml:2:10: error: host `blog.example.com` has a route already", "main.toml:9:10: note: first listed here"),
-        ("a.d/y.toml:1:10: error: `engine` is defined in another file already", "main.toml:2:10: note: first defined here"),
-        ("a.d/y.toml:2:12: error: [upstreams.cluster] is defined in another file already", "main.toml:6:12: note: first"),
+        (
+            "a.d/x.toml:2:10: error: host `blog.example.com` has a route already",
+            "main.toml:9:10: note: first listed here",
+        ),
+        (
+            "a.d/y.toml:1:10: error: `engine` is defined in another file already",
+            "main.toml:2:10: note: first defined here",
+        ),
+        (
+            "a.d/y.toml:2:12: error: [upstreams.cluster] is defined in another file already",
+            "main.toml:6:12: note: first",
+        ),
         ("a.d/z.toml:1:1: error: `limits` is defined in another file already", "a.d/y.toml:4:1: note: first"),
     ] {
         let at = shown.find(error).unwrap_or_else(|| panic!("{error} in:\n{shown}"));
@@ -499,12 +512,14 @@ fn ten_thousand_hosts_in_two_hundred_files_are_read_in_well_under_a_second() {
                 format!("[[routes]]\nhosts = [{}]\nupstream = \"u{file}\"\n", hosts.join(", "))
             };
             let routes: String = (0..5).map(route).collect();
-            (format!("routes.d/{file:03}.toml"), format!("[upstreams.u{file}]\ntargets = [\"100.64.0.2:443\"]\n{routes}"))
+            (
+                format!("routes.d/{file:03}.toml"),
+                format!("[upstreams.u{file}]\ntargets = [\"100.64.0.2:443\"]\n{routes}"),
+            )
         })
         .collect();
     let main = format!("include = [\"routes.d/*.toml\"]\n{SMALL}");
-    let files: Vec<_> =
-        files.iter().map(|(name, text)| (&**name, &**text)).chain([("main.toml", &*main)]).collect();
+    let files: Vec<_> = files.iter().map(|(name, text)| (&**name, &**text)).chain([("main.toml", &*main)]).collect();
     let folder = Folder::new(&files);
     // The best of several: another program may have the processor.
     let once = || {
@@ -540,8 +555,12 @@ webhook = { bind = "127.0.0.1:9080", secret_file = "/etc/dataplane/secret" }
         let diagnostics = repository(&source).unwrap_err();
         LoadError::Report { source, diagnostics }.to_string()
     };
-    let ssh = refused("[source]\ngit = \"ssh://git@example.com/x.git\"\ntoken_file = \"/x\"\nwebhook = { bind = \"0.0.0.0\" }\n");
-    for expected in ["[source] has no `ssh_key_file`", "`token_file` is for http", "`webhook` has no `secret_file`", "has no port"] {
+    let ssh = refused(
+        "[source]\ngit = \"ssh://git@example.com/x.git\"\ntoken_file = \"/x\"\nwebhook = { bind = \"0.0.0.0\" }\n",
+    );
+    for expected in
+        ["[source] has no `ssh_key_file`", "`token_file` is for http", "`webhook` has no `secret_file`", "has no port"]
+    {
         assert!(ssh.contains(expected), "{expected} in:\n{ssh}");
     }
     assert!(refused("[source]\nref = \"main\"\n").contains("[source] has no `git`"));
@@ -581,7 +600,10 @@ fn the_file_in_a_repository_is_read_as_one_with_the_nodes_own() {
     let (more, _) = whole(&format!("{node}{ROUTE}"), "deep/main.toml").expect("the upstream is in the repository");
     assert_eq!(more.routes.len(), 3);
     let twice = whole(&format!("{node}{}", ROUTE.replace("HOST", "a.example.com")), "deep/main.toml").unwrap_err();
-    assert!(twice.contains("0123456789ab:deep/a.toml:2:10: error: host `a.example.com` has a route already"), "{twice}");
+    assert!(
+        twice.contains("0123456789ab:deep/a.toml:2:10: error: host `a.example.com` has a route already"),
+        "{twice}"
+    );
     assert!(whole(node, "gone.toml").unwrap_err().contains("0123456789ab:gone.toml"));
 }
 

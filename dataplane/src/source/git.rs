@@ -9,7 +9,6 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-
 use base64::Engine;
 use rustix::process::{Pid, Signal, kill_process_group};
 use tempfile::TempDir;
@@ -92,7 +91,8 @@ impl<'r> Git<'r> {
     fn new(repository: &'r Repository) -> Result<Self, String> {
         let folder = tempfile::Builder::new().prefix("dataplane-git-").tempdir();
         let folder = folder.map_err(|error| format!("no folder for the fetch: {error}"))?;
-        std::fs::write(folder.path().join(".gitconfig"), SETTINGS).map_err(|error| format!("git's settings: {error}"))?;
+        std::fs::write(folder.path().join(".gitconfig"), SETTINGS)
+            .map_err(|error| format!("git's settings: {error}"))?;
         let token = repository.token_file.as_ref().map(|file| {
             let token = std::fs::read_to_string(file).map_err(|error| format!("{}: {error}", file.display()))?;
             let pair = format!("{TOKEN_USER}:{}", token.trim());
@@ -174,8 +174,8 @@ impl<'r> Git<'r> {
         if status.success() {
             return Ok(output);
         }
-        // SIGXFSZ is 25 on the architectures of this daemon; it ends the child that writes the pack.
-        if message.contains("signal 25") || message.contains("File too large") {
+        // EFBIG, in the words of the C library in the locale C.
+        if message.contains("File too large") {
             return Err(self.too_large());
         }
         let message = one_line(&message);
@@ -301,8 +301,6 @@ fn one_line(message: &str) -> String {
     let text = lines.collect::<Vec<_>>().join("; ");
     text.chars().filter(|c| !c.is_control()).take(500).collect()
 }
-
-
 
 #[cfg(test)]
 mod tests {

@@ -43,16 +43,15 @@ impl Files for Snapshot {
     }
 
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
-        self.files.get(path).cloned().ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the commit has no such file"))
+        self.files
+            .get(path)
+            .cloned()
+            .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the commit has no such file"))
     }
 }
 
 /// Those of the paths of a repository that a pattern, seen from a folder of it, matches.
-fn matching<'p>(
-    paths: impl Iterator<Item = &'p Path>,
-    folder: &Path,
-    pattern: &str,
-) -> Result<Vec<PathBuf>, String> {
+fn matching<'p>(paths: impl Iterator<Item = &'p Path>, folder: &Path, pattern: &str) -> Result<Vec<PathBuf>, String> {
     let mut whole = PathBuf::new();
     for component in folder.join(pattern).components() {
         match component {
@@ -122,7 +121,11 @@ fn whole(mut source: Source, fetched: Option<(&Repository, Snapshot)>) -> Result
     let report = |diagnostics| LoadError::Report { source: source.clone(), diagnostics };
     let (config, mut warnings) = config::parse(source.clone()).map_err(report)?;
     warnings.extend(config::own_listener_targets(&config, &local_addresses(&config)));
-    if warnings.iter().any(Diagnostic::is_error) { Err(report(warnings)) } else { Ok(Loaded { config, warnings, snapshot }) }
+    if warnings.iter().any(Diagnostic::is_error) {
+        Err(report(warnings))
+    } else {
+        Ok(Loaded { config, warnings, snapshot })
+    }
 }
 
 /// Those of the targets' literal addresses that are this machine's: only these can be bound.
@@ -146,9 +149,8 @@ mod tests {
         let names = ["a.toml", "routes.d/b.toml", "routes.d/.c.toml", "routes.d/deep/d.toml", "routes.d/e.txt"];
         let find = |folder: &str, pattern: &str| {
             let paths = names.iter().map(Path::new);
-            matching(paths, Path::new(folder), pattern).map(|found| {
-                found.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(" ")
-            })
+            matching(paths, Path::new(folder), pattern)
+                .map(|found| found.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(" "))
         };
         assert_eq!(find("", "routes.d/*.toml").unwrap(), "routes.d/b.toml");
         assert_eq!(find("routes.d", "../*.toml").unwrap(), "a.toml");

@@ -48,13 +48,14 @@ impl Watcher {
 
     /// Watches these folders and no others. One that is there again, but another one, is watched anew.
     pub fn watch(&mut self, folders: &BTreeSet<PathBuf>) {
-        let added = folders.iter().filter_map(|folder| match inotify::add_watch(self.inotify.get_ref(), folder, EVENTS) {
-            Ok(watch) => Some((folder.clone(), watch)),
-            Err(error) => {
-                tracing::warn!(folder = %folder.display(), %error, "changes in this folder go unnoticed");
-                None
-            }
-        });
+        let added =
+            folders.iter().filter_map(|folder| match inotify::add_watch(self.inotify.get_ref(), folder, EVENTS) {
+                Ok(watch) => Some((folder.clone(), watch)),
+                Err(error) => {
+                    tracing::warn!(folder = %folder.display(), %error, "changes in this folder go unnoticed");
+                    None
+                }
+            });
         let watched: BTreeMap<_, _> = added.collect();
         let kept: BTreeSet<i32> = watched.values().copied().collect();
         for watch in self.watched.values().filter(|watch| !kept.contains(watch)) {

@@ -36,8 +36,7 @@ const REFILL: Duration = Duration::from_millis(500);
 const BREATHER: Duration = Duration::from_millis(200);
 
 /// The headers in which GitHub, Forgejo, Gitea and Gogs send the HMAC-SHA256 of the body, in hex; GitHub's with a prefix, and the others send it too.
-const SIGNATURES: [&str; 4] =
-    ["x-hub-signature-256", "x-forgejo-signature", "x-gitea-signature", "x-gogs-signature"];
+const SIGNATURES: [&str; 4] = ["x-hub-signature-256", "x-forgejo-signature", "x-gitea-signature", "x-gogs-signature"];
 
 /// Serves until the runtime ends; each good request is told to `pushed`.
 pub async fn serve(listener: StdTcpListener, secret_file: PathBuf, pushed: Arc<Notify>) -> std::io::Result<()> {
