@@ -264,13 +264,14 @@ fn a_thousand_reloads_under_load_lose_refuse_and_misroute_nothing_and_leave_noth
         for n in 1..=RELOADS {
             rig.daemon.rewrite(&variant(n));
             ask_reload(&rig.daemon);
+            // Else all of them would be over before a hundred connections have come.
+            std::thread::sleep(Duration::from_millis(10));
             if n == RELOADS / 4 {
                 settled = rig.daemon.pss();
             }
         }
         let took = begun.elapsed();
         let end = rig.daemon.pss();
-        // Fast reloads leave time for few connections only.
         eventually(Duration::from_secs(60), "a thousand connections", || (done.load(Relaxed) >= 1000).then_some(()));
         stop.store(true, Relaxed);
         let errors: Vec<_> = threads.into_iter().flat_map(|t| t.join().expect("no panic")).collect();

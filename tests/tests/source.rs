@@ -29,7 +29,7 @@ fn node(dir: &Path, source: &str) -> String {
 
 /// Two nodes that reach one forge, one by HTTP, one by ssh.
 struct Nodes {
-    nodes: [Daemon; 2],
+    daemons: [Daemon; 2],
     forge: Forge,
     net: Net,
 }
@@ -41,8 +41,8 @@ impl Nodes {
         let net = Net::new();
         let forge = Forge::start(&net, &net.entrance);
         forge.push(&[("dataplane.toml", &truth("one.example"))]);
-        let nodes = Self::both(&net, &forge, lines);
-        Self { nodes, forge, net }
+        let daemons = Self::both(&net, &forge, lines);
+        Self { daemons, forge, net }
     }
 
     #[track_caller]
@@ -67,7 +67,7 @@ impl Nodes {
     /// Waits until both run this commit.
     #[track_caller]
     fn wait_for(&self, commit: &str, limit: Duration) {
-        for daemon in &self.nodes {
+        for daemon in &self.daemons {
             eventually(limit, "the commit is in force", || (running(daemon) == commit).then_some(()));
         }
     }
@@ -112,8 +112,8 @@ fn a_push_reaches_both_nodes_by_webhook_and_a_broken_one_changes_nothing_on_eith
     let webhook =
         format!("webhook = {{ bind = \"0.0.0.0:9080\", secret_file = \"{}\" }}", forge.secret_file().display());
     // Longer than the test takes: what arrives was announced.
-    let nodes = Nodes::both(&net, &forge, &format!("interval = \"1h\"\n{webhook}"));
-    let nodes = Nodes { nodes, forge, net };
+    let daemons = Nodes::both(&net, &forge, &format!("interval = \"1h\"\n{webhook}"));
+    let nodes = Nodes { daemons, forge, net };
     nodes.wait_for(&first, PATIENCE);
     let urls = [CLIENT[0], CLUSTER[0]].map(|address| format!("http://{address}:9080/hook"));
     nodes.forge.announce(&urls);
@@ -129,12 +129,12 @@ fn a_push_reaches_both_nodes_by_webhook_and_a_broken_one_changes_nothing_on_eith
     eprintln!("from the end of a push to both nodes: {took:?}");
     assert!(took.iter().min() < Some(&Duration::from_secs(2)), "{took:?}");
 
-    let good = running(&nodes.nodes[0]);
+    let good = running(&nodes.daemons[0]);
     nodes.forge.push(&[(
         "dataplane.toml",
         &truth("broken.example").replace("upstream = \"cluster\"", "upstream = \"clutser\""),
     )]);
-    for daemon in &nodes.nodes {
+    for daemon in &nodes.daemons {
         daemon.wait_metric("dataplane_config_last_reload_success", &[], 0.0);
         assert_eq!(running(daemon), good);
         let status = daemon.json(&["status", "--json"]);
@@ -145,14 +145,14 @@ fn a_push_reaches_both_nodes_by_webhook_and_a_broken_one_changes_nothing_on_eith
     }
     let mended = nodes.forge.push(&[("dataplane.toml", &truth("mended.example"))]);
     nodes.wait_for(&mended, PATIENCE);
-    for daemon in &nodes.nodes {
+    for daemon in &nodes.daemons {
         assert!(daemon.json(&["status", "--json"])["config"]["last_error"].is_null());
     }
 
     // Forged, or for nobody: nothing is fetched.
     let body = "{\"ref\": \"refs/heads/main\"}";
     let (wrong, right) = (signature("guessed", body), signature(SECRET, body));
-    let fetches = nodes.nodes[0].metric("dataplane_config_repository_reached_timestamp_seconds", &[]);
+    let fetches = nodes.daemons[0].metric("dataplane_config_repository_reached_timestamp_seconds", &[]);
     for (headers, expected) in [
         (vec![], "401"),
         (vec![format!("X-Hub-Signature-256: sha256={wrong}")], "401"),
@@ -161,14 +161,14 @@ fn a_push_reaches_both_nodes_by_webhook_and_a_broken_one_changes_nothing_on_eith
     ] {
         assert_eq!(post(&nodes.net.entrance, &urls[0], &headers, body), expected, "{headers:?}");
     }
-    let now = nodes.nodes[0].metric("dataplane_config_repository_reached_timestamp_seconds", &[]);
+    let now = nodes.daemons[0].metric("dataplane_config_repository_reached_timestamp_seconds", &[]);
     assert!((fetches - now).abs() < 0.001, "the repository was looked at");
     assert_eq!(post(&nodes.net.entrance, &urls[0], &[format!("X-Forgejo-Signature: {right}")], body), "202");
     eventually(PATIENCE, "the repository is looked at", || {
-        (nodes.nodes[0].metric("dataplane_config_repository_reached_timestamp_seconds", &[]) > now).then_some(())
+        (nodes.daemons[0].metric("dataplane_config_repository_reached_timestamp_seconds", &[]) > now).then_some(())
     });
 
-    let log = nodes.nodes.iter().flat_map(Daemon::log).collect::<String>();
+    let log = nodes.daemons.iter().flat_map(Daemon::log).collect::<String>();
     for secret in [tests::forge::TOKEN, SECRET] {
         assert!(!log.contains(secret), "a secret is in the log");
     }
@@ -184,37 +184,37 @@ fn without_a_webhook_a_push_arrives_within_the_interval_and_without_a_server_nod
         ("README.md", "# Not a configuration\n"),
     ]);
     nodes.wait_for(&two, PATIENCE);
-    assert_eq!(nodes.nodes[0].json(&["status", "--json"])["routes"][1]["hosts"][0], "more.example");
-    let [one, other] = [0, 1].map(|n| nodes.nodes[n].metrics().values("dataplane_config_info", "hash").concat());
+    assert_eq!(nodes.daemons[0].json(&["status", "--json"])["routes"][1]["hosts"][0], "more.example");
+    let [one, other] = [0, 1].map(|n| nodes.daemons[n].metrics().values("dataplane_config_info", "hash").concat());
     assert_eq!(one, other, "nodes of one commit have one hash, whatever their own files say");
 
     nodes.forge.go_away();
-    let status = || nodes.nodes[0].json(&["status", "--json"]);
+    let status = || nodes.daemons[0].json(&["status", "--json"]);
     let error = eventually(PATIENCE, "it is noticed", || status()["config"]["last_error"].as_str().map(str::to_owned));
     assert!(error.contains(ENTRANCE[0]), "{error}");
-    assert_eq!(running(&nodes.nodes[0]), two);
+    assert_eq!(running(&nodes.daemons[0]), two);
     assert!(
-        (nodes.nodes[0].metric("dataplane_config_last_reload_success", &[]) - 1.0).abs() < 0.1,
+        (nodes.daemons[0].metric("dataplane_config_last_reload_success", &[]) - 1.0).abs() < 0.1,
         "nothing is wrong with it"
     );
-    let explained = nodes.nodes[0].cli(&["explain", "more.example"]);
+    let explained = nodes.daemons[0].cli(&["explain", "more.example"]);
     assert!(explained.status.success(), "{}", String::from_utf8_lossy(&explained.stderr));
-    let asked = nodes.nodes[0].cli(&["reload"]);
+    let asked = nodes.daemons[0].cli(&["reload"]);
     assert!(!asked.status.success(), "an operator is told");
 
     // A node that starts now has what is kept.
     let (dir, text) = {
-        let daemon = &nodes.nodes[0];
+        let daemon = &nodes.daemons[0];
         (daemon.dir().to_path_buf(), std::fs::read_to_string(daemon.config_path()).expect("its file"))
     };
-    nodes.nodes[0].signal(rustix::process::Signal::TERM);
-    assert_eq!(nodes.nodes[0].wait_end(PATIENCE).code(), Some(0));
+    nodes.daemons[0].signal(rustix::process::Signal::TERM);
+    assert_eq!(nodes.daemons[0].wait_end(PATIENCE).code(), Some(0));
     let start = Instant::now();
-    nodes.nodes[0] = Daemon::start_on(&nodes.net, &nodes.net.client, |new| {
+    nodes.daemons[0] = Daemon::start_on(&nodes.net, &nodes.net.client, |new| {
         // The state is the old one's.
         text.replace(&format!("{}/admin", dir.display()), &format!("{}/admin", new.display()))
     });
-    assert_eq!(running(&nodes.nodes[0]), two, "after {:?}", start.elapsed());
+    assert_eq!(running(&nodes.daemons[0]), two, "after {:?}", start.elapsed());
 
     // Where nothing is kept, there is nothing to run.
     let check = nodes.net.file("new.toml", text.replace("/state\"", "/other\""));

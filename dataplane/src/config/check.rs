@@ -165,7 +165,7 @@ fn unreached_listeners(config: &Config, places: &Places) -> Vec<Diagnostic> {
 fn unused_upstreams(config: &Config, places: &Places) -> Vec<Diagnostic> {
     let of_listeners = config.listeners.iter().filter_map(|listener| match listener.mode {
         Mode::Tcp { upstream } => Some(upstream),
-        _ => None,
+        Mode::Tls => None,
     });
     let used: HashSet<usize> = config.routes.iter().map(|route| route.upstream).chain(of_listeners).collect();
     let unused = config.upstreams.iter().zip(&places.upstreams).enumerate().filter(|(index, _)| !used.contains(index));

@@ -138,7 +138,7 @@ impl Parser {
         self.reader.root(table, name, file.range.start, keys)
     }
 
-    fn root<'t>(&mut self, roots: &[Section<'t>]) -> Root {
+    fn root(&mut self, roots: &[Section<'_>]) -> Root {
         let engine = self.once(roots, "engine").and_then(|field| {
             self.reader.choice(
                 field,

@@ -188,7 +188,9 @@ fn reference(text: &str) -> Result<String, Refused> {
         || text.starts_with('-')
         || text.contains(bad)
         || text.contains("..")
-        || parts().any(|part| part.is_empty() || part.starts_with('.') || part.ends_with(".lock"))
+        || parts().any(|part| {
+            part.is_empty() || part.starts_with('.') || Path::new(part).extension().is_some_and(|end| end == "lock")
+        })
     {
         return refuse(format!("{} is not the name of a branch or a tag", quoted(text)), "write its name: \"main\"");
     }

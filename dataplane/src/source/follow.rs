@@ -157,12 +157,12 @@ impl<F: Fetch> Follower<F> {
     }
 
     async fn put_in_force(&mut self, mut loaded: Loaded, seen: Option<Seen>) -> Result<String, String> {
-        let stopping = |_| "the daemon is stopping".to_owned();
+        let stopping = || "the daemon is stopping".to_owned();
         let snapshot = loaded.snapshot.take();
         let config = loaded.config.clone();
         let (answer, outcome) = oneshot::channel();
-        self.news.send(News::Load(Box::new(loaded), answer)).await.map_err(|_| stopping(()))?;
-        let text = outcome.await.map_err(|_| stopping(()))??;
+        self.news.send(News::Load(Box::new(loaded), answer)).await.map_err(|_| stopping())?;
+        let text = outcome.await.map_err(|_| stopping())??;
         // Only now: what validates and cannot be put in force is tried again.
         self.seen = seen;
         self.commit.clone_from(&config.source.commit);
