@@ -267,26 +267,6 @@ pub fn own_network() -> io::Result<()> {
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::{Read, Write};
-    use std::net::{TcpListener, TcpStream};
-
-    #[test]
-    fn tcp_info_counts_the_bytes_of_a_loopback_connection() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (mut server, _) = listener.accept().unwrap();
-        client.write_all(&[7; 1000]).unwrap();
-        server.read_exact(&mut [0; 1000]).unwrap();
-        let info = tcp_info(&server).unwrap();
-        assert_eq!(info.state, 1);
-        assert_eq!(info.bytes_received, 1000);
-        assert!(tcp_info(&client).unwrap().snd_wnd > 0);
-    }
-}
-
 /// Has a child give up the privileges that it would inherit (capabilities(7), ambient set) and write no file larger than this, nor its children.
 pub fn confine(command: &mut std::process::Command, largest_file: u64) {
     use std::os::unix::process::CommandExt;
@@ -305,4 +285,24 @@ pub fn confine(command: &mut std::process::Command, largest_file: u64) {
     };
     // SAFETY: between fork and exec only bare system calls are made, setrlimit(2), rt_sigaction(2) and prctl(2); nothing is allocated and no lock is taken.
     unsafe { command.pre_exec(confine) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    #[test]
+    fn tcp_info_counts_the_bytes_of_a_loopback_connection() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut server, _) = listener.accept().unwrap();
+        client.write_all(&[7; 1000]).unwrap();
+        server.read_exact(&mut [0; 1000]).unwrap();
+        let info = tcp_info(&server).unwrap();
+        assert_eq!(info.state, 1);
+        assert_eq!(info.bytes_received, 1000);
+        assert!(tcp_info(&client).unwrap().snd_wnd > 0);
+    }
 }

@@ -230,7 +230,7 @@ fn a_thousand_reloads_under_load_lose_refuse_and_misroute_nothing_and_leave_noth
             1 => config.more("[[routes]]\nhosts = [\"*.example.net\", \"third.example.org\"]\nupstream = \"cluster\""),
             _ => config.listener("deny = [\"192.0.2.0/24\"]"),
         };
-        if n % 2 == 0 { config } else { config.upstream("balance = \"first\"") }
+        if n.is_multiple_of(2) { config } else { config.upstream("balance = \"first\"") }
     };
     let mut rig = Rig::new(&variant(0));
     let first = tagged(std::mem::replace(&mut rig.upstream, rig.net.cluster.listen("127.0.0.1:1")), 1);
@@ -246,7 +246,8 @@ fn a_thousand_reloads_under_load_lose_refuse_and_misroute_nothing_and_leave_noth
             while !stop.load(Relaxed) {
                 std::thread::sleep(next.saturating_duration_since(Instant::now()));
                 next += Duration::from_secs(1) * THREADS as u32 / RATE;
-                let (name, tag) = if (done.fetch_add(1, Relaxed) + thread) % 2 == 0 { (HOST, 1) } else { (OTHER, 2) };
+                let (name, tag) =
+                    if (done.fetch_add(1, Relaxed) + thread).is_multiple_of(2) { (HOST, 1) } else { (OTHER, 2) };
                 errors.extend(visit(name, tag).err());
             }
             errors

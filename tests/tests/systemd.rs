@@ -262,32 +262,29 @@ fn the_service_follows_a_repository_of_another_user_and_starts_again_without_it(
     let _turn = beside_others();
     let node = Node::new();
     let machine = &node.machine;
-    let clone = tempfile::tempdir().expect("a temporary directory");
-    let bare = machine.path("/srv/entrance.git");
     let git = |arguments: &[&str]| {
-        let mut command = std::process::Command::new("git");
-        command.args(["-c", "user.name=owner", "-c", "user.email=owner@example.com"]).args(arguments);
-        let out = command.current_dir(clone.path()).output().expect("git is needed: apt-get install git");
-        assert!(out.status.success(), "{command:?}: {}", text(&out));
+        let owner = ["git", "-C", "/srv/clone", "-c", "user.name=owner", "-c", "user.email=owner@example.com"];
+        machine.output(&[&owner[..], arguments].concat());
     };
-    git(&["init", "--quiet", "--initial-branch=main"]);
-    std::fs::write(clone.path().join("dataplane.toml"), config(HOST)).expect("written");
-    git(&["add", "--all"]);
-    git(&["commit", "--quiet", "--message", "one"]);
-    git(&["clone", "--quiet", "--bare", ".", &bare.to_string_lossy()]);
-    machine.output(&["chmod", "-R", "a+rX", "/srv/entrance.git"]);
+    let push = |host: &str| {
+        machine.write("/srv/clone/dataplane.toml", &config(host));
+        git(&["add", "--all"]);
+        git(&["commit", "--quiet", "--message", host]);
+        git(&["push", "--quiet", "/srv/entrance.git", "main"]);
+        machine.output(&["chmod", "-R", "a+rX", "/srv/entrance.git"]);
+    };
+    machine.output(&["git", "init", "--quiet", "--initial-branch=main", "/srv/clone"]);
+    machine.output(&["git", "init", "--quiet", "--bare", "--initial-branch=main", "/srv/entrance.git"]);
+    push(HOST);
 
     machine.write(CONFIG, "[source]\ngit = \"/srv/entrance.git\"\ninterval = \"1s\"\n");
     machine.output(&["systemctl", "start", "dataplane"]);
     node.forwards(HOST);
-    std::fs::write(clone.path().join("dataplane.toml"), config("two.example.com")).expect("written");
-    git(&["commit", "--quiet", "--all", "--message", "two"]);
-    git(&["push", "--quiet", &bare.to_string_lossy(), "main"]);
-    machine.output(&["chmod", "-R", "a+rX", "/srv/entrance.git"]);
+    push("two.example.com");
     let status = || machine.output(&["dataplane", "status"]);
     eventually(PATIENCE, "the second commit is in force", || status().contains("two.example.com").then_some(()));
 
-    std::fs::remove_dir_all(&bare).expect("removed");
+    machine.output(&["rm", "-r", "/srv/entrance.git"]);
     machine.output(&["systemctl", "restart", "dataplane"]);
     node.forwards("two.example.com");
     let journal = machine.journal();
