@@ -189,6 +189,45 @@ fn a_listener_that_cannot_be_bound_leaves_all_as_it_was_and_a_name_that_does_not
     works(&rig.pair());
 }
 
+#[test]
+fn before_a_push_check_tells_programs_where_mistakes_are_and_diff_says_what_changes() {
+    let _turn = beside_others();
+    let rig = Rig::new(&Config::new("auto"));
+    let dir = rig.daemon.dir().to_path_buf();
+    let check = || {
+        let out = rig.daemon.cli(&["check", "--format", "json"]);
+        let document: serde_json::Value = serde_json::from_slice(&out.stdout).expect("one JSON document");
+        (out.status.code(), document)
+    };
+    let (code, document) = check();
+    assert_eq!((code, &document["valid"], &document["diagnostics"]), (Some(0), &true.into(), &serde_json::json!([])));
+    let old = dir.join("old.toml");
+    std::fs::copy(rig.daemon.config_path(), &old).expect("copied");
+
+    rig.daemon.rewrite(&Config::new("auto").more(&also(OTHER)));
+    let out = rig.daemon.cli(&["diff", &old.to_string_lossy()]);
+    let said = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert!(out.status.success() && said.starts_with(&format!("{OTHER} is let through, to `other` ")), "{said}");
+    let same = rig.daemon.cli(&["diff", &old.to_string_lossy(), &old.to_string_lossy()]);
+    assert_eq!(String::from_utf8_lossy(&same.stdout), "nothing changes\n");
+
+    std::fs::create_dir(dir.join("routes.d")).expect("made");
+    std::fs::write(dir.join("routes.d/a.toml"), also(HOST)).expect("written");
+    let mut including = Config::new("auto");
+    including.engine = "auto\"\ninclude = [\"routes.d/*.toml\"]\non_removed_route = \"drain".into();
+    rig.daemon.rewrite(&including.listener("bindd = 3"));
+    let (code, document) = check();
+    assert_eq!((code, &document["valid"]), (Some(1), &false.into()));
+    let found = document["diagnostics"].as_array().expect("a list");
+    let place = |of: &serde_json::Value| (of["file"].clone(), of["line"].clone(), of["column"].clone());
+    let file = |name: &str| serde_json::json!(dir.join(name));
+    assert_eq!(found.len(), 2, "{document:#}");
+    assert_eq!(place(&found[0]), (file("dataplane.toml"), 6.into(), 1.into()));
+    assert_eq!((&found[0]["severity"], &found[0]["help"]), (&"error".into(), &"did you mean `bind`?".into()));
+    assert_eq!(place(&found[1]), (file("routes.d/a.toml"), 2.into(), 10.into()));
+    assert_eq!(place(&found[1]["note"]).0, file("dataplane.toml"));
+}
+
 /// One connection for a name: whether the right upstream answered, to the end.
 fn visit(name: &str, tag: u8) -> Result<(), String> {
     let mut stream =
