@@ -1,7 +1,6 @@
 //! What every connection passes before an engine takes over: hello, route, PROXY header.
 
 use std::hint::black_box;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use criterion::{Criterion, criterion_group, criterion_main};
@@ -32,7 +31,7 @@ fn route(c: &mut Criterion) {
          [[routes]]\nhosts = [{}]\nupstream = \"u\"\n[[routes]]\nhosts = [\"*.apps.example.com\"]\nupstream = \"u\"\n",
         hosts.join(",")
     );
-    let source = Source { path: PathBuf::from("bench.toml"), text };
+    let source = Source::new("bench.toml", text);
     let (config, _) = parse(Arc::new(source)).expect("it is valid");
     let table = Table::new(&config);
     for name in ["host-9999.example.com", "a.b.apps.example.com", "unlisted.example.org"] {

@@ -1,6 +1,6 @@
 //! Metrics and health over TCP, status and control over a unix socket: HTTP on a thread and a runtime of its own.
 //!
-//! Nothing here is on the way of a connection's bytes: it reads shared state, and asks the control thread for what changes it.
+//! Nothing here is on the way of a connection's bytes: it reads shared state, and asks other threads for what changes it.
 
 use std::io;
 use std::net::TcpListener as StdTcpListener;
@@ -23,9 +23,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::config::Mode;
 use crate::registry::{Connection, unix_seconds};
 use crate::shared::Shared;
-
-/// A request to the control thread, with where to send the outcome.
-pub type ReloadRequest = oneshot::Sender<Result<String, String>>;
+use crate::source::follow::ReloadRequest;
 
 #[derive(Clone)]
 struct App {
@@ -163,6 +161,8 @@ fn status(shared: &Shared) -> Value {
     let generation = shared.generation.load();
     let config = &generation.config;
     let limits = &config.limits;
+    let load = shared.load.lock().expect("no panic while held");
+    let failure = load.last_error.as_ref();
     json!({
         "version": env!("CARGO_PKG_VERSION"),
         "uptime": shared.started.elapsed().as_secs_f64(),
@@ -174,9 +174,17 @@ fn status(shared: &Shared) -> Value {
         "config": {
             "hash": config.hash,
             "path": config.source.path,
-            "commit": null,
+            "commit": config.source.commit,
             "loaded_at": unix_seconds(generation.loaded_at),
-            "last_error": *shared.last_error.lock().expect("no panic while held"),
+            "last_success": load.last_success.map(unix_seconds),
+            "last_error": failure.map(|failure| &failure.text),
+            "last_error_at": failure.map(|failure| unix_seconds(failure.at)),
+            "repository": config.repository.as_ref().map(|repository| json!({
+                "git": repository.git,
+                "ref": repository.reference,
+                "path": repository.path,
+                "interval": repository.interval.as_secs_f64(),
+            })),
         },
         "listeners": config.listeners.iter().map(|l| json!({
             "name": l.name,

@@ -18,11 +18,12 @@ use tokio::time::timeout_at;
 use crate::admission::{ClientPlace, Place};
 use crate::config::{Listener, Mode, SendProxy};
 use crate::engine::{self, Effective, End, First, Pair, Side, Timeouts, Traffic};
-use crate::generation::{Destination, Generation};
+use crate::generation::{Destination, Generation, Listed};
 use crate::hello::{Input, Machine, Progress, ServerName};
 use crate::proxy_protocol::{self, Decoded, Header};
-use crate::registry::{Entry, Record, unix_seconds};
+use crate::registry::{Entry, Record, Removal, unix_seconds};
 use crate::reject::Reason;
+use crate::route::Pattern;
 use crate::shared::Shared;
 use crate::socket;
 use crate::upstream::Lease;
@@ -53,6 +54,7 @@ pub async fn serve(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
         end = engine::forward(&engine, pair, timeouts, &entry.record.traffic) => end,
         // Both sockets are dropped with the engine's work, and so reset.
         () = lease.lost() => End::TargetDown,
+        () = entry.record.removal.due() => End::RouteRemoved,
     };
     if end == End::Reset(Side::Upstream) && entry.record.traffic.look().to_client == [0, 0] {
         lease.reset_early();
@@ -112,17 +114,17 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
             let entered = shared.admission.enter_client(address, limits.max_connections_per_client);
             client_place = Some(entered.ok_or(Reason::ClientLimit)?);
         }
-        let destination = if let Some(destination) = generation.by_tcp_listener(index) {
-            destination
+        let (destination, listed) = if let Some(destination) = generation.by_tcp_listener(index) {
+            (destination, Listed::ByListener)
         } else {
-            let route = hello_route(&stream, &mut client, &generation, index, start.1, &shared).await?;
-            generation.by_route(route)
+            let (route, pattern) = hello_route(&stream, &mut client, &generation, index, start.1, &shared).await?;
+            (generation.by_route(route), Listed::ByRoute(pattern))
         };
-        Ok((destination, client_place))
+        Ok((destination, listed, client_place))
     };
     let deadline = (start.1 + limits.hello_timeout).into();
     let routed = timeout_at(deadline, preread).await.unwrap_or(Err(Reason::Timeout));
-    let (Destination { route, pool, metrics }, client_place) = match routed {
+    let (Destination { route, pool, metrics }, listed, client_place) = match routed {
         Ok(routed) => routed,
         Err(reason) => {
             reject(&generation, index, &stream, client.address, client.server_name.as_deref(), reason, start);
@@ -156,13 +158,21 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
         route,
         upstream: pool.config.name.clone(),
         target: dialled.lease.target().clone(),
+        listed,
         traffic: Arc::new(Traffic::new(&generation.engine)),
+        removal: Removal::default(),
     };
+    let entry = shared.registry.enter(record, metrics);
+    // A reload that came meanwhile has not seen it.
+    let in_force = shared.generation.load();
+    if !Arc::ptr_eq(&in_force, &generation) {
+        entry.record.judge(&in_force);
+    }
     Some(Established {
         engine: generation.engine.clone(),
         pair: Pair { client: stream, upstream: dialled.stream, first },
         timeouts: Timeouts { idle: limits.idle_timeout, dead_peer: limits.dead_peer_timeout },
-        entry: shared.registry.enter(record, metrics),
+        entry,
         places: (place, client_place),
         lease: dialled.lease,
     })
@@ -193,7 +203,7 @@ async fn proxy_header(stream: &TcpStream, client: &mut Client) -> Result<(), Rea
     }
 }
 
-/// Reads the hello; what was read, the hello and perhaps more, stays in `client.read`. The index of the route.
+/// Reads the hello; what was read, the hello and perhaps more, stays in `client.read`. The index of the route, and by which of its patterns it was found.
 async fn hello_route(
     stream: &TcpStream,
     client: &mut Client,
@@ -201,7 +211,7 @@ async fn hello_route(
     listener: usize,
     accepted: Instant,
     shared: &Shared,
-) -> Result<usize, Reason> {
+) -> Result<(usize, Pattern), Reason> {
     let mut machine = Machine::new(generation.config.limits.hello_max_bytes);
     machine.input(Input::Bytes(&std::mem::take(&mut client.read)));
     let route = loop {
@@ -212,7 +222,8 @@ async fn hello_route(
                 shared.metrics.hello_duration.observe(accepted.elapsed().as_secs_f64());
                 client.server_name = hello.server_name;
                 client.alpn = hello.alpn.clone().map(Into::into).collect();
-                break generation.table.find(listener, hello.server_name.as_deref(), hello.alpn)?.route;
+                let found = generation.table.find(listener, hello.server_name.as_deref(), hello.alpn)?;
+                break (found.route, found.by.into());
             }
         }
         let read = read_some(stream, &mut machine.buffer_mut()).await;

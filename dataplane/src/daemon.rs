@@ -1,12 +1,13 @@
-//! `dataplane run`: starts the threads, then waits for signals. Start and reload take the same way through `Daemon::take_effect`.
+//! `dataplane run`: starts the threads, then waits for signals and for what [`crate::source`] finds. Start and reload take the same way through
+//! `Daemon::take_effect`.
 //!
 //! The order of a start is: read and check the configuration, bind everything, then accept, then tell systemd. A reload binds what is new,
 //! then swaps; any failure leaves all as it was.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
 use std::io;
-use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -17,23 +18,25 @@ use arc_swap::ArcSwap;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 
-use crate::admin::{self, ReloadRequest, Sockets};
+use crate::admin::{self, Sockets};
 use crate::admission::Admission;
-use crate::config::{self, Bind, Config, Diagnostic, TargetHost};
+use crate::config::{Bind, Config, Diagnostic};
 use crate::engine::{Abilities, Effective, splice};
 use crate::generation::Generation;
 use crate::listen;
 use crate::metrics::Metrics;
 use crate::registry::{Registry, unix_seconds};
-use crate::shared::Shared;
+use crate::shared::{LoadFailure, LoadStatus, Shared};
+use crate::source::follow::{self, Follower, News, ReloadRequest};
+use crate::source::{self, Loaded, Snapshot, kept, webhook};
 use crate::upstream::upkeep::Upkeep;
 use crate::worker::{Command, Worker};
 
-/// Descriptors that are neither a connection's nor a pipe's nor a listener's: admin clients, the configuration, eBPF maps and programs, and of the upkeep epoll, its wake-up,
-/// tailscaled, the resolver's questions and checks.
-const DESCRIPTORS_FOR_US: u64 = 64;
+/// Descriptors that are neither a connection's nor a pipe's nor a listener's: admin clients, the configuration, eBPF maps and programs, webhooks, git's pipes, and of the upkeep epoll, its
+/// wake-up, tailscaled, the resolver's questions and checks.
+const DESCRIPTORS_FOR_US: u64 = 96;
 
 /// Of a worker: epoll, its wake-up, signals' pipe, epoll for the sockmap.
 const DESCRIPTORS_PER_WORKER: u64 = 5;
@@ -44,8 +47,10 @@ const TIGHT: usize = 64;
 /// How often a draining daemon looks whether it is alone.
 const DRAIN_TICK: Duration = Duration::from_millis(50);
 
+/// How long a worker may take to accept what is left in a socket's queue, and close it.
+const CLOSING: Duration = Duration::from_secs(1);
+
 struct Daemon {
-    path: PathBuf,
     shared: Arc<Shared>,
     workers: Vec<Worker>,
     abilities: Abilities,
@@ -60,7 +65,11 @@ struct Daemon {
 
 /// Runs until SIGTERM or SIGINT.
 pub fn run(path: &Path) -> Result<()> {
-    let config = read_config(path)?;
+    let (Loaded { config, warnings, snapshot }, not_kept) = source::at_start(path)?;
+    tell(&config, &warnings);
+    if let Some(why) = not_kept {
+        tracing::info!(why, "the repository was asked");
+    }
     let descriptors = raise_descriptor_limit().saturating_sub(open_descriptors() + DESCRIPTORS_FOR_US);
     let metrics = Metrics::new();
     let abilities = Abilities::test(descriptors as usize / 2, metrics.sockmap_spills());
@@ -73,6 +82,7 @@ pub fn run(path: &Path) -> Result<()> {
     let listening = bind_all(&config, &[], workers)?;
     let sockets = bind_admin(&config)?;
     let control_socket = sockets.unix.is_some().then(|| config.admin.socket.clone());
+    let hook = bind_webhook(&config)?;
 
     metrics.set_engine(&kernel_release(), &engine);
     let generation = Generation::new(config, engine, None, &metrics);
@@ -82,7 +92,7 @@ pub fn run(path: &Path) -> Result<()> {
         registry: Arc::new(Registry::default()),
         admission: Arc::new(Admission::default()),
         ready: AtomicBool::new(false),
-        last_error: std::sync::Mutex::default(),
+        load: std::sync::Mutex::new(LoadStatus { last_success: Some(SystemTime::now()), last_error: None }),
         started: Instant::now(),
         next_id: AtomicU64::new(0),
         id_prefix: random_prefix(),
@@ -92,27 +102,54 @@ pub fn run(path: &Path) -> Result<()> {
         .collect::<io::Result<Vec<_>>>()
         .context("cannot start a worker thread")?;
     let (reload, reload_requests) = mpsc::channel(4);
-    admin::start(shared.clone(), sockets, reload).context("cannot start the admin thread")?;
+    admin::start(shared.clone(), sockets, reload.clone()).context("cannot start the admin thread")?;
 
     let upkeep = Upkeep::start().context("cannot start the thread that looks after targets")?;
 
-    let mut daemon = Daemon {
-        path: path.to_owned(),
-        shared,
-        workers,
-        abilities,
-        descriptors,
-        control_socket,
-        bound: Vec::new(),
-        upkeep,
-    };
+    let mut daemon = Daemon { shared, workers, abilities, descriptors, control_socket, bound: Vec::new(), upkeep };
     daemon.take_effect(listening);
+    let (news, inbox) = mpsc::channel(1);
+    let follower = Following { path: path.to_owned(), news, requests: reload_requests, hook, snapshot };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(daemon.control(reload_requests))
+    runtime.block_on(daemon.control(follower, inbox, reload))
+}
+
+/// What the thread that looks for new configurations begins with.
+struct Following {
+    path: PathBuf,
+    news: mpsc::Sender<News>,
+    requests: mpsc::Receiver<ReloadRequest>,
+    hook: Option<(TcpListener, PathBuf)>,
+    /// Not yet kept, perhaps.
+    snapshot: Option<Snapshot>,
+}
+
+impl Following {
+    fn start(self, config: Config) -> io::Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        std::thread::Builder::new().name("source".into()).spawn(move || {
+            if let (Some(repository), Some(snapshot)) = (&config.repository, &self.snapshot) {
+                kept::keep(repository, snapshot);
+            }
+            runtime.block_on(async {
+                let pushed = Arc::new(Notify::new());
+                if let Some((listener, secret_file)) = self.hook {
+                    tokio::spawn(webhook::serve(listener, secret_file, pushed.clone()));
+                }
+                Follower::new(self.path, follow::Git, self.news, &config).run(self.requests, pushed).await;
+            });
+        })?;
+        Ok(())
+    }
 }
 
 impl Daemon {
-    async fn control(mut self, mut reload_requests: mpsc::Receiver<ReloadRequest>) -> Result<()> {
+    async fn control(
+        mut self,
+        following: Following,
+        mut news: mpsc::Receiver<News>,
+        reload: mpsc::Sender<ReloadRequest>,
+    ) -> Result<()> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut hangup = signal(SignalKind::hangup())?;
@@ -120,17 +157,17 @@ impl Daemon {
         let mut feed = tokio::time::interval(watchdog.map_or(Duration::from_secs(3600), |interval| interval / 2));
 
         notify(&[NotifyState::Ready]);
+        let config = self.shared.generation.load().config.clone();
+        following.start(config).context("cannot start the thread that looks for new configurations")?;
         loop {
             tokio::select! {
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
                 _ = hangup.recv() => {
-                    // What happened is in the log and the metrics.
-                    let _ = self.reload();
+                    // What happens is in the log and the metrics. When its queue is full, it reads the file all the same.
+                    let _ = reload.try_send(oneshot::channel().0);
                 }
-                Some(request) = reload_requests.recv() => {
-                    let _ = request.send(self.reload());
-                }
+                Some(news) = news.recv() => self.hear(news).await,
                 _ = feed.tick(), if watchdog.is_some() => {
                     if self.workers_answer().await {
                         notify(&[NotifyState::Watchdog]);
@@ -141,10 +178,10 @@ impl Daemon {
 
         self.shared.ready.store(false, Relaxed);
         notify(&[NotifyState::Stopping]);
-        drop(reload_requests);
+        drop(news);
         for addr in std::mem::take(&mut self.bound) {
             for closed in self.close(addr) {
-                let _ = tokio::time::timeout(Duration::from_secs(1), closed).await;
+                let _ = tokio::time::timeout(CLOSING, closed).await;
             }
         }
         let timeout = self.shared.generation.load().config.limits.drain_timeout;
@@ -171,32 +208,53 @@ impl Daemon {
         Ok(())
     }
 
-    /// Reads the configuration again. What happened, for people.
-    fn reload(&mut self) -> Result<String, String> {
-        notify(&[
-            NotifyState::Reloading,
-            NotifyState::monotonic_usec_now().unwrap_or(NotifyState::Status("reloading")),
-        ]);
-        let outcome = self.try_reload();
-        notify(&[NotifyState::Ready]);
-        match outcome {
-            Ok(text) => {
-                tracing::info!(hash = self.shared.generation.load().config.hash, "configuration reloaded");
-                *self.shared.last_error.lock().expect("no panic while held") = None;
-                Ok(text)
+    /// Puts what was found in force, or says why not.
+    async fn hear(&mut self, news: News) {
+        let shared = self.shared.clone();
+        let failed = |error: String, is_of_repository: bool| {
+            let mut load = shared.load.lock().expect("no panic while held");
+            load.last_error = Some(LoadFailure { text: error, at: SystemTime::now(), is_of_repository });
+        };
+        match news {
+            News::Load(loaded, answer) => {
+                tell(&loaded.config, &loaded.warnings);
+                let outcome = self.put_in_force(loaded.config).await.map_err(|error| format!("{error:#}"));
+                match &outcome {
+                    Ok(_) => self.succeeded(true),
+                    Err(error) => {
+                        tracing::error!(error, "reload failed; the configuration in force stays");
+                        self.shared.metrics.reload_success.set(0);
+                        failed(error.clone(), false);
+                    }
+                }
+                let _ = answer.send(outcome);
             }
-            Err(error) => {
-                let text = format!("{error:#}");
-                tracing::error!(error = text, "reload failed; the configuration in force stays");
+            News::Broken(error) => {
+                tracing::error!(error, "reload failed; the configuration in force stays");
                 self.shared.metrics.reload_success.set(0);
-                *self.shared.last_error.lock().expect("no panic while held") = Some(text.clone());
-                Err(text)
+                failed(error, false);
             }
+            News::Unreachable(error) => {
+                tracing::error!(error, "the repository was not reached; the configuration in force stays");
+                failed(error, true);
+            }
+            News::Unchanged => self.succeeded(false),
         }
     }
 
-    fn try_reload(&mut self) -> Result<String> {
-        let config = read_config(&self.path)?;
+    fn succeeded(&self, is_new: bool) {
+        let now = SystemTime::now();
+        let mut load = self.shared.load.lock().expect("no panic while held");
+        // A commit that is wrong is still wrong when nothing has changed.
+        if is_new || load.last_error.as_ref().is_none_or(|error| error.is_of_repository) {
+            *load = LoadStatus { last_success: Some(now), last_error: None };
+        }
+        if self.shared.generation.load().config.repository.is_some() {
+            self.shared.metrics.repository_reached.set(unix_seconds(now));
+        }
+    }
+
+    async fn put_in_force(&mut self, config: Config) -> Result<String> {
         let before = self.shared.generation.load_full();
         let listening = bind_all(&config, &self.bound, self.workers.len())?;
         let mut text = format!("configuration {} is in force\n", config.hash);
@@ -204,20 +262,35 @@ impl Daemon {
         {
             text += "note: [admin] takes effect at the next start\n";
         }
+        let webhook = |config: &Config| config.repository.as_ref().and_then(|repository| repository.webhook.clone());
+        if webhook(&config) != webhook(&before.config) {
+            text += "note: `webhook` takes effect at the next start\n";
+        }
         let engine = Effective::choose(config.engine, &self.abilities);
         self.shared.metrics.set_engine(&kernel_release(), &engine);
-        let generation = Generation::new(config, engine, Some(&before), &self.shared.metrics);
+        let generation = Arc::new(Generation::new(config, engine, Some(&before), &self.shared.metrics));
         forget_targets(&before, &generation, &self.shared.metrics);
-        self.shared.generation.store(Arc::new(generation));
-        self.take_effect(listening);
+        self.shared.generation.store(generation.clone());
+        // The next reload may want an address again that this one gives up.
+        for closed in self.take_effect(listening) {
+            let _ = tokio::time::timeout(CLOSING, closed).await;
+        }
+        let removed = self.shared.registry.judge(&generation);
+        tracing::info!(
+            hash = generation.config.hash,
+            commit = generation.config.source.commit.as_deref().unwrap_or_default(),
+            connections_of_removed_routes = removed,
+            "configuration reloaded"
+        );
         Ok(text)
     }
 
-    /// Brings limits and listening sockets in line with the generation in force.
-    fn take_effect(&mut self, new: HashMap<SocketAddr, Vec<TcpListener>>) {
+    /// Brings limits and listening sockets in line with the generation in force. Sockets that are given up are closed when the answers come.
+    fn take_effect(&mut self, new: HashMap<SocketAddr, Vec<TcpListener>>) -> Vec<oneshot::Receiver<()>> {
         let generation = self.shared.generation.load_full();
         let config = &generation.config;
-        self.shared.metrics.set_config(&config.hash, unix_seconds(SystemTime::now()));
+        let commit = config.source.commit.as_deref().unwrap_or_default();
+        self.shared.metrics.set_config(&config.hash, commit, unix_seconds(SystemTime::now()));
         self.upkeep.follow(config, &generation.pools);
 
         let binds = config.listeners.iter().map(|l| l.bind.len()).sum::<usize>() as u64;
@@ -252,9 +325,7 @@ impl Daemon {
         let (kept, gone) = std::mem::take(&mut self.bound).into_iter().partition(|addr| wanted.contains(addr));
         self.bound = kept;
         let gone: Vec<SocketAddr> = gone;
-        for addr in gone {
-            drop(self.close(addr));
-        }
+        let closing = gone.into_iter().flat_map(|addr| self.close(addr)).collect();
         for (addr, sockets) in new {
             for (worker, socket) in self.workers.iter().zip(sockets) {
                 worker.send(Command::Listen(addr, socket));
@@ -263,6 +334,7 @@ impl Daemon {
             self.bound.push(addr);
         }
         self.shared.ready.store(true, Relaxed);
+        closing
     }
 
     /// The workers answer when they have accepted what the kernel had completed.
@@ -307,38 +379,11 @@ impl Budget {
     }
 }
 
-/// Reads and checks the configuration. The second part are warnings.
-///
-/// # Errors
-/// Everything that is wrong with it, rendered.
-pub fn check(path: &Path) -> Result<(Config, Vec<Diagnostic>)> {
-    let (config, mut diagnostics) = config::load(path)?;
-    diagnostics.extend(config::own_listener_targets(&config, &local_addresses(&config)));
-    if diagnostics.iter().any(Diagnostic::is_error) {
-        let rendered: String = diagnostics.iter().map(|d| d.render(&config.source).to_string()).collect();
-        bail!(rendered);
-    }
-    Ok((config, diagnostics))
-}
-
-fn read_config(path: &Path) -> Result<Config> {
-    let (config, warnings) = check(path)?;
-    for warning in &warnings {
+/// Logs the warnings.
+fn tell(config: &Config, warnings: &[Diagnostic]) {
+    for warning in warnings {
         tracing::warn!("{}", warning.render(&config.source));
     }
-    Ok(config)
-}
-
-/// Those of the targets' literal addresses that are this machine's: only these can be bound.
-fn local_addresses(config: &Config) -> Vec<std::net::IpAddr> {
-    let targets = config.upstreams.iter().flat_map(|u| &u.targets);
-    targets
-        .filter_map(|t| match t.host {
-            TargetHost::Ip(ip) => Some(ip),
-            TargetHost::Name(_) => None,
-        })
-        .filter(|ip| UdpSocket::bind((*ip, 0)).is_ok())
-        .collect()
 }
 
 /// Binds the addresses of `config` that are not bound already; all or none, with every failure told.
@@ -384,6 +429,15 @@ fn bind_admin(config: &Config) -> Result<Sockets> {
     Ok(Sockets { tcp, unix })
 }
 
+fn bind_webhook(config: &Config) -> Result<Option<(TcpListener, PathBuf)>> {
+    let Some(webhook) = config.repository.as_ref().and_then(|repository| repository.webhook.as_ref()) else {
+        return Ok(None);
+    };
+    let bind = &webhook.bind;
+    let listener = TcpListener::bind(bind.addr).map_err(|e| anyhow::anyhow!(bind_failure(config, bind, &e)))?;
+    Ok(Some((listener, webhook.secret_file.clone())))
+}
+
 fn bind_failure(config: &Config, bind: &Bind, error: &io::Error) -> String {
     let port = bind.addr.port();
     let remedy = match error.kind() {
@@ -414,7 +468,7 @@ fn forget_targets(before: &Generation, after: &Generation, metrics: &Metrics) {
         };
         generation.pools.iter().flat_map(of_pool).collect()
     };
-    let kept = names(after);
+    let kept: HashSet<_> = names(after).into_iter().collect();
     for (upstream, target) in names(before).into_iter().filter(|n| !kept.contains(n)) {
         metrics.remove_target(&upstream, &target);
     }

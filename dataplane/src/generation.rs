@@ -10,7 +10,7 @@ use std::time::SystemTime;
 use crate::config::{Config, Mode};
 use crate::engine::Effective;
 use crate::metrics::{ListenerMetrics, Metrics, RouteMetrics};
-use crate::route::Table;
+use crate::route::{Pattern, Table};
 use crate::upstream::Pool;
 
 /// See the module.
@@ -47,18 +47,24 @@ pub struct Destination {
     pub metrics: Arc<RouteMetrics>,
 }
 
+/// What let a connection through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Listed {
+    /// Its listener has mode `tcp`.
+    ByListener,
+    /// A route has this pattern.
+    ByRoute(Pattern),
+}
+
 impl Generation {
     /// Builds it; upstreams that `previous` had too keep the state of their targets.
     pub fn new(config: Config, engine: Effective, previous: Option<&Self>, metrics: &Metrics) -> Self {
+        let known: HashMap<&str, &Pool> =
+            previous.iter().flat_map(|p| &p.pools).map(|pool| (&*pool.config.name, &**pool)).collect();
         let pools = config
             .upstreams
             .iter()
-            .map(|upstream| {
-                let before = previous
-                    .and_then(|p| p.pools.iter().find(|pool| pool.config.name == upstream.name))
-                    .map(|pool| &**pool);
-                Arc::new(Pool::new(upstream, before, metrics))
-            })
+            .map(|upstream| Arc::new(Pool::new(upstream, known.get(&*upstream.name).copied(), metrics)))
             .collect();
         let mut own: Vec<SocketAddr> = config.listeners.iter().flat_map(|l| &l.bind).map(|b| b.addr).collect();
         let by_bind =
@@ -85,6 +91,15 @@ impl Generation {
     /// The listener that owns a bound address.
     pub fn listener(&self, bound: SocketAddr) -> Option<usize> {
         self.by_bind.get(&bound).copied()
+    }
+
+    /// Whether connections that were listed so on a listener of that name still would be, wherever they would go.
+    pub fn lists(&self, listener: &str, server_name: Option<&str>, listed: Listed) -> bool {
+        let Some(index) = self.config.listeners.iter().position(|l| *l.name == *listener) else { return false };
+        match listed {
+            Listed::ByListener => matches!(self.config.listeners[index].mode, Mode::Tcp { .. }),
+            Listed::ByRoute(pattern) => server_name.is_some_and(|name| self.table.lists(index, name, pattern)),
+        }
     }
 
     /// The destination of a route.

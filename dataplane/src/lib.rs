@@ -20,8 +20,10 @@ pub mod registry;
 pub mod reject;
 
 pub mod config;
+pub mod diff;
 pub mod generation;
 pub mod shared;
+pub mod source;
 
 pub mod daemon;
 pub mod worker;

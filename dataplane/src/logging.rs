@@ -1,6 +1,6 @@
 //! Logs to stderr, from a thread of their own: a journal that stalls must not stall forwarding.
 //!
-//! A line costs the worker that wrote it a copy. The thread writes what has come in one go, at most every [`PAUSE`]: woken for each line, it would cost a short
+//! A line costs the worker that wrote it a copy. The thread writes what has come in one go, at most every `PAUSE`: woken for each line, it would cost a short
 //! connection a tenth of its processor time.
 
 use std::io::{self, IsTerminal, Write};

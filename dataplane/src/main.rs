@@ -7,12 +7,13 @@ use std::time::SystemTime;
 
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
-use dataplane::config::{self, Config, HostPattern};
+use dataplane::config::{self, Config, HostPattern, LoadError};
 use dataplane::registry::unix_seconds;
 use dataplane::route::{By, Table};
+use dataplane::source::{self, Loaded};
 use dataplane::{control, daemon, doctor, logging};
 use hyper::Method;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// Forwards TLS connections by server name to the nodes of a cluster, without decrypting them.
 #[derive(Parser)]
@@ -33,8 +34,19 @@ enum Command {
         #[arg(long, value_enum, default_value = "text")]
         log_format: logging::Format,
     },
-    /// Validate the configuration and print the routing table.
-    Check,
+    /// Validate the configuration, with the newest commit of its repository if it has one, and print the routing table.
+    Check {
+        /// For people, or one JSON document with file, line and column of everything that is wrong.
+        #[arg(long, value_enum, default_value = "text")]
+        format: Format,
+    },
+    /// Say in words what a change of the configuration does to the routing table.
+    Diff {
+        /// The configuration before.
+        old: PathBuf,
+        /// The configuration after; the one of --config when left out.
+        new: Option<PathBuf>,
+    },
     /// Print a commented starter configuration.
     Init,
     /// Say what this machine can do, and why an engine is refused.
@@ -80,6 +92,12 @@ enum Command {
     },
 }
 
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Format {
+    Text,
+    Json,
+}
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match run(&arguments) {
@@ -107,13 +125,23 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             let _flush = logging::init(*log_format);
             daemon::run(path)?;
         }
-        Command::Check => {
-            let config = load(path)?;
+        Command::Check { format: Format::Text } => {
+            let config = shown_warnings(source::newest(path)?);
             write!(out, "{}", config::routing_table(&config))?;
+        }
+        Command::Check { format: Format::Json } => {
+            let outcome = source::newest(path);
+            writeln!(out, "{:#}", checked(&outcome))?;
+            return Ok(if outcome.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        Command::Diff { old, new } => {
+            let (old, new) = (source::kept(old)?.config, source::kept(new.as_ref().unwrap_or(path))?.config);
+            let text = dataplane::diff::diff(&old, &new);
+            write!(out, "{}", if text.is_empty() { "nothing changes\n" } else { &text })?;
         }
         Command::Init => write!(out, "{}", config::STARTER)?,
         Command::Doctor { json, upstreams: true } => {
-            let answers = doctor::upstreams::ask(&load(path)?)?;
+            let answers = doctor::upstreams::ask(&shown_warnings(source::kept(path)?))?;
             if *json {
                 writeln!(out, "{:#}", serde_json::to_value(&answers)?)?;
             } else {
@@ -139,7 +167,8 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             write!(out, "{}", shown(connections, *json, describe_connections)?)?;
         }
         Command::Explain { host, listener, alpn } => {
-            let (text, routed) = explain(&load(path)?, host, listener.as_deref(), alpn)?;
+            let config = shown_warnings(source::kept(path)?);
+            let (text, routed) = explain(&config, host, listener.as_deref(), alpn)?;
             write!(out, "{text}")?;
             return Ok(if routed { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
@@ -150,13 +179,25 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Loads a valid configuration; warnings go to stderr.
-fn load(path: &Path) -> Result<Config> {
-    let (config, warnings) = daemon::check(path)?;
+/// Shows the warnings, on stderr.
+fn shown_warnings(Loaded { config, warnings, .. }: Loaded) -> Config {
     for warning in &warnings {
         let _ = write!(std::io::stderr(), "{}", warning.render(&config.source));
     }
-    Ok(config)
+    config
+}
+
+/// The document of `check --format json`.
+fn checked(outcome: &Result<Loaded, LoadError>) -> Value {
+    match outcome {
+        Ok(Loaded { config, warnings, .. }) => json!({
+            "valid": true,
+            "hash": config.hash,
+            "commit": config.source.commit,
+            "diagnostics": warnings.iter().map(|warning| warning.json(&config.source)).collect::<Vec<_>>(),
+        }),
+        Err(error) => json!({ "valid": false, "hash": null, "commit": null, "diagnostics": error.json() }),
+    }
 }
 
 /// The daemon's document as it is, or for people.
@@ -174,11 +215,16 @@ fn ask(path: &Path, method: Method, request: &str) -> Result<String> {
 }
 
 /// Where the daemon listens for commands. A configuration that is invalid just now must not keep its owner from the daemon that runs on the old one,
-/// so this looks at nothing else in it.
+/// so this looks at nothing else in it; only where the file leaves it to its repository, the whole is asked.
 fn control_socket(path: &Path) -> PathBuf {
     let text = std::fs::read_to_string(path).unwrap_or_default();
     let document: toml::Table = text.parse().unwrap_or_default();
     let socket = document.get("admin").and_then(|admin| admin.get("socket")).and_then(toml::Value::as_str);
+    if let (None, true) = (socket, document.contains_key("source") || document.contains_key("include"))
+        && let Ok(loaded) = source::kept(path)
+    {
+        return loaded.config.admin.socket;
+    }
     PathBuf::from(socket.unwrap_or(config::DEFAULT_SOCKET))
 }
 
@@ -267,8 +313,13 @@ fn describe_status(status: &Value) -> String {
         words(&engine["reasons"])
     );
     let _ = writeln!(out, "config    {} {}", text(config, "hash"), text(config, "path"));
+    if let Some(commit) = config["commit"].as_str() {
+        let _ = writeln!(out, "commit    {commit} of {}", text(&config["repository"], "git"));
+    }
+    let ago = |time: &Value| time.as_f64().map_or(0.0, |time| (now - time).max(0.0));
+    let _ = writeln!(out, "          last found good {:.0} s ago", ago(&config["last_success"]));
     if let Some(error) = config["last_error"].as_str() {
-        let _ = writeln!(out, "          the last reload failed: {error}");
+        let _ = writeln!(out, "          not any more, {:.0} s ago: {error}", ago(&config["last_error_at"]));
     }
     let _ = writeln!(out, "open      {} of {} connections", limits["connections"], limits["max_connections"]);
     for listener in items(&status["listeners"]) {
@@ -297,9 +348,9 @@ fn describe_status(status: &Value) -> String {
                 text(target, "reason")
             );
             for change in items(&target["history"]) {
-                let ago = now - change["at"].as_f64().unwrap_or(0.0);
                 let what = if change["up"] == true { "up" } else { "down" };
-                let _ = writeln!(out, "            {ago:.0} s ago: {what}, {}", text(change, "reason"));
+                let _ =
+                    writeln!(out, "            {:.0} s ago: {what}, {}", ago(&change["at"]), text(change, "reason"));
             }
         }
     }

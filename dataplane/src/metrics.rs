@@ -23,6 +23,8 @@ pub struct Metrics {
     pub reload_success: IntGauge,
     /// Unix time of the last successful load.
     pub reload_timestamp: Gauge,
+    /// Unix time of the last look at the repository that reached it; 0 without one.
+    pub repository_reached: Gauge,
     accepted: IntCounterVec,
     rejected: IntCounterVec,
     active: IntGaugeVec,
@@ -107,8 +109,11 @@ impl Metrics {
             &["version", "kernel", "engine"]
         ));
         let config_info = register!(GaugeVec::new(
-            opts("config_info", "Hash of the configuration in force; differs between entrance nodes that disagree."),
-            &["hash"]
+            opts(
+                "config_info",
+                "Hash of the configuration in force, and its commit; differs between entrance nodes that disagree."
+            ),
+            &["hash", "commit"]
         ));
         let reload_success = register!(IntGauge::with_opts(opts(
             "config_last_reload_success",
@@ -117,6 +122,10 @@ impl Metrics {
         let reload_timestamp = register!(Gauge::with_opts(opts(
             "config_last_reload_success_timestamp_seconds",
             "Unix time of the last successful load of the configuration."
+        )));
+        let repository_reached = register!(Gauge::with_opts(opts(
+            "config_repository_reached_timestamp_seconds",
+            "Unix time when the repository of the configuration was last reached; 0 without one."
         )));
         let accepted =
             register!(IntCounterVec::new(opts("connections_accepted_total", "Connections accepted."), &["listener"]));
@@ -183,6 +192,7 @@ impl Metrics {
             config_info,
             reload_success,
             reload_timestamp,
+            repository_reached,
             accepted,
             rejected,
             active,
@@ -220,9 +230,9 @@ impl Metrics {
     }
 
     /// Sets `dataplane_config_info` and notes a successful load.
-    pub fn set_config(&self, hash: &str, unix_time: f64) {
+    pub fn set_config(&self, hash: &str, commit: &str, unix_time: f64) {
         self.config_info.reset();
-        self.config_info.with_label_values(&[hash]).set(1.0);
+        self.config_info.with_label_values(&[hash, commit]).set(1.0);
         self.reload_success.set(1);
         self.reload_timestamp.set(unix_time);
     }

@@ -10,8 +10,12 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
+use tokio::sync::Notify;
+use tokio::time::sleep_until;
 
+use crate::config::OnRemovedRoute;
 use crate::engine::{End, Kind, Look, Path, Traffic};
+use crate::generation::{Generation, Listed};
 use crate::metrics::RouteMetrics;
 
 /// All live connections.
@@ -52,8 +56,56 @@ pub struct Record {
     pub upstream: Arc<str>,
     /// The target as written in the configuration.
     pub target: Arc<str>,
+    /// What let it through.
+    pub listed: Listed,
     /// What forwards it, and payload so far.
     pub traffic: Arc<Traffic>,
+    /// Whether its route is still there.
+    pub removal: Removal,
+}
+
+/// Whether the route of a connection was removed, and when it has to end therefore.
+#[derive(Debug, Default)]
+pub struct Removal {
+    deadline: Mutex<Option<Instant>>,
+    changed: Notify,
+}
+
+impl Removal {
+    /// Waits until the connection has to end.
+    pub async fn due(&self) {
+        loop {
+            let deadline = *self.deadline();
+            match deadline {
+                None => self.changed.notified().await,
+                // In a box: few connections get here, none should pay for the room.
+                Some(deadline) => {
+                    let late = Box::pin(sleep_until(deadline.into()));
+                    tokio::select! {
+                        () = late => return,
+                        () = self.changed.notified() => {}
+                    }
+                }
+            }
+        }
+    }
+
+    fn set(&self, deadline: Option<Instant>) {
+        let mut now = self.deadline();
+        let new = match (*now, deadline) {
+            (Some(before), Some(deadline)) => Some(before.min(deadline)),
+            (_, deadline) => deadline,
+        };
+        if new != *now {
+            *now = new;
+            // Kept for whoever does not wait yet.
+            self.changed.notify_one();
+        }
+    }
+
+    fn deadline(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.deadline.lock().expect("no panic while held")
+    }
 }
 
 /// A line of `dataplane connections`.
@@ -97,6 +149,17 @@ impl Record {
             idle: idle.as_secs_f64(),
             backlog: self.traffic.backlog(),
         }
+    }
+
+    /// Compares it with a configuration that is in force from now on; whether its route was removed.
+    pub fn judge(&self, generation: &Generation) -> bool {
+        let removed = !generation.lists(&self.listener, self.server_name.as_deref(), self.listed);
+        let grace = match generation.config.on_removed_route {
+            OnRemovedRoute::Drain => generation.config.limits.drain_timeout,
+            OnRemovedRoute::Close => Duration::ZERO,
+        };
+        self.removal.set(removed.then(|| Instant::now() + grace));
+        removed
     }
 
     fn log(&self, end: End) {
@@ -150,6 +213,12 @@ impl Registry {
         }
         // Sockets are asked when the lock is free again.
         records.iter().map(|record| record.traffic.backlog()).sum()
+    }
+
+    /// Has connections end whose routes a new configuration no longer has; how many they are.
+    pub fn judge(&self, generation: &Generation) -> usize {
+        let records: Vec<_> = self.live().values().map(|live| live.record.clone()).collect();
+        records.iter().filter(|record| record.judge(generation)).count()
     }
 
     /// The live connections, oldest first.
@@ -207,5 +276,31 @@ impl Drop for Entry {
         }
         self.metrics.closed(self.end).inc();
         self.record.log(self.end);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_route_that_comes_back_in_time_spares_its_connections() {
+        let removal = Removal::default();
+        let minute = Duration::from_secs(60);
+        let now = || tokio::time::Instant::now().into_std();
+        let is_due = async |after: Duration| tokio::time::timeout(after, removal.due()).await.is_ok();
+        assert!(!is_due(minute * 60).await);
+        removal.set(Some(now() + minute));
+        assert!(!is_due(minute / 2).await);
+        removal.set(None);
+        assert!(!is_due(minute * 60).await);
+        removal.set(Some(now() + minute));
+        removal.set(Some(now() + minute * 2));
+        assert!(!is_due(minute / 2).await, "the first removal counts");
+        assert!(is_due(minute).await);
+        let removal = Removal::default();
+        removal.set(Some(now() + minute));
+        removal.set(Some(now()));
+        assert!(tokio::time::timeout(minute / 2, removal.due()).await.is_ok(), "closed while it drained");
     }
 }

@@ -47,6 +47,28 @@ pub enum By<'a> {
     Any,
 }
 
+/// [`By`] without the name, for whoever keeps that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pattern {
+    /// The name itself is listed.
+    Exact,
+    /// `*.` and the last so many bytes of the name.
+    Wildcard(u8),
+    /// `*`
+    Any,
+}
+
+impl From<By<'_>> for Pattern {
+    fn from(by: By<'_>) -> Self {
+        match by {
+            By::Exact => Self::Exact,
+            // A name has at most 253 bytes.
+            By::Wildcard(suffix) => Self::Wildcard(suffix.len() as u8),
+            By::Any => Self::Any,
+        }
+    }
+}
+
 impl Table {
     /// Builds the table; the configuration has already been checked for overlaps.
     pub fn new(config: &Config) -> Self {
@@ -95,6 +117,19 @@ impl Table {
             .ok_or(Reason::AlpnMismatch)
     }
 
+    /// Whether the pattern by which `name` was found is listed on a listener, for whatever ALPN and upstream.
+    pub fn lists(&self, listener: usize, name: &str, pattern: Pattern) -> bool {
+        let candidates = match pattern {
+            Pattern::Exact => self.exact.get(name).map(Vec::as_slice),
+            Pattern::Wildcard(length) => {
+                let start = name.len().saturating_sub(length.into());
+                name.get(start..).and_then(|suffix| self.wildcard.get(suffix)).map(Vec::as_slice)
+            }
+            Pattern::Any => Some(&self.any[..]),
+        };
+        candidates.unwrap_or_default().iter().any(|c| c.listeners.get(listener) == Some(&true))
+    }
+
     fn candidates<'a>(&self, name: &'a str) -> Option<(&[Candidate], By<'a>)> {
         if let Some(found) = self.exact.get(name) {
             return Some((found, By::Exact));
@@ -118,7 +153,6 @@ impl Table {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
     use std::sync::Arc;
 
     use proptest::prelude::*;
@@ -134,7 +168,7 @@ mod tests {
     "#;
 
     fn config(routes: &str) -> Config {
-        let source = Source { path: PathBuf::from("test.toml"), text: format!("{HEAD}\n{routes}") };
+        let source = Source::new("test.toml", format!("{HEAD}\n{routes}"));
         parse(Arc::new(source)).unwrap().0
     }
 
@@ -227,6 +261,28 @@ mod tests {
         assert_eq!(find(&config, 1, "secret.example.com", &[]), Ok(0));
         assert_eq!(find(&config, 0, "secret.example.com", &[]), Err(Reason::UnknownHost));
         assert_eq!(find(&config, 0, "open.example.com", &[]), Ok(1));
+    }
+
+    #[test]
+    fn a_pattern_is_listed_as_long_as_a_route_of_the_listener_has_it() {
+        let routes = |hosts: &str, listener: &str| {
+            config(&format!("[[routes]]\nhosts = [{hosts}]\nlisteners = [\"{listener}\"]\nupstream = \"a\""))
+        };
+        let before = Table::new(&routes("\"x.example.com\", \"*.example.com\", \"*\"", "public"));
+        let name = "y.example.com";
+        let pattern = |name| Pattern::from(before.find(0, Some(name), std::iter::empty()).unwrap().by);
+        assert_eq!(pattern(name), Pattern::Wildcard(11));
+        for (name, host) in [("x.example.com", "x.example.com"), (name, "*.example.com"), ("z", "*")] {
+            assert!(before.lists(0, name, pattern(name)));
+            let alone = Table::new(&routes(&format!("\"{host}\""), "public"));
+            assert!(alone.lists(0, name, pattern(name)), "{host}");
+            let elsewhere = Table::new(&routes(&format!("\"{host}\""), "private"));
+            assert!(!elsewhere.lists(0, name, pattern(name)), "{host}");
+        }
+        let wider = Table::new(&routes("\"*.example.com\"", "public"));
+        assert!(!wider.lists(0, "x.example.com", pattern("x.example.com")), "a wildcard is another route");
+        let narrower = Table::new(&routes("\"*.example.com\", \"y.example.com\"", "public"));
+        assert!(narrower.lists(0, name, pattern(name)), "the route is there, though it would not decide any more");
     }
 
     #[test]

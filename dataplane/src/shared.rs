@@ -1,8 +1,8 @@
 //! What the threads of the process have in common.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::time::Instant;
+use std::sync::{Arc, Mutex};
+use std::time::{Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 
@@ -23,12 +23,32 @@ pub struct Shared {
     pub admission: Arc<Admission>,
     /// Connections are accepted.
     pub ready: AtomicBool,
-    /// Why the last reload failed.
-    pub last_error: std::sync::Mutex<Option<String>>,
+    /// How the configuration and its source are.
+    pub load: Mutex<LoadStatus>,
     /// When the daemon started.
     pub started: Instant,
     /// Numbers the connections, for UNIQUE_ID.
     pub next_id: AtomicU64,
     /// Random per process: two daemons never give the same UNIQUE_ID.
     pub id_prefix: u64,
+}
+
+/// What came of looking for a new configuration.
+#[derive(Debug, Default)]
+pub struct LoadStatus {
+    /// When there last was nothing wrong: put in force, or looked at and found unchanged.
+    pub last_success: Option<SystemTime>,
+    /// What is wrong since then, and when it was last seen to be.
+    pub last_error: Option<LoadFailure>,
+}
+
+/// See [`LoadStatus`].
+#[derive(Debug)]
+pub struct LoadFailure {
+    /// For people.
+    pub text: String,
+    /// When.
+    pub at: SystemTime,
+    /// The repository was not reached: nothing is known to be wrong with the configuration.
+    pub is_of_repository: bool,
 }

@@ -267,6 +267,26 @@ pub fn own_network() -> io::Result<()> {
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Has a child give up the privileges that it would inherit (capabilities(7), ambient set) and write no file larger than this, nor its children.
+pub fn confine(command: &mut std::process::Command, largest_file: u64) {
+    use std::os::unix::process::CommandExt;
+
+    let confine = move || {
+        let limit = rustix::process::Rlimit { current: Some(largest_file), maximum: Some(largest_file) };
+        rustix::process::setrlimit(rustix::process::Resource::Fsize, limit)?;
+        // A write beyond it then fails with EFBIG, and says so, instead of ending the program without a word.
+        // SAFETY: no handler is installed, so none can run.
+        unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+        match rustix::thread::clear_ambient_capability_set() {
+            // Before Linux 4.3.
+            Ok(()) | Err(rustix::io::Errno::INVAL) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    };
+    // SAFETY: between fork and exec only bare system calls are made, setrlimit(2), rt_sigaction(2) and prctl(2); nothing is allocated and no lock is taken.
+    unsafe { command.pre_exec(confine) };
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -156,9 +156,23 @@ impl Daemon {
     /// Starts it and returns at once.
     #[track_caller]
     pub fn spawn(net: &Net, config: &Config, limits: Limits) -> Self {
+        Self::spawn_on(net, &net.entrance, |dir| config.text(dir), limits)
+    }
+
+    /// As [`start`](Self::start), on any host, with a configuration of the caller's own; it is told the daemon's directory, where its control
+    /// socket has to be.
+    #[track_caller]
+    pub fn start_on(net: &Net, host: &Host, text: impl FnOnce(&Path) -> String) -> Self {
+        let daemon = Self::spawn_on(net, host, text, Limits::default());
+        daemon.wait_ready();
+        daemon
+    }
+
+    #[track_caller]
+    fn spawn_on(net: &Net, host: &Host, text: impl FnOnce(&Path) -> String, limits: Limits) -> Self {
         let dir = tempfile::Builder::new().prefix("daemon-").tempdir_in(net.dir()).expect("a directory").keep();
         let file = dir.join("dataplane.toml");
-        std::fs::write(&file, config.text(&dir)).expect("the configuration is written");
+        std::fs::write(&file, text(&dir)).expect("the configuration is written");
         let notify_path = dir.join("notify.sock");
         let notify = UnixDatagram::bind(&notify_path).expect("a socket for sd_notify");
         if let Some(user) = limits.user {
@@ -185,7 +199,7 @@ impl Daemon {
             // SAFETY: setrlimit(2) is a bare system call, async-signal-safe between fork and exec.
             unsafe { command.pre_exec(set) };
         }
-        let mut process = net.entrance.spawn(&mut command).expect("the daemon's binary can be run");
+        let mut process = host.spawn(&mut command).expect("the daemon's binary can be run");
         let log = Arc::new(Mutex::new(Vec::new()));
         let lines = BufReader::new(process.child().stderr.take().expect("piped"));
         let sink = Arc::clone(&log);
@@ -194,7 +208,7 @@ impl Daemon {
                 sink.lock().expect("no panic while held").push(line);
             }
         });
-        Self { process, host: net.entrance.clone(), dir, notify, log }
+        Self { process, host: host.clone(), dir, notify, log }
     }
 
     /// Waits for READY=1; panics with the log when the daemon ends before that.
@@ -216,6 +230,18 @@ impl Daemon {
                 self.log().join("\n")
             );
         }
+    }
+
+    /// Forgets what it has told systemd since: nobody reads it here, and a full queue would keep it from going on.
+    pub fn forget_notifications(&self) {
+        self.notify.set_nonblocking(true).expect("a socket");
+        while self.notify.recv(&mut [0; 4096]).is_ok() {}
+        self.notify.set_nonblocking(false).expect("a socket");
+    }
+
+    /// Its own directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// Its configuration file.

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 pub mod daemon;
+pub mod forge;
 pub mod netns;
 pub mod peers;
 pub mod rig;

@@ -34,6 +34,16 @@ fn promtool_has_nothing_to_say_about_the_metrics() {
 }
 
 #[test]
+fn promtool_finds_the_alert_rules_right_and_they_fire_when_they_should() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../dist/prometheus");
+    for arguments in [["check", "rules", "dataplane.rules.yml"], ["test", "rules", "dataplane.rules.test.yml"]] {
+        let out = Command::new("promtool").args(arguments).current_dir(&folder).output();
+        let out = out.expect("promtool is needed: apt-get install prometheus");
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&[out.stdout, out.stderr].concat()));
+    }
+}
+
+#[test]
 fn the_metrics_have_the_promised_names_and_labels() {
     let _turn = beside_others();
     let rig = Rig::new(&Config::new("auto"));
@@ -46,7 +56,7 @@ fn the_metrics_have_the_promised_names_and_labels() {
     let metrics = rig.daemon.metrics();
     for (name, labels) in [
         ("dataplane_build_info", &["engine", "kernel", "version"][..]),
-        ("dataplane_config_info", &["hash"]),
+        ("dataplane_config_info", &["commit", "hash"]),
         ("dataplane_config_last_reload_success", &[]),
         ("dataplane_config_last_reload_success_timestamp_seconds", &[]),
         ("dataplane_connections_accepted_total", &["listener"]),

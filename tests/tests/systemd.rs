@@ -256,3 +256,37 @@ fn stop_refuses_new_connections_lets_established_ones_finish_and_succeeds() {
     assert_eq!((machine.property("Result"), machine.property("ExecMainStatus")), ("success".into(), "0".into()));
     assert!(!machine.path("/run/dataplane").exists());
 }
+
+#[test]
+fn the_service_follows_a_repository_of_another_user_and_starts_again_without_it() {
+    let _turn = beside_others();
+    let node = Node::new();
+    let machine = &node.machine;
+    let git = |arguments: &[&str]| {
+        let owner = ["git", "-C", "/srv/clone", "-c", "user.name=owner", "-c", "user.email=owner@example.com"];
+        machine.output(&[&owner[..], arguments].concat());
+    };
+    let push = |host: &str| {
+        machine.write("/srv/clone/dataplane.toml", &config(host));
+        git(&["add", "--all"]);
+        git(&["commit", "--quiet", "--message", host]);
+        git(&["push", "--quiet", "/srv/entrance.git", "main"]);
+        machine.output(&["chmod", "-R", "a+rX", "/srv/entrance.git"]);
+    };
+    machine.output(&["git", "init", "--quiet", "--initial-branch=main", "/srv/clone"]);
+    machine.output(&["git", "init", "--quiet", "--bare", "--initial-branch=main", "/srv/entrance.git"]);
+    push(HOST);
+
+    machine.write(CONFIG, "[source]\ngit = \"/srv/entrance.git\"\ninterval = \"1s\"\n");
+    machine.output(&["systemctl", "start", "dataplane"]);
+    node.forwards(HOST);
+    push("two.example.com");
+    let status = || machine.output(&["dataplane", "status"]);
+    eventually(PATIENCE, "the second commit is in force", || status().contains("two.example.com").then_some(()));
+
+    machine.output(&["rm", "-r", "/srv/entrance.git"]);
+    machine.output(&["systemctl", "restart", "dataplane"]);
+    node.forwards("two.example.com");
+    let journal = machine.journal();
+    assert!(!journal.contains("cannot be kept"), "{journal}");
+}

@@ -1,7 +1,7 @@
 //! Debian packages: what a command needs is installed as root on Debian, and named elsewhere.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
@@ -45,15 +45,19 @@ pub fn install(packages: &[&str]) -> Result<()> {
     run::run(apt_get(&["install", "--yes", "--no-install-recommends"]).args(packages).stdout(Stdio::null()))
 }
 
-/// Brings one program of a package that would start a service of its own if it were installed: unpacked below `folder`, into its `usr/bin`.
-pub fn unpack(program: &str, package: &str, folder: &Path) -> Result<()> {
-    if find_program(program).is_some() || folder.join("usr/bin").join(program).exists() {
-        return Ok(());
+/// Brings one program of a package that would start a service of its own if it were installed: unpacked below `folder`, into its `usr/bin` or
+/// `usr/sbin`. Whether that was needed.
+pub fn unpack(program: &str, package: &str, folder: &Path) -> Result<bool> {
+    let folders = ["usr/bin", "usr/sbin"];
+    let unpacked = folders.map(|bin| folder.join(bin)).into_iter().chain(["/usr/sbin".into()]);
+    if find_program(program).is_some() || unpacked.into_iter().any(|bin: PathBuf| bin.join(program).exists()) {
+        return Ok(false);
     }
     if !can_install() {
         bail!("needs {program}: on Debian it is in the package {package}");
     }
-    extract(package, folder)
+    extract(package, folder)?;
+    Ok(true)
 }
 
 /// Downloads a package and unpacks it below `folder`; nothing is installed.

@@ -13,11 +13,13 @@ use crate::{ebpf, matrix, packages};
 pub const PROGRAMS: &[(&str, &str)] = &[
     ("curl", "curl"),
     ("dnsmasq", "dnsmasq-base"),
+    ("git", "git"),
     ("ip", "iproute2"),
     ("iptables", "iptables"),
     ("openssl", "openssl"),
     ("pip3", "python3-pip"),
     ("python3", "python3"),
+    ("ssh", "openssh-client"),
     ("systemd-nspawn", "systemd-container"),
 ];
 
@@ -43,6 +45,11 @@ pub fn run(options: &Options) -> Result<()> {
     packages::ensure(PROGRAMS)?;
     let unpacked = run::target().join("tools/debian");
     packages::unpack("promtool", "prometheus", &unpacked)?;
+    // For the forge of the end-to-end tests; the library is sshd's.
+    packages::unpack("lighttpd", "lighttpd", &unpacked)?;
+    if packages::unpack("sshd", "openssh-server", &unpacked)? {
+        packages::extract("libwrap0", &unpacked)?;
+    }
     // Go takes its time, once; beside the other builds, and not beside tests that measure.
     let tailnet = std::thread::spawn(tests::tailnet::build);
     ebpf::build()?;

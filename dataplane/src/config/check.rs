@@ -1,6 +1,6 @@
 //! What must hold between the parts of a configuration: no address taken twice, no two routes for one name, no loop.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 
 use super::{Bind, Config, Diagnostic, HostPattern, Mode, Route, Span, TargetHost};
@@ -163,11 +163,12 @@ fn unreached_listeners(config: &Config, places: &Places) -> Vec<Diagnostic> {
 }
 
 fn unused_upstreams(config: &Config, places: &Places) -> Vec<Diagnostic> {
-    let used = |index| {
-        config.routes.iter().any(|route| route.upstream == index)
-            || config.listeners.iter().any(|listener| listener.mode == Mode::Tcp { upstream: index })
-    };
-    let unused = config.upstreams.iter().zip(&places.upstreams).enumerate().filter(|(index, _)| !used(*index));
+    let of_listeners = config.listeners.iter().filter_map(|listener| match listener.mode {
+        Mode::Tcp { upstream } => Some(upstream),
+        Mode::Tls => None,
+    });
+    let used: HashSet<usize> = config.routes.iter().map(|route| route.upstream).chain(of_listeners).collect();
+    let unused = config.upstreams.iter().zip(&places.upstreams).enumerate().filter(|(index, _)| !used.contains(index));
     unused
         .map(|(_, (upstream, span))| {
             Diagnostic::warning(

@@ -27,7 +27,8 @@ pub struct Diagnostic {
 }
 
 /// How bad it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Severity {
     /// The configuration is refused.
     Error,
@@ -58,6 +59,27 @@ impl Diagnostic {
         self.severity == Severity::Error
     }
 
+    /// For programs: the places as path, line and column, both from 1.
+    pub fn json(&self, source: &Source) -> serde_json::Value {
+        let place = |span: &Span| {
+            let (path, line, column) = source.position(span.start);
+            let (_, end_line, end_column) = source.position(span.end);
+            serde_json::json!({
+                "file": path, "line": line, "column": column, "end_line": end_line, "end_column": end_column,
+            })
+        };
+        let mut json = place(&self.span);
+        json["severity"] = serde_json::json!(self.severity);
+        json["message"] = self.message.clone().into();
+        json["help"] = self.remedy.clone().into();
+        json["note"] = self.note.as_ref().map_or(serde_json::Value::Null, |(span, message)| {
+            let mut note = place(span);
+            note["message"] = message.clone().into();
+            note
+        });
+        json
+    }
+
     /// For people: `path:line:column: error: message`, the quoted line, the remedy. Ends with a newline.
     pub fn render<'a>(&'a self, source: &'a Source) -> impl fmt::Display + 'a {
         Rendered { diagnostic: self, source }
@@ -85,8 +107,8 @@ impl fmt::Display for Rendered<'_> {
 }
 
 fn quote(f: &mut fmt::Formatter<'_>, source: &Source, span: &Span, severity: &str, message: &str) -> fmt::Result {
-    let (line, column) = source.position(span.start);
-    writeln!(f, "{}:{line}:{column}: {severity}: {}", source.path.display(), printable(message))?;
+    let (path, line, column) = source.position(span.start);
+    writeln!(f, "{}:{line}:{column}: {severity}: {}", path.display(), printable(message))?;
 
     let text = source.line_at(span.start);
     // Where the window into a long line begins, in characters.
@@ -125,41 +147,12 @@ fn printable(text: &str) -> String {
     text.chars().map(shown).collect()
 }
 
-impl Source {
-    /// Line and column of a byte offset, both from 1; columns count characters.
-    pub fn position(&self, offset: usize) -> (usize, usize) {
-        let offset = self.floor(offset);
-        let start = self.line_start(offset);
-        (self.text[..start].matches('\n').count() + 1, self.text[start..offset].chars().count() + 1)
-    }
-
-    /// The line around a byte offset, without its end.
-    fn line_at(&self, offset: usize) -> &str {
-        let rest = &self.text[self.line_start(offset)..];
-        let line = rest.split('\n').next().unwrap_or_default();
-        line.strip_suffix('\r').unwrap_or(line)
-    }
-
-    fn line_start(&self, offset: usize) -> usize {
-        self.text[..self.floor(offset)].rfind('\n').map_or(0, |newline| newline + 1)
-    }
-
-    /// The nearest start of a character at or before `offset`.
-    fn floor(&self, offset: usize) -> usize {
-        let mut offset = offset.min(self.text.len());
-        while !self.text.is_char_boundary(offset) {
-            offset -= 1;
-        }
-        offset
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn source(text: &str) -> Source {
-        Source { path: "test.toml".into(), text: text.into() }
+        Source::new("test.toml", text.into())
     }
 
     #[test]

@@ -1,6 +1,35 @@
 //! The keys of each table. Knows nothing of what they may hold.
 
-pub const ROOT: &[&str] = &["engine", "listeners", "upstreams", "routes", "limits", "admin", "resolver", "tailnet"];
+pub const ROOT: &[&str] = &[
+    "engine",
+    "listeners",
+    "upstreams",
+    "routes",
+    "limits",
+    "admin",
+    "resolver",
+    "tailnet",
+    "on_removed_route",
+    "include",
+    "watch",
+    "source",
+];
+/// Of a file that another one includes.
+pub const INCLUDED: &[&str] =
+    &["engine", "listeners", "upstreams", "routes", "limits", "admin", "resolver", "tailnet", "on_removed_route"];
+/// Of the file in a repository.
+pub const IN_REPOSITORY: &[&str] = &[
+    "engine",
+    "listeners",
+    "upstreams",
+    "routes",
+    "limits",
+    "admin",
+    "resolver",
+    "tailnet",
+    "on_removed_route",
+    "include",
+];
 pub const LISTENER: &[&str] = &["bind", "mode", "upstream", "accept_proxy", "allow", "deny", "acme_port"];
 pub const UPSTREAM: &[&str] = &[
     "targets",
@@ -29,8 +58,23 @@ pub const ADMIN: &[&str] = &["bind", "socket"];
 pub const RESOLVER: &[&str] = &["servers"];
 pub const TAILNET: &[&str] = &["socket", "prefer_direct"];
 
+pub const SOURCE: &[&str] = &[
+    "git",
+    "ref",
+    "path",
+    "interval",
+    "token_file",
+    "ssh_key_file",
+    "known_hosts_file",
+    "timeout",
+    "max_size",
+    "state_directory",
+    "webhook",
+];
+pub const WEBHOOK: &[&str] = &["bind", "secret_file"];
+
 /// Where each key is at home, for those that stand in the wrong place.
-pub const ALL: [(&str, &[&str]); 8] = [
+pub const ALL: [(&str, &[&str]); 9] = [
     ("the top level", ROOT),
     ("[limits]", LIMITS),
     ("[admin]", ADMIN),
@@ -39,4 +83,5 @@ pub const ALL: [(&str, &[&str]); 8] = [
     ("[listeners.NAME]", LISTENER),
     ("[resolver]", RESOLVER),
     ("[tailnet]", TAILNET),
+    ("[source]", SOURCE),
 ];

@@ -1,11 +1,29 @@
-//! Reads the configuration file; what can go wrong before there is text to point into.
+//! Puts the files of a configuration together; what can go wrong before there is text to point into.
+//!
+//! Where files are is the business of [`Files`]; what they say is the parser's.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{Config, Diagnostic, Source, parse};
+use toml::de::{DeTable, DeValue};
+
+use super::source::Role;
+use super::{Diagnostic, Source, Span};
+
+/// Where included files are.
+pub trait Files {
+    /// The files that a pattern, seen from a folder, matches, sorted by name; one without wildcards matches itself, whether it is there or not.
+    ///
+    /// # Errors
+    /// Why it is no pattern, or what could not be listed.
+    fn matching(&self, folder: &Path, pattern: &str) -> Result<Vec<PathBuf>, String>;
+
+    /// The bytes of a file.
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>>;
+}
 
 /// Why there is no configuration.
 #[derive(Debug)]
@@ -24,24 +42,151 @@ pub enum LoadError {
         /// Where the first byte is that cannot be; from 1.
         line: usize,
     },
-    /// The file was read, and is wrong.
+    /// The repository could not be fetched from.
+    Repository {
+        /// As configured.
+        git: String,
+        /// What went wrong.
+        error: String,
+    },
+    /// The files were read, and are wrong.
     Report {
         /// For rendering.
         source: Arc<Source>,
-        /// At least one error; warnings too, in the order of the file.
+        /// At least one error; warnings too, in the order of the files.
         diagnostics: Vec<Diagnostic>,
     },
 }
 
-/// Reads and checks a file. The list holds warnings.
-pub fn load(path: &Path) -> Result<(Config, Vec<Diagnostic>), LoadError> {
-    let bytes = std::fs::read(path).map_err(|error| LoadError::Unreadable { path: path.into(), error })?;
-    let text = String::from_utf8(bytes).map_err(|error| {
+/// Reads a file of this machine, and what it includes.
+pub fn read(path: &Path) -> Result<Source, LoadError> {
+    let text = utf8(path, std::fs::read(path).map_err(|error| LoadError::Unreadable { path: path.into(), error })?)?;
+    let mut source = Source::new(path, text);
+    let folder = path.parent().unwrap_or(Path::new(""));
+    include(&mut source, folder, &Disk, Role::Included, Path::to_path_buf);
+    Ok(source)
+}
+
+/// Adds the file `path` of a commit, and what it includes.
+pub fn add_repository(source: &mut Source, commit: &str, path: &Path, files: &impl Files) -> Result<(), LoadError> {
+    let shown = |path: &Path| PathBuf::from(format!("{}:{}", &commit[..commit.len().min(12)], path.display()));
+    let bytes = files.read(path).map_err(|error| LoadError::Unreadable { path: shown(path), error })?;
+    let text = utf8(&shown(path), bytes)?;
+    source.commit = Some(commit.to_owned());
+    source.add(shown(path), &text, Role::Repository);
+    let folder = path.parent().unwrap_or(Path::new(""));
+    include(source, folder, files, Role::RepositoryIncluded, shown);
+    Ok(())
+}
+
+fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String, LoadError> {
+    String::from_utf8(bytes).map_err(|error| {
         let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
         LoadError::NotUtf8 { path: path.into(), line: valid.split(|byte| *byte == b'\n').count() }
-    })?;
-    let source = Arc::new(Source { path: path.into(), text });
-    parse(source.clone()).map_err(|diagnostics| LoadError::Report { source, diagnostics })
+    })
+}
+
+/// Adds what the last file of `source` includes, from `folder` on.
+fn include(source: &mut Source, folder: &Path, files: &impl Files, role: Role, shown: impl Fn(&Path) -> PathBuf) {
+    let Some(including) = source.files().last().cloned() else { return };
+    let mut seen: HashSet<PathBuf> = HashSet::from([including.path.clone()]);
+    for (span, pattern) in patterns(&source.text[including.range.clone()]) {
+        let span = Source::placed(&including, &span);
+        if role == Role::Included {
+            let fixed = folder.join(&pattern);
+            let fixed = fixed.ancestors().find(|path| !is_pattern(&path.to_string_lossy()));
+            source.folders.extend(fixed.map(Path::to_path_buf));
+        }
+        let found = match files.matching(folder, &pattern) {
+            Ok(found) => found,
+            Err(error) => {
+                let remedy = "write the path of a file or a pattern: \"routes.d/*.toml\"";
+                source.findings.push(Diagnostic::error(span, format!("`{pattern}`: {error}"), remedy));
+                continue;
+            }
+        };
+        if found.is_empty() {
+            let message = format!("`{pattern}` matches no file");
+            let remedy = format!("patterns are looked up from the folder of {}", including.path.display());
+            source.findings.push(Diagnostic::warning(span.clone(), message, remedy));
+        }
+        // A file that is matched twice, or by its own pattern, is read once.
+        for file in found.into_iter().filter(|file| seen.insert(shown(file))) {
+            let text = files
+                .read(&file)
+                .map_err(|error| error.to_string())
+                .and_then(|bytes| utf8(&file, bytes).map_err(|_| "it is not UTF-8 text".to_owned()));
+            match text {
+                Ok(text) => source.add(shown(&file), &text, role),
+                Err(error) => {
+                    let message = format!("cannot read {}: {error}", shown(&file).display());
+                    let remedy = "name files that are there and can be read";
+                    source.findings.push(Diagnostic::error(span.clone(), message, remedy));
+                }
+            }
+        }
+    }
+}
+
+/// What a file includes: the entries of `include`.
+pub fn includes(text: &str) -> Vec<String> {
+    patterns(text).into_iter().map(|(_, pattern)| pattern).collect()
+}
+
+/// The strings of `include`; whatever is wrong with the file is told when it is parsed.
+fn patterns(text: &str) -> Vec<(Span, String)> {
+    let (table, _) = DeTable::parse_recoverable(text);
+    let list = table.get_ref().get("include").and_then(|value| value.get_ref().as_array());
+    let strings = list.into_iter().flat_map(|items| items.iter()).filter_map(|item| match item.get_ref() {
+        DeValue::String(text) => Some((item.span(), text.to_string())),
+        _ => None,
+    });
+    strings.collect()
+}
+
+/// `*` stands for a part of one name; names that begin with a dot have to be written out: editors leave such files behind.
+pub const WILDCARDS: glob::MatchOptions =
+    glob::MatchOptions { case_sensitive: true, require_literal_separator: true, require_literal_leading_dot: true };
+
+/// Whether it may match more than one file.
+pub fn is_pattern(text: &str) -> bool {
+    text.contains(['*', '?', '['])
+}
+
+struct Disk;
+
+impl Files for Disk {
+    fn matching(&self, folder: &Path, pattern: &str) -> Result<Vec<PathBuf>, String> {
+        if !is_pattern(pattern) {
+            return Ok(vec![folder.join(pattern)]);
+        }
+        let folder = glob::Pattern::escape(&folder.to_string_lossy());
+        let found = glob::glob_with(&Path::new(&folder).join(pattern).to_string_lossy(), WILDCARDS);
+        let found: Result<Vec<_>, _> = found.map_err(|error| error.to_string())?.collect();
+        Ok(found.map_err(|error| error.to_string())?.into_iter().filter(|path| !path.is_dir()).collect())
+    }
+
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
+        std::fs::read(path)
+    }
+}
+
+impl LoadError {
+    /// What `dataplane check --format json` lists.
+    pub fn json(&self) -> Vec<serde_json::Value> {
+        let whole = |file: &Path, line: Option<usize>, message: String| {
+            vec![serde_json::json!({
+                "severity": "error", "file": file, "line": line, "column": line.map(|_| 1), "end_line": line, "end_column": line.map(|_| 1),
+                "message": message, "help": self.to_string().rsplit_once("help: ").map(|(_, help)| help), "note": null,
+            })]
+        };
+        match self {
+            Self::Unreadable { path, error } => whole(path, None, format!("cannot read the configuration: {error}")),
+            Self::NotUtf8 { path, line } => whole(path, Some(*line), "this is not UTF-8".into()),
+            Self::Repository { git, error } => whole(Path::new(git), None, error.clone()),
+            Self::Report { source, diagnostics } => diagnostics.iter().map(|d| d.json(source)).collect(),
+        }
+    }
 }
 
 impl std::error::Error for LoadError {}
@@ -72,6 +217,12 @@ impl fmt::Display for LoadError {
             }
             Self::NotUtf8 { path, line } => {
                 write!(f, "{}:{line}: error: this is not UTF-8\n  help: save the file as UTF-8 text", path.display())
+            }
+            Self::Repository { git, error } => {
+                write!(
+                    f,
+                    "{git}: error: {error}\n  help: `[source]` says which repository this is and how it is reached"
+                )
             }
             Self::Report { source, diagnostics } => {
                 for diagnostic in diagnostics {

@@ -10,7 +10,9 @@ mod keys;
 mod load;
 mod parse;
 mod reader;
+mod repository;
 mod routing_table;
+mod source;
 mod syntax;
 #[cfg(test)]
 mod tests;
@@ -25,9 +27,11 @@ use ipnet::IpNet;
 
 pub use check::own_listener_targets;
 pub use diagnostic::{Diagnostic, Severity};
-pub use load::{LoadError, load};
-pub use parse::parse;
+pub use load::{Files, LoadError, WILDCARDS, add_repository, includes, is_pattern, read};
+pub use parse::{parse, repository};
+pub use repository::{Repository, Webhook};
 pub use routing_table::routing_table;
+pub use source::Source;
 pub use values::{Refused, format_duration, format_size};
 
 /// What `dataplane init` prints.
@@ -61,23 +65,30 @@ pub struct Config {
     pub resolver: Resolver,
     /// The tailscaled of this machine.
     pub tailnet: Tailnet,
-    /// The file that it came from.
+    /// What becomes of the connections of a route that a reload removes.
+    pub on_removed_route: OnRemovedRoute,
+    /// Whether a change of the files is a reload.
+    pub watch: bool,
+    /// The repository that has the rest of the configuration.
+    pub repository: Option<Repository>,
+    /// The files that it came from.
     pub source: Arc<Source>,
-    /// First 16 hex digits of the SHA-256 of the file's bytes: equal on entrance nodes that run the same file.
+    /// First 16 hex digits of the SHA-256 of the bytes of the repository's files, or of all files where there is no repository, one after the other:
+    /// equal on entrance nodes that run the same files.
     pub hash: String,
-}
-
-/// The text that a configuration was read from; diagnostics quote it.
-#[derive(Debug, Clone)]
-pub struct Source {
-    /// As given by the user.
-    pub path: PathBuf,
-    /// The whole file.
-    pub text: String,
 }
 
 /// A byte range in [`Source::text`].
 pub type Span = std::ops::Range<usize>;
+
+/// `on_removed_route = "…"`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnRemovedRoute {
+    /// They have `drain_timeout` to end.
+    Drain,
+    /// They are reset at once.
+    Close,
+}
 
 /// `engine = "…"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -112,7 +123,7 @@ pub struct Listener {
     pub deny: Vec<IpNet>,
 }
 
-/// One address to listen on.
+/// One address to listen on. Equal when the address is, wherever it stands.
 #[derive(Debug, Clone)]
 pub struct Bind {
     /// IPv6 sockets are IPv6 only.
@@ -120,6 +131,14 @@ pub struct Bind {
     /// Where the file says so.
     pub span: Span,
 }
+
+impl PartialEq for Bind {
+    fn eq(&self, other: &Self) -> bool {
+        self.addr == other.addr
+    }
+}
+
+impl Eq for Bind {}
 
 /// How a listener finds the upstream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -269,7 +288,7 @@ pub struct Route {
 }
 
 /// A host of a route, as A-labels, lower case, without trailing dot.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum HostPattern {
     /// This name.
     Exact(String),

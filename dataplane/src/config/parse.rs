@@ -3,6 +3,7 @@
 //! A value that is wrong is reported and replaced by a placeholder, so that everything wrong with a file is said at once. No placeholder
 //! gets out: a configuration with an error is not returned.
 
+use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
@@ -15,10 +16,11 @@ use toml::de::DeTable;
 use super::check::Places;
 use super::keys;
 use super::reader::{Field, Reader, Section, quoted, suggest};
+use super::source::{File, Role};
 use super::values::{format_duration, parse_bind, parse_net};
 use super::{
     Admin, Balance, Bind, Config, Diagnostic, EngineChoice, HealthCheck, HostPattern, Limits, Listener, Mode, OnDown,
-    Resolver, Route, SendProxy, Source, Span, Tailnet, Target, Upstream, check, syntax,
+    OnRemovedRoute, Repository, Resolver, Route, SendProxy, Source, Span, Tailnet, Target, Upstream, check, syntax,
 };
 
 const MILLISECOND: Duration = Duration::from_millis(1);
@@ -37,18 +39,48 @@ const PORT: RangeInclusive<u64> = 1..=65535;
 /// `sun_path` of unix(7), without the closing NUL.
 const LONGEST_SOCKET_PATH: usize = 107;
 
-/// Reads a whole configuration. Gives the warnings with it, or else everything that is wrong, warnings included, in the order of the file.
+/// Reads a whole configuration. Gives the warnings with it, or else everything that is wrong, warnings included, in the order of the files.
 pub fn parse(source: Arc<Source>) -> Result<(Config, Vec<Diagnostic>), Vec<Diagnostic>> {
-    let mut parser = Parser { reader: Reader::default(), places: Places::default() };
+    let mut parser = Parser { local: source.local_files().count(), ..Parser::default() };
+    parser.reader.diagnostics.clone_from(&source.findings);
     let (root, errors) = {
-        let (tree, errors) = DeTable::parse_recoverable(&source.text);
-        (parser.root(tree.get_ref()), errors)
+        let trees: Vec<_> =
+            source.files().iter().map(|file| DeTable::parse_recoverable(&source.text[file.range.clone()])).collect();
+        let roots = source.files().iter().zip(&trees);
+        let roots: Vec<_> = roots.map(|(file, (tree, _))| parser.file(file, tree.get_ref())).collect();
+        (parser.root(&roots), trees.into_iter().map(|(_, errors)| errors).collect::<Vec<_>>())
     };
-    let (engine, listeners, upstreams, routes, limits, admin, resolver, tailnet) = root;
-    let Parser { reader: Reader { diagnostics, mut absences, .. }, places } = parser;
+    let Root {
+        engine,
+        listeners,
+        upstreams,
+        routes,
+        limits,
+        admin,
+        resolver,
+        tailnet,
+        on_removed_route,
+        watch,
+        repository,
+    } = root;
+    let Parser { reader: Reader { diagnostics, mut absences, .. }, places, .. } = parser;
 
-    let hash = hash(&source.text);
-    let config = Config { engine, listeners, upstreams, routes, limits, admin, resolver, tailnet, source, hash };
+    let hash = hash(&source);
+    let config = Config {
+        engine,
+        listeners,
+        upstreams,
+        routes,
+        limits,
+        admin,
+        resolver,
+        tailnet,
+        on_removed_route,
+        watch,
+        repository,
+        source,
+        hash,
+    };
     absences.extend(check::conflicts(&config, &places));
 
     let mut diagnostics = syntax::combine(&config.source, &errors, diagnostics, absences);
@@ -59,27 +91,71 @@ pub fn parse(source: Arc<Source>) -> Result<(Config, Vec<Diagnostic>), Vec<Diagn
     if diagnostics.iter().any(Diagnostic::is_error) { Err(diagnostics) } else { Ok((config, diagnostics)) }
 }
 
-/// First 16 hex digits of the SHA-256 of the file.
-fn hash(text: &str) -> String {
-    let digest = Sha256::digest(text.as_bytes());
-    let first = digest[..8].iter().fold(0_u64, |number, byte| number << 8 | u64::from(*byte));
+/// Reads `[source]` alone: what it names has to be fetched before the whole can be read. Errors are those of this table, and of the file as TOML.
+pub fn repository(source: &Source) -> Result<Option<Repository>, Vec<Diagnostic>> {
+    let mut reader = Reader::default();
+    let file = &source.files()[0];
+    let (tree, errors) = DeTable::parse_recoverable(&source.text[file.range.clone()]);
+    let root = reader.root(tree.get_ref(), TOP_LEVEL, file.range.start, keys::ROOT);
+    let Some(field) = root.get("source") else { return Ok(None) };
+    let mut reader = Reader::default();
+    let repository = super::repository::read(&mut reader, field);
+    let diagnostics = syntax::combine(source, &[errors], reader.diagnostics, reader.absences);
+    if diagnostics.iter().any(Diagnostic::is_error) { Err(diagnostics) } else { Ok(repository) }
+}
+
+/// First 16 hex digits of the SHA-256 of the files that all entrance nodes share.
+fn hash(source: &Source) -> String {
+    let mut hasher = Sha256::new();
+    source.shared_texts().for_each(|text| hasher.update(text));
+    let first = hasher.finalize()[..8].iter().fold(0_u64, |number, byte| number << 8 | u64::from(*byte));
     format!("{first:016x}")
 }
 
+/// How messages call the root of the file that the user named.
+const TOP_LEVEL: &str = "the top level";
+
+#[derive(Default)]
 struct Parser {
     reader: Reader,
     places: Places,
+    /// Upstreams by name.
+    upstreams: HashMap<Arc<str>, usize>,
+    /// How many of the files, the first ones, lie on this machine.
+    local: usize,
 }
 
 /// Stands in for a reference that was reported as an error.
 const NOWHERE: usize = usize::MAX;
 
-type Root = (EngineChoice, Vec<Listener>, Vec<Upstream>, Vec<Route>, Limits, Admin, Resolver, Tailnet);
+/// What stands at the top level.
+struct Root {
+    engine: EngineChoice,
+    listeners: Vec<Listener>,
+    upstreams: Vec<Upstream>,
+    routes: Vec<Route>,
+    limits: Limits,
+    admin: Admin,
+    resolver: Resolver,
+    tailnet: Tailnet,
+    on_removed_route: OnRemovedRoute,
+    watch: bool,
+    repository: Option<Repository>,
+}
 
 impl Parser {
-    fn root<'t>(&mut self, table: &'t DeTable<'t>) -> Root {
-        let root = self.reader.root(table, keys::ROOT);
-        let engine = root.get("engine").and_then(|field| {
+    /// The root table of one file.
+    fn file<'t>(&mut self, file: &File, table: &'t DeTable<'t>) -> Section<'t> {
+        let (name, keys) = match file.role {
+            Role::Main => (TOP_LEVEL, keys::ROOT),
+            Role::Included | Role::RepositoryIncluded => ("the top level of an included file", keys::INCLUDED),
+            Role::Repository => ("the top level of the repository's file", keys::IN_REPOSITORY),
+        };
+        self.reader.root(table, name, file.range.start, keys)
+    }
+
+    fn root(&mut self, roots: &[Section<'_>]) -> Root {
+        let engine = self.once(roots, "engine").and_then(|field| {
             self.reader.choice(
                 field,
                 &[
@@ -91,41 +167,82 @@ impl Parser {
                 ],
             )
         });
-        let (tailnet, prefer_direct) = self.tailnet(&root);
-        let upstreams = self.upstreams(&root, prefer_direct);
-        let listeners = self.listeners(&root, &upstreams);
-        let routes = self.routes(&root, &listeners, &upstreams);
-        let limits = self.limits(&root);
-        let admin = self.admin(&root);
-        let resolver = self.resolver(&root);
-        let engine = engine.unwrap_or(EngineChoice::Auto);
-        (engine, listeners, upstreams, routes, limits, admin, resolver, tailnet)
+        let on_removed_route = self.once(roots, "on_removed_route").and_then(|field| {
+            self.reader.choice(field, &[("drain", OnRemovedRoute::Drain), ("close", OnRemovedRoute::Close)])
+        });
+        // Its patterns were looked at when the files were read.
+        for field in roots.iter().filter_map(|root| root.get("include")) {
+            self.reader.strings(field, "a file name or a pattern", "\"routes.d/*.toml\"");
+        }
+        let watch = roots[0].get("watch").and_then(|field| self.reader.boolean(field));
+        let repository = roots[0].get("source").and_then(|field| super::repository::read(&mut self.reader, field));
+        let (tailnet, prefer_direct) = self.tailnet(roots);
+        let upstreams = self.upstreams(roots, prefer_direct);
+        self.upstreams = upstreams.iter().enumerate().map(|(index, u)| (u.name.clone(), index)).collect();
+        let listeners = self.listeners(roots, &upstreams);
+        let routes = self.routes(roots, &listeners, &upstreams);
+        Root {
+            engine: engine.unwrap_or(EngineChoice::Auto),
+            listeners,
+            upstreams,
+            routes,
+            limits: self.limits(roots),
+            admin: self.admin(roots),
+            resolver: self.resolver(roots),
+            tailnet,
+            on_removed_route: on_removed_route.unwrap_or(OnRemovedRoute::Drain),
+            watch: watch.unwrap_or(false),
+            repository,
+        }
     }
 
-    /// The tables below `[listeners]` or `[upstreams]`, in the order of the file.
-    fn named<'t>(&mut self, root: &Section<'t>, key: &str, keys: &[&str]) -> Vec<(Span, Arc<str>, Section<'t>)> {
-        let Some(field) = root.get(key) else { return Vec::new() };
-        let Some(all) = self.reader.any_section(field, format!("[{key}.NAME]")) else { return Vec::new() };
+    /// The value of a key that only one of the files may have.
+    fn once<'t>(&mut self, roots: &[Section<'t>], key: &str) -> Option<Field<'t>> {
+        let mut fields = roots.iter().filter_map(|root| root.get(key));
+        let first = fields.next()?;
+        for again in fields {
+            self.defined_twice(again.span(), &format!("`{key}`"), first.span());
+        }
+        Some(first)
+    }
+
+    fn defined_twice(&mut self, again: Span, what: &str, first: Span) {
+        let message = format!("{what} is defined in another file already");
+        let diagnostic = Diagnostic::error(again, message, "keep one of the two; all files are read as one");
+        self.reader.diagnostics.push(diagnostic.note(first, "first defined here"));
+    }
+
+    /// The tables below `[listeners]` or `[upstreams]`, in the order of the files.
+    fn named<'t>(&mut self, roots: &[Section<'t>], key: &str, keys: &[&str]) -> Vec<(Span, Arc<str>, Section<'t>)> {
         let mut sections = Vec::new();
-        for (span, field) in all.entries() {
-            let name = field.key;
-            if name.is_empty() || !name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.')) {
-                self.reader.error(
-                    span.clone(),
-                    format!("{} is no name for one of `{key}`", quoted(name)),
-                    "use letters, digits, `-`, `_` and `.`: names stand in metrics and log lines",
-                );
-            }
-            if let Some(section) = self.reader.section(field, format!("[{key}.{name}]"), keys) {
-                sections.push((span, Arc::from(name), section));
+        let mut seen: HashMap<&'t str, Span> = HashMap::new();
+        for field in roots.iter().filter_map(|root| root.get(key)) {
+            let Some(all) = self.reader.any_section(field, format!("[{key}.NAME]")) else { continue };
+            for (span, field) in all.entries() {
+                let name = field.key;
+                if name.is_empty() || !name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.')) {
+                    self.reader.error(
+                        span.clone(),
+                        format!("{} is no name for one of `{key}`", quoted(name)),
+                        "use letters, digits, `-`, `_` and `.`: names stand in metrics and log lines",
+                    );
+                }
+                if let Some(first) = seen.get(name) {
+                    self.defined_twice(span.clone(), &format!("[{key}.{name}]"), first.clone());
+                } else {
+                    seen.insert(name, span.clone());
+                }
+                if let Some(section) = self.reader.section(field, format!("[{key}.{name}]"), keys) {
+                    sections.push((span, Arc::from(name), section));
+                }
             }
         }
         sections
     }
 
-    fn upstreams(&mut self, root: &Section<'_>, prefer_direct: bool) -> Vec<Upstream> {
+    fn upstreams(&mut self, roots: &[Section<'_>], prefer_direct: bool) -> Vec<Upstream> {
         let mut upstreams = Vec::new();
-        for (span, name, section) in self.named(root, "upstreams", keys::UPSTREAM) {
+        for (span, name, section) in self.named(roots, "upstreams", keys::UPSTREAM) {
             self.places.upstreams.push(span);
             upstreams.push(self.upstream(name, &section, prefer_direct));
         }
@@ -244,15 +361,16 @@ impl Parser {
         })
     }
 
-    fn listeners(&mut self, root: &Section<'_>, upstreams: &[Upstream]) -> Vec<Listener> {
+    fn listeners(&mut self, roots: &[Section<'_>], upstreams: &[Upstream]) -> Vec<Listener> {
         let mut listeners = Vec::new();
-        for (span, name, section) in self.named(root, "listeners", keys::LISTENER) {
+        for (span, name, section) in self.named(roots, "listeners", keys::LISTENER) {
             self.places.listeners.push(span);
             listeners.push(self.listener(name, &section, upstreams));
         }
-        let nothing_written = root.get("listeners").is_none_or(|field| field.is_empty_table());
-        if nothing_written && !self.reader.is_misspelt(root, "listeners") {
-            let span = root.get("listeners").map_or(0..0, |field| field.span());
+        let mut written = roots.iter().filter_map(|root| root.get("listeners"));
+        let nothing_written = written.clone().all(|field| field.is_empty_table());
+        if nothing_written && !roots.iter().any(|root| self.reader.is_misspelt(root, "listeners")) {
+            let span = written.next().map_or(0..0, |field| field.span());
             self.reader.absent(
                 span,
                 "there is no listener",
@@ -349,11 +467,11 @@ impl Parser {
     }
 
     fn upstream_index(&mut self, field: Field<'_>, upstreams: &[Upstream]) -> usize {
-        let names: Vec<&str> = upstreams.iter().map(|upstream| &*upstream.name).collect();
-        let example = quoted(names.first().unwrap_or(&"cluster"));
+        let example = quoted(upstreams.first().map_or("cluster", |upstream| &upstream.name));
         let index = self.reader.string(field, "the name of an upstream", &example).and_then(|text| {
-            let index = names.iter().position(|name| *name == text);
+            let index = self.upstreams.get(text).copied();
             if index.is_none() {
+                let names: Vec<&str> = upstreams.iter().map(|upstream| &*upstream.name).collect();
                 let define = format!("define it: `[upstreams.{text}]` with `targets = [\"host:port\"]`");
                 let remedy = match suggest(text, &names) {
                     Some(name) => format!("did you mean \"{name}\"?"),
@@ -370,9 +488,9 @@ impl Parser {
         index.unwrap_or(NOWHERE)
     }
 
-    fn routes(&mut self, root: &Section<'_>, listeners: &[Listener], upstreams: &[Upstream]) -> Vec<Route> {
-        let Some(field) = root.get("routes") else { return Vec::new() };
-        let sections = self.reader.sections(field, keys::ROUTE);
+    fn routes(&mut self, roots: &[Section<'_>], listeners: &[Listener], upstreams: &[Upstream]) -> Vec<Route> {
+        let fields = roots.iter().filter_map(|root| root.get("routes"));
+        let sections: Vec<_> = fields.flat_map(|field| self.reader.sections(field, keys::ROUTE)).collect();
         sections.iter().map(|section| self.route(section, listeners, upstreams)).collect()
     }
 
@@ -496,10 +614,10 @@ impl Parser {
         indices
     }
 
-    fn limits(&mut self, root: &Section<'_>) -> Limits {
+    fn limits(&mut self, roots: &[Section<'_>]) -> Limits {
         let mut limits = Limits::default();
         let Some(section) =
-            root.get("limits").and_then(|field| self.reader.section(field, "[limits]".into(), keys::LIMITS))
+            self.once(roots, "limits").and_then(|field| self.reader.section(field, "[limits]".into(), keys::LIMITS))
         else {
             return limits;
         };
@@ -534,10 +652,11 @@ impl Parser {
         limits
     }
 
-    fn resolver(&mut self, root: &Section<'_>) -> Resolver {
+    fn resolver(&mut self, roots: &[Section<'_>]) -> Resolver {
         let mut servers = Vec::new();
-        let section =
-            root.get("resolver").and_then(|field| self.reader.section(field, "[resolver]".into(), keys::RESOLVER));
+        let section = self
+            .once(roots, "resolver")
+            .and_then(|field| self.reader.section(field, "[resolver]".into(), keys::RESOLVER));
         if let Some(field) = section.and_then(|section| section.get("servers")) {
             if field.is_empty_list() {
                 let remedy = "remove it to ask the system's, or name one: `servers = [\"100.100.100.100\"]`";
@@ -559,10 +678,10 @@ impl Parser {
     }
 
     /// `[tailnet]`, and what its `prefer_direct` says for upstreams that say nothing.
-    fn tailnet(&mut self, root: &Section<'_>) -> (Tailnet, bool) {
+    fn tailnet(&mut self, roots: &[Section<'_>]) -> (Tailnet, bool) {
         let mut tailnet = Tailnet { socket: PathBuf::from(super::DEFAULT_TAILSCALED) };
         let Some(section) =
-            root.get("tailnet").and_then(|field| self.reader.section(field, "[tailnet]".into(), keys::TAILNET))
+            self.once(roots, "tailnet").and_then(|field| self.reader.section(field, "[tailnet]".into(), keys::TAILNET))
         else {
             return (tailnet, true);
         };
@@ -575,13 +694,16 @@ impl Parser {
         (tailnet, prefer_direct.unwrap_or(true))
     }
 
-    fn admin(&mut self, root: &Section<'_>) -> Admin {
+    fn admin(&mut self, roots: &[Section<'_>]) -> Admin {
         let mut admin = Admin {
             bind: Bind { addr: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9443), span: 0..0 },
             socket: PathBuf::from(super::DEFAULT_SOCKET),
         };
-        let Some(section) =
-            root.get("admin").and_then(|field| self.reader.section(field, "[admin]".into(), keys::ADMIN))
+        // Addresses for metrics are a node's own: what its own file says stands in the place of what the repository says.
+        let own = self.once(&roots[..self.local], "admin");
+        let Some(section) = own
+            .or_else(|| self.once(&roots[self.local..], "admin"))
+            .and_then(|field| self.reader.section(field, "[admin]".into(), keys::ADMIN))
         else {
             return admin;
         };

@@ -30,6 +30,8 @@ pub(super) struct Section<'t> {
     pub(super) name: String,
     /// Its header.
     pub(super) span: Span,
+    /// Where its file begins.
+    base: usize,
 }
 
 /// A value with the key that names it in messages.
@@ -39,11 +41,13 @@ pub(super) struct Field<'t> {
     /// Is it an entry of the list under `key`?
     entry: bool,
     spanned: &'t Spanned<DeValue<'t>>,
+    /// Where its file begins.
+    base: usize,
 }
 
 impl<'t> Field<'t> {
     pub(super) fn span(&self) -> Span {
-        self.spanned.span()
+        shifted(&self.spanned.span(), self.base)
     }
 
     fn value(&self) -> &'t DeValue<'t> {
@@ -69,7 +73,8 @@ impl<'t> Section<'t> {
     }
 
     pub(super) fn get(&self, key: &str) -> Option<Field<'t>> {
-        self.table.get_key_value(key).map(|(key, spanned)| Field { key: key.get_ref(), entry: false, spanned })
+        let found = self.table.get_key_value(key);
+        found.map(|(key, spanned)| Field { key: key.get_ref(), entry: false, spanned, base: self.base })
     }
 
     /// The entries in the order of the file, each with the span of its key.
@@ -77,7 +82,10 @@ impl<'t> Section<'t> {
         let mut entries: Vec<_> = self
             .table
             .iter()
-            .map(|(key, spanned)| (key.span(), Field { key: key.get_ref(), entry: false, spanned }))
+            .map(|(key, spanned)| {
+                let field = Field { key: key.get_ref(), entry: false, spanned, base: self.base };
+                (shifted(&key.span(), self.base), field)
+            })
             .collect();
         entries.sort_by_key(|(span, _)| span.start);
         entries
@@ -109,9 +117,9 @@ impl Reader {
         }
     }
 
-    /// The root table.
-    pub(super) fn root<'t>(&mut self, table: &'t DeTable<'t>, keys: &[&str]) -> Section<'t> {
-        let section = Section { table, name: "the top level".into(), span: 0..0 };
+    /// The root table of a file that begins at `base`.
+    pub(super) fn root<'t>(&mut self, table: &'t DeTable<'t>, name: &str, base: usize, keys: &[&str]) -> Section<'t> {
+        let section = Section { table, name: name.into(), span: base..base, base };
         self.report_unknown_keys(&section, keys);
         section
     }
@@ -126,7 +134,7 @@ impl Reader {
     /// A table whose keys are names that the owner chose.
     pub(super) fn any_section<'t>(&mut self, field: Field<'t>, name: String) -> Option<Section<'t>> {
         if let DeValue::Table(table) = field.value() {
-            return Some(Section { table, name, span: field.span() });
+            return Some(Section { table, name, span: field.span(), base: field.base });
         }
         let is_list =
             matches!(field.value(), DeValue::Array(items) if items.iter().any(|item| item.get_ref().is_table()));
@@ -153,12 +161,13 @@ impl Reader {
         let mut sections = Vec::new();
         for item in items {
             if let DeValue::Table(table) = item.get_ref() {
-                let section = Section { table, name: name.clone(), span: item.span() };
+                let span = shifted(&item.span(), field.base);
+                let section = Section { table, name: name.clone(), span, base: field.base };
                 self.report_unknown_keys(&section, keys);
                 sections.push(section);
             } else {
                 self.error(
-                    item.span(),
+                    shifted(&item.span(), field.base),
                     format!("each entry of `{}` must be a table, not {}", field.key, describe(item.get_ref())),
                     format!("write `{name}` on a line of its own, and its keys below"),
                 );
@@ -231,7 +240,7 @@ impl Reader {
             );
             return Vec::new();
         };
-        let entries = items.iter().map(|item| Field { key: field.key, entry: true, spanned: item });
+        let entries = items.iter().map(|item| Field { key: field.key, entry: true, spanned: item, base: field.base });
         entries.filter_map(|item| self.string(item, expected, example).map(|text| (item.span(), text))).collect()
     }
 
@@ -342,6 +351,11 @@ impl Reader {
     }
 }
 
+/// From the beginning of a file to that of the whole text.
+fn shifted(span: &Span, base: usize) -> Span {
+    span.start + base..span.end + base
+}
+
 fn describe(value: &DeValue<'_>) -> String {
     match value {
         DeValue::String(text) => format!("the string {}", quoted(text)),
@@ -423,6 +437,9 @@ fn meant<'k>(key: &str, keys: &[&'k str]) -> Option<&'k str> {
 fn unknown_key_remedy(key: &str, section: &Section<'_>, keys: &[&str]) -> String {
     if let Some((home, _)) = keys::ALL.iter().find(|(home, keys)| *home != section.name && keys.contains(&key)) {
         return match *home {
+            "the top level" if section.is_root() => {
+                format!("`{key}` belongs to the file that the daemon is started with, on the node itself")
+            }
             "the top level" => format!("`{key}` belongs to the top level: move it above the first line in brackets"),
             home => format!("`{key}` belongs to {home}"),
         };

@@ -6,48 +6,55 @@ use toml::de::Error;
 
 use super::{Diagnostic, Source, Span};
 
-/// Puts syntax errors together with `findings` about what could be read and `absences` of what could not be found.
+/// Puts syntax errors, a list for each file, together with `findings` about what could be read and `absences` of what could not be found.
 pub(super) fn combine(
     source: &Source,
-    errors: &[Error],
+    errors: &[Vec<Error>],
     mut findings: Vec<Diagnostic>,
     mut absences: Vec<Diagnostic>,
 ) -> Vec<Diagnostic> {
-    let mut lines = Vec::new();
-    let mut all: Vec<Diagnostic> = Vec::new();
-    let mut lost = false;
-    for error in errors {
-        let span = error.span().unwrap_or(source.text.len()..source.text.len());
-        let line = source.position(span.start).0;
-        // One mistake often makes the parser stumble twice; the first time tells.
-        let again = lines.contains(&line);
-        lines.push(line);
-        if again || lost {
-            continue;
+    let mut all = Vec::new();
+    for (file, errors) in source.files().iter().zip(errors).filter(|(_, errors)| !errors.is_empty()) {
+        let span = |error: &Error| {
+            let end = file.range.len();
+            Source::placed(file, &error.span().unwrap_or(end..end))
+        };
+        let mut lines = Vec::new();
+        let mut told = Vec::new();
+        let mut lost = false;
+        for error in errors {
+            let span = span(error);
+            let line = source.line_start(span.start);
+            // One mistake often makes the parser stumble twice; the first time tells.
+            let again = lines.contains(&line);
+            lines.push(line);
+            if again || lost {
+                continue;
+            }
+            if let Some(unclosed) = unclosed_list(source, error.message(), &span) {
+                told.push(unclosed);
+                // What follows was read as entries of the list.
+                lost = true;
+            } else if error.message() == "duplicate key" {
+                told.extend(duplicate(source, span));
+            } else {
+                told.push(diagnostic(source, error.message(), span));
+            }
         }
-        if let Some(unclosed) = unclosed_list(source, error.message(), &span) {
-            all.push(unclosed);
-            // What follows was read as entries of the list.
-            lost = true;
-        } else if error.message() == "duplicate key" {
-            all.extend(duplicate(source, span));
-        } else {
-            all.push(diagnostic(source, error.message(), span));
+        // Whatever was left out as a consequence: where the parser found an error, one is reported.
+        if let (true, Some(error)) = (told.is_empty(), errors.first()) {
+            told.push(diagnostic(source, error.message(), span(error)));
         }
-    }
-    // Whatever was left out as a consequence: where the parser found an error, one is reported.
-    if let (true, Some(error)) = (all.is_empty(), errors.first()) {
-        all.push(diagnostic(source, error.message(), error.span().unwrap_or(0..0)));
-    }
-    // A missing value is read as a zero at the start of the file.
-    let made_up = |d: &Diagnostic| lines.contains(&source.position(d.span.start).0) || d.span == (0..0);
-    if !errors.is_empty() {
+        // A missing value is read as a zero at the start of the file.
+        let start = file.range.start;
+        let made_up = |d: &Diagnostic| lines.contains(&source.line_start(d.span.start)) || d.span == (start..start);
         findings.retain(|diagnostic| !made_up(diagnostic));
         if errors.iter().all(|error| is_local(error.message())) {
             absences.retain(|diagnostic| !made_up(diagnostic));
         } else {
             absences.clear();
         }
+        all.extend(told);
     }
     all.extend(findings);
     all.extend(absences);
@@ -69,13 +76,14 @@ fn diagnostic(source: &Source, message: &str, span: Span) -> Diagnostic {
 fn unclosed_list(source: &Source, message: &str, span: &Span) -> Option<Diagnostic> {
     let (before, line) = lines_around(source, span.start);
     let line = line.trim();
+    let start = source.file(span.start).range.start;
     let is_header =
         line.starts_with('[') && line.trim_end_matches(']').len() < line.len() && !line.contains(['"', ',', '\'']);
     let is_entry = line.split_once('=').is_some_and(|(key, _)| !key.contains(['"', '\'', '{']));
     if !message.contains("array") || !(is_header || is_entry) {
         return None;
     }
-    let last = before.trim_end().len();
+    let last = start + before.trim_end().len();
     let diagnostic =
         Diagnostic::error(last..last, "this is not TOML: the list is not closed", "close the list with `]`");
     Some(diagnostic.note(span.clone(), "this would be an entry of the list"))
@@ -102,7 +110,7 @@ fn duplicate(source: &Source, span: Span) -> Option<Diagnostic> {
     };
     let diagnostic = Diagnostic::error(span.clone(), format!("`{text}` is already defined"), remedy);
     Some(match earlier(before, wanted) {
-        Some(first) => diagnostic.note(first, "first defined here"),
+        Some(first) => diagnostic.note(Source::placed(source.file(span.start), &first), "first defined here"),
         None => diagnostic,
     })
 }
@@ -151,8 +159,9 @@ fn definition(line: &str) -> &str {
     line.split(end).next().unwrap_or(line).trim()
 }
 
-/// The lines before that of `offset`, and the latter.
+/// The lines of the same file before that of `offset`, and the latter.
 fn lines_around(source: &Source, offset: usize) -> (&str, &str) {
-    let start = source.text[..offset].rfind('\n').map_or(0, |newline| newline + 1);
-    (&source.text[..start], source.text[start..].lines().next().unwrap_or_default())
+    let start = source.line_start(offset);
+    let before = &source.text[source.file(offset).range.start..start];
+    (before, source.text[start..].lines().next().unwrap_or_default())
 }

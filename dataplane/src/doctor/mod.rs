@@ -10,10 +10,11 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::btf;
-use crate::config::{self, Config, EngineChoice};
+use crate::config::{Config, EngineChoice};
 use crate::daemon::kernel_release;
 use crate::engine::{Abilities, Effective};
 use crate::metrics::Metrics;
+use crate::source;
 
 /// What was found.
 pub struct Findings {
@@ -38,7 +39,7 @@ const CAPABILITIES: [(&str, u32, &str); 4] = [
 impl Findings {
     /// Looks.
     pub fn gather(path: &Path) -> Self {
-        let config = config::load(path).map(|(config, _)| config).map_err(|e| e.to_string());
+        let config = source::kept(path).map(|loaded| loaded.config).map_err(|e| e.to_string());
         // Room for the self-test's connections.
         let abilities = Abilities::test(16, Metrics::new().sockmap_spills());
         let choice = config.as_ref().map_or(EngineChoice::Auto, |c| c.engine);

@@ -230,13 +230,15 @@ pub enum End {
     Drained,
     /// The target went down, and its connections with it (`on_down = "reset"`).
     TargetDown,
+    /// A reload removed its route.
+    RouteRemoved,
     /// The kernel refused a call; see the log.
     Error,
 }
 
 impl End {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Done,
         Self::Reset(Side::Client),
         Self::Reset(Side::Upstream),
@@ -245,6 +247,7 @@ impl End {
         Self::Idle,
         Self::Drained,
         Self::TargetDown,
+        Self::RouteRemoved,
         Self::Error,
     ];
 
@@ -259,6 +262,7 @@ impl End {
             Self::Idle => "idle",
             Self::Drained => "drained",
             Self::TargetDown => "target_down",
+            Self::RouteRemoved => "route_removed",
             Self::Error => "error",
         }
     }

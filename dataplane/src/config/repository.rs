@@ -1,0 +1,269 @@
+//! `[source]`: the repository that holds the configuration of all entrance nodes, and how this node reaches it.
+
+use std::ops::RangeInclusive;
+use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
+
+use super::reader::{Field, Reader, Section, quoted};
+use super::values::{Refused, parse_bind, refuse};
+use super::{Bind, keys};
+
+const INTERVAL: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(24 * 3600);
+const TIMEOUT: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(3600);
+const MAX_SIZE: RangeInclusive<u64> = 4 << 10..=4 << 30;
+
+/// `[source]`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Repository {
+    /// URL or path, as git takes it.
+    pub git: String,
+    /// Branch or tag; `HEAD`: the one that the repository prefers.
+    pub reference: String,
+    /// The file in the repository.
+    pub path: PathBuf,
+    /// How often to look, give or take a tenth.
+    pub interval: Duration,
+    /// Holds a token for HTTP.
+    pub token_file: Option<PathBuf>,
+    /// Holds the private key for ssh.
+    pub ssh_key_file: Option<PathBuf>,
+    /// Host keys that ssh accepts. `None`: the one that the host shows first, ever after.
+    pub known_hosts_file: Option<PathBuf>,
+    /// How long a fetch may take.
+    pub timeout: Duration,
+    /// Bytes of a fetch, packed and unpacked.
+    pub max_size: u64,
+    /// Where the last good commit is kept.
+    pub state_directory: PathBuf,
+    /// Where pushes are announced.
+    pub webhook: Option<Webhook>,
+}
+
+/// `webhook = { … }`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Webhook {
+    /// Where `POST /hook` is served.
+    pub bind: Bind,
+    /// Holds the secret that the forge signs with.
+    pub secret_file: PathBuf,
+}
+
+/// Reads the table.
+pub(super) fn read(reader: &mut Reader, field: Field<'_>) -> Option<Repository> {
+    let section = reader.section(field, "[source]".into(), keys::SOURCE)?;
+    let Some(git) = section.get("git") else {
+        reader.missing(&section, "git", "\"https://git.example.com/me/entrance.git\"");
+        return None;
+    };
+    let span = git.span();
+    let text = reader.string(git, "a URL or a path", "\"https://git.example.com/me/entrance.git\"")?;
+    let transport = reader.accept(span.clone(), transport(text))?;
+    let git = text.to_owned();
+
+    let reference = section.get("ref").and_then(|field| {
+        let text = reader.string(field, "a branch or a tag", "\"main\"")?;
+        reader.accept(field.span(), reference(text))
+    });
+    let path = section.get("path").and_then(|field| {
+        let text = reader.string(field, "the path of a file in the repository", "\"dataplane.toml\"")?;
+        reader.accept(field.span(), inside(text))
+    });
+    let interval = section.get("interval").and_then(|field| reader.duration(field, &INTERVAL));
+    let timeout = section.get("timeout").and_then(|field| reader.duration(field, &TIMEOUT));
+    let max_size = section.get("max_size").and_then(|field| reader.size(field, &MAX_SIZE));
+    let token_file = absolute(reader, &section, "token_file");
+    let ssh_key_file = absolute(reader, &section, "ssh_key_file");
+    let known_hosts_file = absolute(reader, &section, "known_hosts_file");
+    for (key, wanted, scheme) in [
+        ("token_file", Transport::Http, "http:// and https://"),
+        ("ssh_key_file", Transport::Ssh, "ssh://"),
+        ("known_hosts_file", Transport::Ssh, "ssh://"),
+    ] {
+        if let (Some(field), true) = (section.get(key), transport != wanted) {
+            let message = format!("`{key}` is for {scheme} alone");
+            reader.error(field.span(), message, "remove it, or write `git` as a URL of that kind");
+        }
+    }
+    if transport == Transport::Ssh && section.get("ssh_key_file").is_none() {
+        reader.missing(&section, "ssh_key_file", "\"/etc/dataplane/deploy_key\"");
+    }
+    if let (Some(field), true) = (section.get("token_file"), text.starts_with("http://")) {
+        let message = "the token goes over the network as it is: anybody on the way can read it";
+        reader.warning(field.span(), message, "write `git` as an https:// URL");
+    }
+    let state_directory = absolute(reader, &section, "state_directory");
+    let webhook = section.get("webhook").and_then(|field| webhook(reader, field));
+    Some(Repository {
+        git,
+        reference: reference.unwrap_or_else(|| "HEAD".into()),
+        path: path.unwrap_or_else(|| "dataplane.toml".into()),
+        interval: interval.unwrap_or(Duration::from_secs(60)),
+        token_file,
+        ssh_key_file,
+        known_hosts_file,
+        timeout: timeout.unwrap_or(Duration::from_secs(30)),
+        max_size: max_size.unwrap_or(16 << 20),
+        state_directory: state_directory.unwrap_or_else(|| "/var/lib/dataplane".into()),
+        webhook,
+    })
+}
+
+fn webhook(reader: &mut Reader, field: Field<'_>) -> Option<Webhook> {
+    let section = reader.section(field, "`webhook`".into(), keys::WEBHOOK)?;
+    let secret_file = absolute(reader, &section, "secret_file");
+    if section.get("secret_file").is_none() {
+        reader.missing(&section, "secret_file", "\"/etc/dataplane/webhook_secret\"");
+    }
+    let Some(field) = section.get("bind") else {
+        reader.missing(&section, "bind", "\"127.0.0.1:9080\"");
+        return None;
+    };
+    let text = reader.string(field, "an address", "\"127.0.0.1:9080\"")?;
+    let addr = reader.accept(field.span(), parse_bind(text))?;
+    Some(Webhook { bind: Bind { addr, span: field.span() }, secret_file: secret_file? })
+}
+
+/// A path on this machine.
+fn absolute(reader: &mut Reader, section: &Section<'_>, key: &str) -> Option<PathBuf> {
+    let field = section.get(key)?;
+    let text = reader.string(field, "a path", "\"/etc/dataplane/…\"")?;
+    // ssh reads its options line by line, and `%` and `"` as its own.
+    if !text.starts_with('/') || text.contains(|c: char| c.is_control() || matches!(c, '"' | '\'' | '%' | '\\')) {
+        let message = format!("{} is not an absolute path without quotes, backslashes and `%`", quoted(text));
+        reader.error(field.span(), message, "write a path from the root: \"/etc/dataplane/…\"");
+        return None;
+    }
+    Some(PathBuf::from(text))
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Transport {
+    Http,
+    Ssh,
+    File,
+}
+
+/// What git would do with the text. Forms that run programs or send nothing but clear text are not among them.
+fn transport(text: &str) -> Result<Transport, Refused> {
+    const FORMS: &str = "write \"https://HOST/PATH\", \"ssh://git@HOST/PATH\" or an absolute path";
+    if text.contains(|c: char| c.is_whitespace() || c.is_control()) {
+        return refuse(format!("{} has spaces in it", quoted(text)), FORMS);
+    }
+    let (transport, rest) = match text.split_once("://") {
+        Some(("http" | "https", rest)) => (Transport::Http, rest),
+        Some(("ssh", rest)) => (Transport::Ssh, rest),
+        Some(("file", rest)) => (Transport::File, rest),
+        None if text.starts_with('/') => return Ok(Transport::File),
+        None if scp_like(text) => return Ok(Transport::Ssh),
+        _ => return refuse(format!("{} is not a repository that this reaches", quoted(text)), FORMS),
+    };
+    let user = rest.split('/').next().and_then(|authority| authority.rsplit_once('@')).map(|(user, _)| user);
+    if rest.is_empty() || rest.starts_with('-') || user.is_some_and(|user| user.starts_with('-')) {
+        return refuse(format!("{} names no repository", quoted(text)), FORMS);
+    }
+    if user.is_some_and(|user| transport == Transport::Http || user.contains(':')) {
+        // Not quoted: it would stand in the log.
+        return refuse(
+            "`git` has a name or a password in it",
+            "write the token into a file, and the file as `token_file`",
+        );
+    }
+    Ok(transport)
+}
+
+/// `git@host:path`
+fn scp_like(text: &str) -> bool {
+    let Some((host, path)) = text.split_once(':') else { return false };
+    let name = |part: &str| !part.is_empty() && !part.starts_with('-') && !part.contains('/');
+    host.split_once('@').is_some_and(|(user, host)| name(user) && name(host))
+        && !path.is_empty()
+        && !path.starts_with(':')
+}
+
+/// A name that git takes for a branch or a tag, and for nothing else (git-check-ref-format(1)).
+fn reference(text: &str) -> Result<String, Refused> {
+    let bad = |c: char| c.is_whitespace() || c.is_control() || "~^:?*[\\+@{".contains(c);
+    let parts = || text.split('/');
+    if text.is_empty()
+        || text.starts_with('-')
+        || text.contains(bad)
+        || text.contains("..")
+        || parts().any(|part| {
+            part.is_empty() || part.starts_with('.') || Path::new(part).extension().is_some_and(|end| end == "lock")
+        })
+    {
+        return refuse(format!("{} is not the name of a branch or a tag", quoted(text)), "write its name: \"main\"");
+    }
+    Ok(text.to_owned())
+}
+
+/// A path that stays where it begins.
+fn inside(text: &str) -> Result<PathBuf, Refused> {
+    let path = Path::new(text);
+    if text.is_empty() || text.ends_with('/') || !path.components().all(|c| matches!(c, Component::Normal(_))) {
+        return refuse(
+            format!("{} is not the path of a file in the repository", quoted(text)),
+            "write it from the top of the repository, without a slash in front: \"dataplane.toml\"",
+        );
+    }
+    Ok(path.components().collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_repository_is_reached_by_http_ssh_or_path_and_by_nothing_that_runs_a_program() {
+        for text in [
+            "https://git.example.com/me/entrance.git",
+            "http://127.0.0.1:8080/entrance.git",
+            "ssh://git@git.example.com:2222/me/entrance.git",
+            "git@git.example.com:me/entrance.git",
+            "file:///srv/entrance.git",
+            "/srv/entrance.git",
+        ] {
+            assert!(transport(text).is_ok(), "{text}");
+        }
+        for text in [
+            "",
+            "entrance.git",
+            "-oProxyCommand=x",
+            "ext::sh -c x",
+            "ext::x",
+            "git://git.example.com/x",
+            "ssh://-oProxyCommand=x/y",
+            "ssh://-l@host/y",
+            "-x@host:y",
+            "a@-x:y",
+            "https://",
+            "https://user:secret@git.example.com/x",
+            "https://token@git.example.com/x",
+            "https://git.example.com/a b",
+        ] {
+            assert!(transport(text).is_err(), "{text}");
+        }
+        let refused = transport("https://user:secret@git.example.com/x").err().unwrap();
+        assert!(!refused.message.contains("secret") && refused.remedy.contains("token_file"));
+    }
+
+    #[test]
+    fn a_ref_is_a_name_and_never_an_option_or_a_range() {
+        for text in ["main", "HEAD", "release/v1", "refs/heads/main", "v1.2"] {
+            assert!(reference(text).is_ok(), "{text}");
+        }
+        for text in
+            ["", "-x", "--upload-pack=x", "a..b", "a:b", "+main", "a b", "a^", "a~1", "/a", "a//b", "a@{1}", "x.lock"]
+        {
+            assert!(reference(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_path_stays_in_the_repository() {
+        assert_eq!(inside("entrance/dataplane.toml").unwrap(), Path::new("entrance/dataplane.toml"));
+        for text in ["", "/etc/passwd", "../x", "a/../../x", "./x", "a/"] {
+            assert!(inside(text).is_err(), "{text}");
+        }
+    }
+}

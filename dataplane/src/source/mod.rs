@@ -1,0 +1,162 @@
+//! Where the configuration's text comes from: files of this machine, and the newest commit of a repository that validates.
+//!
+//! It gives [`crate::config`] a set of named files and hands what validates to the control thread, from a thread of its own: neither a slow
+//! repository nor a large file keeps anybody waiting. What a configuration means, and what runs, is not known here.
+
+pub mod follow;
+pub mod git;
+pub mod kept;
+pub mod watch;
+pub mod webhook;
+
+use std::collections::{BTreeMap, HashSet};
+use std::io;
+use std::net::{IpAddr, UdpSocket};
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use crate::config::{self, Config, Diagnostic, Files, LoadError, Repository, Source, TargetHost};
+
+/// A configuration that validates.
+#[derive(Debug)]
+pub struct Loaded {
+    /// What it says.
+    pub config: Config,
+    /// What its owner should know.
+    pub warnings: Vec<Diagnostic>,
+    /// The files of the repository, where it has one.
+    pub snapshot: Option<Snapshot>,
+}
+
+/// The files of a commit that make up the configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Its full id.
+    pub commit: String,
+    /// By path from the top of the repository.
+    pub files: BTreeMap<PathBuf, Vec<u8>>,
+}
+
+impl Files for Snapshot {
+    fn matching(&self, folder: &Path, pattern: &str) -> Result<Vec<PathBuf>, String> {
+        matching(self.files.keys().map(|path| &**path), folder, pattern)
+    }
+
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
+        self.files
+            .get(path)
+            .cloned()
+            .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the commit has no such file"))
+    }
+}
+
+/// Those of the paths of a repository that a pattern, seen from a folder of it, matches.
+fn matching<'p>(paths: impl Iterator<Item = &'p Path>, folder: &Path, pattern: &str) -> Result<Vec<PathBuf>, String> {
+    let mut whole = PathBuf::new();
+    for component in folder.join(pattern).components() {
+        match component {
+            Component::Normal(name) => whole.push(name),
+            Component::CurDir => {}
+            Component::ParentDir if whole.pop() => {}
+            _ => return Err("it leads out of the repository".into()),
+        }
+    }
+    if !config::is_pattern(pattern) {
+        return Ok(vec![whole]);
+    }
+    let glob = glob::Pattern::new(&whole.to_string_lossy()).map_err(|error| error.to_string())?;
+    Ok(paths.filter(|path| glob.matches_path_with(path, config::WILDCARDS)).map(Path::to_path_buf).collect())
+}
+
+/// Loads without a network: the commit that is kept stands for the repository.
+pub fn kept(path: &Path) -> Result<Loaded, LoadError> {
+    let local = config::read(path)?;
+    let Some(repository) = repository(&local)? else { return whole(local, None) };
+    match kept::load(&repository) {
+        Ok(snapshot) => whole(local, Some((&repository, snapshot))),
+        Err(error) => Err(LoadError::Repository { git: repository.git, error }),
+    }
+}
+
+/// Loads the newest commit.
+pub fn newest(path: &Path) -> Result<Loaded, LoadError> {
+    let local = config::read(path)?;
+    let Some(repository) = repository(&local)? else { return whole(local, None) };
+    let unreachable = |error| LoadError::Repository { git: repository.git.clone(), error };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| unreachable(error.to_string()))?;
+    let fetched = runtime.block_on(git::fetch(&repository, None)).map_err(unreachable)?;
+    match fetched {
+        Some((_, snapshot)) => whole(local, Some((&repository, snapshot))),
+        None => unreachable!("nothing was seen before"),
+    }
+}
+
+/// Loads what is kept, so that a start does not wait for a repository; or else the newest commit. The text says why it is the latter.
+pub fn at_start(path: &Path) -> Result<(Loaded, Option<String>), LoadError> {
+    match kept(path) {
+        Ok(loaded) => Ok((loaded, None)),
+        Err(error) => {
+            let has_repository = config::read(path).is_ok_and(|local| repository(&local).is_ok_and(|r| r.is_some()));
+            if has_repository { Ok((newest(path)?, Some(error.to_string()))) } else { Err(error) }
+        }
+    }
+}
+
+fn repository(local: &Source) -> Result<Option<Repository>, LoadError> {
+    config::repository(local).map_err(|diagnostics| {
+        // Everything else that is wrong with the file belongs to it; what is only in the repository does not.
+        LoadError::Report { source: Arc::new(local.clone()), diagnostics }
+    })
+}
+
+/// Puts the files together and checks them.
+fn whole(mut source: Source, fetched: Option<(&Repository, Snapshot)>) -> Result<Loaded, LoadError> {
+    let mut snapshot = None;
+    if let Some((repository, files)) = fetched {
+        config::add_repository(&mut source, &files.commit, &repository.path, &files)?;
+        snapshot = Some(files);
+    }
+    let source = Arc::new(source);
+    let report = |diagnostics| LoadError::Report { source: source.clone(), diagnostics };
+    let (config, mut warnings) = config::parse(source.clone()).map_err(report)?;
+    warnings.extend(config::own_listener_targets(&config, &local_addresses(&config)));
+    if warnings.iter().any(Diagnostic::is_error) {
+        Err(report(warnings))
+    } else {
+        Ok(Loaded { config, warnings, snapshot })
+    }
+}
+
+/// Those of the targets' literal addresses that are this machine's: only these can be bound.
+fn local_addresses(config: &Config) -> Vec<IpAddr> {
+    let targets = config.upstreams.iter().flat_map(|u| &u.targets);
+    let literal: HashSet<IpAddr> = targets
+        .filter_map(|t| match t.host {
+            TargetHost::Ip(ip) => Some(ip),
+            TargetHost::Name(_) => None,
+        })
+        .collect();
+    literal.into_iter().filter(|ip| UdpSocket::bind((*ip, 0)).is_ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_of_a_repository_stay_in_it() {
+        let names = ["a.toml", "routes.d/b.toml", "routes.d/.c.toml", "routes.d/deep/d.toml", "routes.d/e.txt"];
+        let find = |folder: &str, pattern: &str| {
+            let paths = names.iter().map(Path::new);
+            matching(paths, Path::new(folder), pattern)
+                .map(|found| found.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(" "))
+        };
+        assert_eq!(find("", "routes.d/*.toml").unwrap(), "routes.d/b.toml");
+        assert_eq!(find("routes.d", "../*.toml").unwrap(), "a.toml");
+        assert_eq!(find("routes.d", "../a.toml").unwrap(), "a.toml");
+        assert!(find("routes.d", "../../a.toml").is_err());
+        assert!(find("", "/etc/passwd").is_err());
+        assert!(find("", "/etc/*").is_err());
+    }
+}

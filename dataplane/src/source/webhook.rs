@@ -1,0 +1,261 @@
+//! `POST /hook`: a forge says that something was pushed, signed with a shared secret. It only has the repository looked at.
+//!
+//! Anybody may reach the address, so everything that it may cost is bounded: connections, their time, bytes and requests.
+
+use std::convert::Infallible;
+use std::net::TcpListener as StdTcpListener;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use hmac::{Hmac, Mac};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::{Body, Bytes};
+use hyper::header::HeaderMap;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use sha2::Sha256;
+use tokio::net::TcpListener;
+use tokio::sync::{Notify, Semaphore};
+
+/// Bytes of a request. What a forge tells of a push is some KiB; of a push too large for this the next look learns.
+const MOST_BYTES: usize = 1 << 20;
+
+/// Requests that are read at a time; others wait.
+const AT_A_TIME: usize = 8;
+
+/// For a request, from accept to its answer.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Requests in a row, and how long each takes to be forgotten.
+const BURST: u32 = 20;
+const REFILL: Duration = Duration::from_millis(500);
+
+/// Pause when a connection could not be accepted.
+const BREATHER: Duration = Duration::from_millis(200);
+
+/// The headers in which GitHub, Forgejo, Gitea and Gogs send the HMAC-SHA256 of the body, in hex; GitHub's with a prefix, and the others send it too.
+const SIGNATURES: [&str; 4] = ["x-hub-signature-256", "x-forgejo-signature", "x-gitea-signature", "x-gogs-signature"];
+
+/// Serves until the runtime ends; each good request is told to `pushed`.
+pub async fn serve(listener: StdTcpListener, secret_file: PathBuf, pushed: Arc<Notify>) -> std::io::Result<()> {
+    listener.set_nonblocking(true)?;
+    let listener = TcpListener::from_std(listener)?;
+    let places = Arc::new(Semaphore::new(AT_A_TIME));
+    let hook = Arc::new(Hook { secret_file, pushed, rate: Mutex::new(Rate::new(Instant::now())) });
+    loop {
+        let place = places.clone().acquire_owned().await.expect("it is never closed");
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::debug!(%error, "webhook");
+                tokio::time::sleep(BREATHER).await;
+                continue;
+            }
+        };
+        let hook = hook.clone();
+        tokio::spawn(async move {
+            let answer = service_fn(|request| async { Ok::<_, Infallible>(hook.answer(request).await) });
+            let connection = hyper::server::conn::http1::Builder::new()
+                .keep_alive(false)
+                .timer(TokioTimer::new())
+                .serve_connection(TokioIo::new(stream), answer);
+            let _ = tokio::time::timeout(DEADLINE, connection).await;
+            drop(place);
+        });
+    }
+}
+
+struct Hook {
+    secret_file: PathBuf,
+    pushed: Arc<Notify>,
+    rate: Mutex<Rate>,
+}
+
+impl Hook {
+    async fn answer<B>(&self, request: Request<B>) -> Response<Full<Bytes>>
+    where
+        B: Body<Error: Into<Box<dyn std::error::Error + Send + Sync>>>,
+    {
+        let (status, text) = self.judge(request).await;
+        let mut response = Response::new(Full::new(Bytes::from_static(text.as_bytes())));
+        *response.status_mut() = status;
+        response
+    }
+
+    async fn judge<B>(&self, request: Request<B>) -> (StatusCode, &'static str)
+    where
+        B: Body<Error: Into<Box<dyn std::error::Error + Send + Sync>>>,
+    {
+        if request.uri().path() != "/hook" {
+            return (StatusCode::NOT_FOUND, "the path is /hook\n");
+        }
+        if request.method() != Method::POST {
+            return (StatusCode::METHOD_NOT_ALLOWED, "the method is POST\n");
+        }
+        if !self.rate.lock().expect("no panic while held").admits(Instant::now()) {
+            return (StatusCode::TOO_MANY_REQUESTS, "too many requests\n");
+        }
+        let signatures = signatures(request.headers());
+        if signatures.is_empty() {
+            return (StatusCode::UNAUTHORIZED, "no signature: set a secret where the webhook is defined\n");
+        }
+        let body = match Limited::new(request.into_body(), MOST_BYTES).collect().await {
+            Ok(body) => body.to_bytes(),
+            Err(error) if error.is::<http_body_util::LengthLimitError>() => {
+                return (StatusCode::PAYLOAD_TOO_LARGE, "too large\n");
+            }
+            Err(_) => return (StatusCode::BAD_REQUEST, "the request is cut short\n"),
+        };
+        // Read each time: it may be changed without a restart.
+        let secret = match std::fs::read_to_string(&self.secret_file) {
+            Ok(secret) => secret,
+            Err(error) => {
+                tracing::error!(file = %self.secret_file.display(), %error, "the webhook's secret cannot be read");
+                return (StatusCode::INTERNAL_SERVER_ERROR, "the secret cannot be read; see the log\n");
+            }
+        };
+        let secret = secret.trim();
+        // An empty key would be known to everybody.
+        if !secret.is_empty() && signatures.iter().any(|signature| is_signed(secret.as_bytes(), &body, signature)) {
+            tracing::info!("a push was announced");
+            self.pushed.notify_one();
+            return (StatusCode::ACCEPTED, "the repository will be looked at\n");
+        }
+        tracing::warn!("a webhook request with a wrong signature was refused");
+        (StatusCode::UNAUTHORIZED, "the signature is wrong\n")
+    }
+}
+
+/// Those that a request has, as bytes.
+fn signatures(headers: &HeaderMap) -> Vec<Vec<u8>> {
+    let values = SIGNATURES.iter().filter_map(|name| headers.get(*name)?.to_str().ok());
+    values.filter_map(|value| from_hex(value.strip_prefix("sha256=").unwrap_or(value))).collect()
+}
+
+fn from_hex(text: &str) -> Option<Vec<u8>> {
+    // SHA-256 has 32 bytes.
+    let digits = |at: usize| u8::from_str_radix(text.get(at..at + 2)?, 16).ok();
+    (text.len() == 64 && text.is_ascii()).then(|| (0..64).step_by(2).map(digits).collect())?
+}
+
+/// In a time that does not depend on where the signature is wrong.
+fn is_signed(secret: &[u8], body: &[u8], signature: &[u8]) -> bool {
+    let mut mac = Hmac::<Sha256>::new_from_slice(secret).expect("any length is a key");
+    mac.update(body);
+    mac.verify_slice(signature).is_ok()
+}
+
+/// A bucket of [`BURST`] requests that fills by one each [`REFILL`].
+struct Rate {
+    left: u32,
+    since: Instant,
+}
+
+impl Rate {
+    fn new(now: Instant) -> Self {
+        Self { left: BURST, since: now }
+    }
+
+    fn admits(&mut self, now: Instant) -> bool {
+        let refilled = (now.saturating_duration_since(self.since).as_millis() / REFILL.as_millis()) as u32;
+        if refilled > 0 {
+            self.left = self.left.saturating_add(refilled).min(BURST);
+            self.since = now;
+        }
+        let admitted = self.left > 0;
+        self.left = self.left.saturating_sub(1);
+        admitted
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BODY: &[u8] = b"Hello, World!";
+    const SECRET: &str = "It's a Secret to Everybody";
+    /// The example of GitHub's documentation ("Validating webhook deliveries").
+    const SIGNATURE: &str = "757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17";
+
+    fn hook() -> (tempfile::TempDir, Hook) {
+        let folder = tempfile::tempdir().unwrap();
+        let secret_file = folder.path().join("secret");
+        std::fs::write(&secret_file, format!("{SECRET}\n")).unwrap();
+        let hook = Hook { secret_file, pushed: Arc::default(), rate: Mutex::new(Rate::new(Instant::now())) };
+        (folder, hook)
+    }
+
+    async fn post(hook: &Hook, headers: &[(&str, &str)], body: &[u8]) -> u16 {
+        let mut request = Request::post("/hook");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let request = request.body(Full::new(Bytes::copy_from_slice(body))).unwrap();
+        hook.judge(request).await.0.as_u16()
+    }
+
+    #[tokio::test]
+    async fn what_each_forge_sends_is_accepted_and_tells_of_a_push() {
+        let (_folder, hook) = hook();
+        let prefixed = format!("sha256={SIGNATURE}");
+        for (name, value) in [
+            ("X-Hub-Signature-256", &*prefixed),
+            ("X-Forgejo-Signature", SIGNATURE),
+            ("X-Gitea-Signature", SIGNATURE),
+            ("X-Gogs-Signature", SIGNATURE),
+        ] {
+            assert_eq!(post(&hook, &[(name, value)], BODY).await, 202, "{name}");
+            hook.pushed.notified().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_not_signed_with_the_secret_is_refused() {
+        let (folder, hook) = hook();
+        let wrong = SIGNATURE.replace('7', "8");
+        for headers in [
+            &[][..],
+            &[("X-Hub-Signature-256", "")],
+            &[("X-Hub-Signature-256", "sha256=")],
+            &[("X-Hub-Signature-256", &wrong)],
+            &[("X-Hub-Signature-256", &SIGNATURE[..63])],
+            &[("X-Hub-Signature-256", "sha256=é757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e1")],
+            &[("X-Hub-Signature", SIGNATURE)],
+        ] {
+            assert_eq!(post(&hook, headers, BODY).await, 401, "{headers:?}");
+        }
+        assert_eq!(post(&hook, &[("X-Gitea-Signature", SIGNATURE)], b"Hello, World?").await, 401);
+        std::fs::write(folder.path().join("secret"), "\n").unwrap();
+        let mut empty = Hmac::<Sha256>::new_from_slice(b"").unwrap();
+        empty.update(BODY);
+        let by_empty: String = empty.finalize().into_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(post(&hook, &[("X-Gitea-Signature", &by_empty)], BODY).await, 401, "an empty secret is none");
+        std::fs::remove_file(folder.path().join("secret")).unwrap();
+        assert_eq!(post(&hook, &[("X-Gitea-Signature", SIGNATURE)], BODY).await, 500);
+        let unheard = tokio::time::timeout(Duration::from_millis(10), hook.pushed.notified()).await;
+        assert!(unheard.is_err(), "none of them told of a push");
+    }
+
+    #[tokio::test]
+    async fn other_paths_other_methods_and_large_bodies_are_refused() {
+        let (_folder, hook) = hook();
+        let large = vec![0; MOST_BYTES + 1];
+        assert_eq!(post(&hook, &[("X-Gitea-Signature", SIGNATURE)], &large).await, 413);
+        let ask = |request: Request<()>| request.map(|()| Full::new(Bytes::new()));
+        let get = Request::get("/hook").body(()).unwrap();
+        assert_eq!(hook.judge(ask(get)).await.0, StatusCode::METHOD_NOT_ALLOWED);
+        let elsewhere = Request::post("/").body(()).unwrap();
+        assert_eq!(hook.judge(ask(elsewhere)).await.0, StatusCode::NOT_FOUND);
+    }
+
+    #[test]
+    fn a_flood_is_refused_and_forgotten() {
+        let start = Instant::now();
+        let mut rate = Rate::new(start);
+        assert_eq!((0..1000).filter(|_| rate.admits(start)).count(), BURST as usize);
+        assert_eq!((0..10).filter(|_| rate.admits(start + REFILL)).count(), 1);
+        assert_eq!((0..1000).filter(|_| rate.admits(start + REFILL * 1000)).count(), BURST as usize);
+    }
+}
