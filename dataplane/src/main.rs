@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
-use dataplane::config::{self, Config, HostPattern};
+use dataplane::config::{self, Config, HostPattern, Mode};
 use dataplane::route::{By, Table};
 use dataplane::{control, daemon, doctor, logging};
 use hyper::Method;
@@ -182,16 +182,19 @@ fn explain(config: &Config, host: &str, listener: Option<&str>, alpn: &[String])
     let table = Table::new(config);
     let mut text = String::new();
     let mut routed = false;
-    let tls = config.listeners.iter().enumerate().filter(|(_, l)| l.mode == config::Mode::Tls);
-    let asked: Vec<_> = tls.filter(|(_, l)| listener.is_none_or(|wanted| *l.name == *wanted)).collect();
+    let by_name = config.listeners.iter().enumerate().filter(|(_, l)| l.mode.has_routes());
+    let asked: Vec<_> = by_name.filter(|(_, l)| listener.is_none_or(|wanted| *l.name == *wanted)).collect();
     if asked.is_empty() {
         let wanted = listener.unwrap_or_default();
         let known: Vec<_> = config.listeners.iter().map(|l| &*l.name).collect();
-        bail!("no listener of mode `tls` is called `{wanted}`; there are: {}", known.join(", "));
+        bail!("no listener of mode `tls` or `http` is called `{wanted}`; there are: {}", known.join(", "));
     }
     for (index, listener) in asked {
-        let offered = alpn.iter().map(String::as_bytes);
-        text += &match table.find(index, Some(&name), offered) {
+        let found = match listener.mode {
+            Mode::Http { .. } => table.find_plain(index, Some(&name)),
+            _ => table.find(index, Some(&name), alpn.iter().map(String::as_bytes)),
+        };
+        text += &match found {
             Ok(found) => {
                 routed = true;
                 let route = &config.routes[found.route];
@@ -204,8 +207,14 @@ fn explain(config: &Config, host: &str, listener: Option<&str>, alpn: &[String])
                     }
                     By::Any => "`*` matches, nothing else does".to_owned(),
                 };
+                let what = match listener.mode {
+                    Mode::Http { acme_port } => {
+                        format!("308 to https://{name}/, ACME challenges to port {acme_port} of upstream")
+                    }
+                    _ => "upstream".to_owned(),
+                };
                 format!(
-                    "{name} on {}: upstream `{}` ({}) by route `{}`: {by}\n",
+                    "{name} on {}: {what} `{}` ({}) by route `{}`: {by}\n",
                     listener.name,
                     upstream.name,
                     targets.join(", "),

@@ -1,10 +1,14 @@
-//! Options of the sockets of both legs, set before they connect or, on a listener, inherited by what it accepts.
+//! Options of the sockets of both legs, set before they connect or, on a listener, inherited by what it accepts; and how a socket is left.
 
 use std::io;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
 use socket2::{SockRef, TcpKeepalive};
+use tokio::net::TcpStream;
+
+/// More than a client sends that has its answer already.
+const DISCARDED: usize = 256 * 1024;
 
 /// Options of both legs.
 pub fn prepare(socket: impl AsFd) -> io::Result<()> {
@@ -33,4 +37,21 @@ pub fn keep_alive(socket: impl AsFd, dead_peer: Duration) -> io::Result<()> {
 /// From now on closing means FIN: for a connection whose end is proven, or of which nothing was forwarded.
 pub fn close_with_fin(socket: impl AsFd) {
     let _ = SockRef::from(&socket).set_linger(None);
+}
+
+/// Reads and throws away until the peer's FIN, or until it is too much: bytes that nobody has read turn a FIN of ours into a RST, which can overtake what was
+/// sent before it.
+pub async fn discard(stream: &TcpStream) -> io::Result<()> {
+    let mut left = DISCARDED;
+    while left > 0 {
+        stream.readable().await?;
+        let mut buffer = [0; 4096];
+        match stream.try_read(&mut buffer) {
+            Ok(0) => break,
+            Ok(n) => left = left.saturating_sub(n),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
 }

@@ -141,6 +141,8 @@ pub struct TargetStatus {
 pub struct Dial<'a> {
     /// The client, for its family and for `balance = "hash"`.
     pub client: SocketAddr,
+    /// Another port of the targets than their own. How that one does says nothing of the target: it is not put aside for it, nor taken back.
+    pub port: Option<u16>,
     /// Where we listen: a target that turns out to be ourselves would make a loop.
     pub own: &'a [SocketAddr],
     /// Counts failures.
@@ -194,21 +196,25 @@ impl Pool {
             let index = choose(self.config.balance, turn, &candidates).ok_or(Reason::NoUpstream)?;
             let target = &self.targets[index];
             let lease = Lease::new(target);
-            target.claim_trial(self.config.connect_timeout);
+            if dial.port.is_none() {
+                target.claim_trial(self.config.connect_timeout);
+            }
             let started = Instant::now();
             let deadline = started + self.config.connect_timeout;
             match target.connect(dial, deadline).await {
                 Ok(stream) => {
                     self.connect_duration.observe(started.elapsed().as_secs_f64());
-                    target.succeeded();
+                    if dial.port.is_none() {
+                        target.succeeded();
+                    }
                     return Ok(Dialled { stream, lease });
                 }
                 Err(failure) => {
                     dial.metrics.connect_failed(&self.config.name, &target.address.text, failure.reason);
                     match failure.blame {
-                        Blame::Target => target.failed(&failure, started),
+                        Blame::Target if dial.port.is_none() => target.failed(&failure, started),
                         Blame::OurDescriptors => return Err(Reason::TotalLimit),
-                        Blame::OurPorts => {}
+                        Blame::Target | Blame::OurPorts => {}
                     }
                     tried.push(index);
                 }
@@ -361,10 +367,11 @@ impl Target {
         let resolved = timeout_at(deadline.into(), self.addresses(dial.client.is_ipv6())).await;
         let addresses = resolved.map_err(|_| Failure::new("resolve", "no answer within connect_timeout"))??;
         let mut last = Failure::new("resolve", "the name has no address");
-        for (i, address) in addresses.iter().enumerate() {
+        for (i, mut address) in addresses.iter().copied().enumerate() {
+            address.set_port(dial.port.unwrap_or(address.port()));
             let left = deadline.saturating_duration_since(Instant::now());
             let share = left / (addresses.len() - i) as u32;
-            match timeout(share, connect(*address)).await.map_err(no_answer) {
+            match timeout(share, connect(address)).await.map_err(no_answer) {
                 Ok(Ok(stream)) if is_own(&stream, dial.own) => {
                     return Err(Failure::new("own_listener", format!("{address} is a listener of this daemon")));
                 }
