@@ -10,7 +10,9 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+pub mod acme;
 pub mod daemon;
+pub mod golang;
 pub mod netns;
 pub mod peers;
 pub mod rig;

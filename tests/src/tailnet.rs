@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use crate::golang::go;
 use crate::netns::{Host, Net, Process};
 use crate::{peers, target_dir, within};
 
@@ -147,11 +148,11 @@ impl Programs {
         if !(programs.tailscaled.exists() && programs.tailscale.exists()) {
             eprintln!("==> go install tailscale {version} into {} (some minutes)", home.display());
             let packages = ["tailscaled", "tailscale"].map(|name| format!("tailscale.com/cmd/{name}@{version}"));
-            go(Command::new("go").env("GOBIN", &home).arg("install").args(packages))?;
+            go(|command| command.env("GOBIN", &home).arg("install").args(packages))?;
         }
         // Go knows itself whether anything has to be built.
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tailnet");
-        go(Command::new("go").current_dir(source).arg("build").arg("-o").arg(&programs.control).arg("."))?;
+        go(|command| command.current_dir(source).arg("build").arg("-o").arg(&programs.control).arg("."))?;
         Ok(programs)
     }
 }
@@ -160,11 +161,6 @@ impl Programs {
 fn version() -> &'static str {
     let version = MODULE.lines().find_map(|line| line.strip_prefix("require tailscale.com "));
     version.expect("go.mod requires the tailscale module")
-}
-
-fn go(command: &mut Command) -> Result<(), String> {
-    let out = command.output().map_err(|e| format!("Go 1.26 or later builds the tailnet (https://go.dev/dl): {e}"))?;
-    if out.status.success() { Ok(()) } else { Err(format!("{command:?}: {}", String::from_utf8_lossy(&out.stderr))) }
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use crate::{ebpf, matrix, packages};
 pub const PROGRAMS: &[(&str, &str)] = &[
     ("curl", "curl"),
     ("ip", "iproute2"),
+    ("iptables", "iptables"),
     ("openssl", "openssl"),
     ("pip3", "python3-pip"),
     ("python3", "python3"),
