@@ -20,6 +20,7 @@ pub mod reject;
 
 pub mod config;
 pub mod generation;
+pub mod import;
 pub mod shared;
 
 pub mod daemon;

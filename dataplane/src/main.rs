@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 use dataplane::config::{self, Config, HostPattern, Mode};
 use dataplane::route::{By, Table};
-use dataplane::{control, daemon, doctor, logging};
+use dataplane::{control, daemon, doctor, import, logging};
 use hyper::Method;
 use serde_json::Value;
 
@@ -35,6 +35,14 @@ enum Command {
     Check,
     /// Print a commented starter configuration.
     Init,
+    /// Write another program's configuration as one of ours, to stdout; on stderr, what could not be carried over.
+    Import {
+        /// Whose configuration it is.
+        #[arg(value_enum)]
+        from: Foreign,
+        /// Its main file; includes are followed.
+        file: PathBuf,
+    },
     /// Say what this machine can do, and why an engine is refused.
     Doctor {
         #[arg(long)]
@@ -75,6 +83,13 @@ enum Command {
     },
 }
 
+/// Whose configurations can be read.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Foreign {
+    /// The stream blocks of an nginx.conf.
+    Nginx,
+}
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match run(&arguments) {
@@ -107,6 +122,13 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             write!(out, "{}", config::routing_table(&config))?;
         }
         Command::Init => write!(out, "{}", config::STARTER)?,
+        Command::Import { from: Foreign::Nginx, file } => {
+            let imported = import::nginx(file)?;
+            for note in &imported.notes {
+                let _ = writeln!(std::io::stderr(), "{note}");
+            }
+            write!(out, "{}", imported.toml)?;
+        }
         Command::Doctor { json } => {
             let findings = doctor::Findings::gather(path);
             if *json {
