@@ -255,9 +255,10 @@ fn everything_else_for_a_listed_host_is_sent_to_https() {
     redirected(&rig, upload, &format!("https://{HOST}/up"));
     rig.daemon.wait_metric("dataplane_http_redirects_total", &[("listener", "web")], 9.0);
     assert!(accept_within(&acme, Duration::ZERO).is_none());
-    let log = rig.daemon.access_log();
-    let lines = log.iter().filter(|line| line.contains("\"redirected\"") && line.contains("\"listener\":\"web\""));
-    assert_eq!(lines.count(), 9, "{log:?}");
+    let redirected = |line: &&String| line.contains("\"redirected\"") && line.contains("\"listener\":\"web\"");
+    eventually(PATIENCE, "a line in the log for each of them", || {
+        (rig.daemon.access_log().iter().filter(redirected).count() == 9).then_some(())
+    });
 }
 
 #[test]

@@ -181,8 +181,9 @@ fn traefik_gets_a_certificate_through_port_80_and_serves_public_hosts_alone_with
     assert_eq!(page, format!("blog for {}", CLIENT[0]));
     let done = [("route", HOST), ("reason", "done")];
     assert!(k3s.daemon.metric("dataplane_connections_closed_total", &done) >= 1.0);
-    let challenges = k3s.daemon.access_log().into_iter().filter(|line| line.contains("\"listener\":\"web\"")).count();
-    assert!(challenges >= 1, "{:?}", k3s.daemon.access_log());
+    eventually(PATIENCE, "the challenge is in the access log", || {
+        k3s.daemon.access_log().iter().any(|line| line.contains("\"listener\":\"web\"")).then_some(())
+    });
     eventually(PATIENCE, "Traefik logs the client's address", || {
         let requests = k3s.requests();
         let page =
