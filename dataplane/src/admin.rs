@@ -188,7 +188,8 @@ fn status(shared: &Shared) -> Value {
         },
         "listeners": config.listeners.iter().map(|l| json!({
             "name": l.name,
-            "mode": match l.mode { Mode::Tls => "tls", Mode::Tcp { .. } => "tcp" },
+            "mode": l.mode.as_str(),
+            "acme_port": match l.mode { Mode::Http { acme_port } => Some(acme_port), _ => None },
             "bind": l.bind.iter().map(|b| b.addr.to_string()).collect::<Vec<_>>(),
         })).collect::<Vec<_>>(),
         "routes": config.routes.iter().map(|r| json!({

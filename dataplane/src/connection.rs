@@ -1,4 +1,4 @@
-//! The life of one connection: hello, route, upstream, PROXY header, engine.
+//! The life of one connection: hello (or HTTP request), route, upstream, PROXY header, engine.
 //!
 //! The steps are in the modules of those names; here they follow each other, and every way out that is not forwarding is a [`Reason`].
 //! Up to the last step no byte reaches an upstream, and all of it happens before `hello_timeout` and `connect_timeout`.
@@ -17,9 +17,10 @@ use tokio::time::timeout_at;
 
 use crate::admission::{ClientPlace, Place};
 use crate::config::{Listener, Mode, SendProxy};
-use crate::engine::{self, Effective, End, First, Pair, Side, Timeouts, Traffic};
+use crate::engine::{self, Effective, End, First, Kind, Pair, Side, Timeouts, Traffic, answer};
 use crate::generation::{Destination, Generation, Listed};
 use crate::hello::{Input, Machine, Progress, ServerName};
+use crate::http;
 use crate::proxy_protocol::{self, Decoded, Header};
 use crate::registry::{Entry, Record, Removal, unix_seconds};
 use crate::reject::Reason;
@@ -49,14 +50,22 @@ pub async fn serve(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
     // In a box of its own: what is needed only to get here is freed before the connection's long life begins.
     let established = Box::pin(establish(shared, generation, accepted)).await;
     let Some(Established { engine, pair, timeouts, entry, places, mut lease }) = established else { return };
+    let traffic = &entry.record.traffic;
+    let forward = async {
+        match &engine {
+            Some(engine) => engine::forward(engine, pair, timeouts, traffic).await,
+            None => Box::pin(answer::run(pair, timeouts, traffic)).await,
+        }
+    };
     let end = tokio::select! {
         biased;
-        end = engine::forward(&engine, pair, timeouts, &entry.record.traffic) => end,
+        end = forward => end,
         // Both sockets are dropped with the engine's work, and so reset.
         () = lease.lost() => End::TargetDown,
         () = entry.record.removal.due() => End::RouteRemoved,
     };
-    if end == End::Reset(Side::Upstream) && entry.record.traffic.look().to_client == [0, 0] {
+    // What the port for challenges does says nothing of the target.
+    if engine.is_some() && end == End::Reset(Side::Upstream) && traffic.look().to_client == [0, 0] {
         lease.reset_early();
     }
     drop((places, lease));
@@ -64,7 +73,8 @@ pub async fn serve(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
 }
 
 struct Established {
-    engine: Arc<Effective>,
+    /// `None`: one request, one answer.
+    engine: Option<Arc<Effective>>,
     pair: Pair,
     timeouts: Timeouts,
     entry: Entry,
@@ -84,6 +94,15 @@ struct Client {
     alpn: Vec<Box<[u8]>>,
     /// Bytes read and not yet passed on.
     read: Vec<u8>,
+}
+
+/// What a connection is for.
+enum Purpose {
+    Forward(Destination, Listed),
+    /// A request and its answer, at this port of the destination.
+    Challenge(Destination, Listed, u16),
+    /// A request that this answers.
+    Redirect(Vec<u8>),
 }
 
 async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: Accepted) -> Option<Established> {
@@ -114,25 +133,40 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
             let entered = shared.admission.enter_client(address, limits.max_connections_per_client);
             client_place = Some(entered.ok_or(Reason::ClientLimit)?);
         }
-        let (destination, listed) = if let Some(destination) = generation.by_tcp_listener(index) {
-            (destination, Listed::ByListener)
-        } else {
-            let (route, pattern) = hello_route(&stream, &mut client, &generation, index, start.1, &shared).await?;
-            (generation.by_route(route), Listed::ByRoute(pattern))
+        let purpose = match listener.mode {
+            Mode::Tcp { .. } => Purpose::Forward(generation.by_tcp_listener(index), Listed::ByListener),
+            Mode::Tls => {
+                let (route, pattern) = hello_route(&stream, &mut client, &generation, index, start.1, &shared).await?;
+                Purpose::Forward(generation.by_route(route), Listed::ByRoute(pattern))
+            }
+            Mode::Http { acme_port } => http_request(&stream, &mut client, &generation, index, acme_port).await?,
         };
-        Ok((destination, listed, client_place))
+        Ok((purpose, client_place))
     };
     let deadline = (start.1 + limits.hello_timeout).into();
     let routed = timeout_at(deadline, preread).await.unwrap_or(Err(Reason::Timeout));
-    let (Destination { route, pool, metrics }, listed, client_place) = match routed {
+    let (purpose, client_place) = match routed {
         Ok(routed) => routed,
         Err(reason) => {
             reject(&generation, index, &stream, client.address, client.server_name.as_deref(), reason, start);
             return None;
         }
     };
+    let (Destination { route, pool, metrics }, listed, port) = match purpose {
+        Purpose::Forward(destination, listed) => (destination, listed, None),
+        Purpose::Challenge(destination, listed, port) => (destination, listed, Some(port)),
+        Purpose::Redirect(answer) => {
+            generation.listener_metrics[index].redirected.inc();
+            log_redirect(listener, &client, start);
+            // Whether the client takes its answer is its own affair; it has as long as it had for its request.
+            let _ = timeout_at(deadline, redirect(&stream, &answer)).await;
+            return None;
+        }
+    };
 
-    let dial = Dial { client: client.address, own: generation.own.clone() };
+    let first = first_bytes(&shared, pool.config.send_proxy, &client);
+    let dial =
+        Dial { client: client.address, own: generation.own.clone(), port, speaks_first: !first.bytes.is_empty() };
     let dialled = tokio::select! {
         biased;
         dialled = pool.dial(dial) => dialled,
@@ -147,7 +181,6 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
         }
     };
 
-    let first = first_bytes(&shared, pool.config.send_proxy, &client);
     let record = Record {
         start: start.0,
         accepted: start.1,
@@ -159,7 +192,10 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
         upstream: pool.config.name.clone(),
         target: dialled.lease.target().clone(),
         listed,
-        traffic: Arc::new(Traffic::new(&generation.engine)),
+        traffic: Arc::new(match port {
+            None => Traffic::new(&generation.engine),
+            Some(_) => Traffic::by(Kind::Copy),
+        }),
         removal: Removal::default(),
     };
     let entry = shared.registry.enter(record, metrics);
@@ -169,7 +205,7 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
         entry.record.judge(&in_force);
     }
     Some(Established {
-        engine: generation.engine.clone(),
+        engine: port.is_none().then(|| generation.engine.clone()),
         pair: Pair { client: stream, upstream: dialled.stream, first },
         timeouts: Timeouts { idle: limits.idle_timeout, dead_peer: limits.dead_peer_timeout },
         entry,
@@ -231,6 +267,51 @@ async fn hello_route(
     };
     client.read = machine.into_bytes();
     Ok(route)
+}
+
+/// Reads one request head and decides what it gets. What is to be sent for it is in `client.read`: nothing of what the client says goes further as it is.
+async fn http_request(
+    stream: &TcpStream,
+    client: &mut Client,
+    generation: &Generation,
+    listener: usize,
+    acme_port: u16,
+) -> Result<Purpose, Reason> {
+    let mut machine = http::Machine::new(generation.config.limits.hello_max_bytes);
+    machine.input(http::Input::Bytes(&std::mem::take(&mut client.read)));
+    let request = loop {
+        match machine.progress() {
+            http::Progress::NeedMore => {}
+            http::Progress::Reject(reason) => return Err(reason),
+            http::Progress::Request(request) => break request,
+        }
+        let read = read_some(stream, &mut machine.buffer_mut()).await;
+        machine.input(if matches!(read, Ok(n) if n > 0) { http::Input::Bytes(&[]) } else { http::Input::Closed });
+    };
+    client.server_name = request.host;
+    let found = generation.table.find_plain(listener, request.host.as_deref())?;
+    let listed = Listed::ByRoute(found.by.into());
+    if let Some(challenge) = request.challenge() {
+        client.read = challenge.to_vec();
+        return Ok(Purpose::Challenge(generation.by_route(found.route), listed, acme_port));
+    }
+    let host = request.host.ok_or(Reason::UnknownHost)?;
+    Ok(Purpose::Redirect(request.redirect(&host)))
+}
+
+/// Answers, and leaves the client the time to read it.
+async fn redirect(stream: &TcpStream, mut answer: &[u8]) -> io::Result<()> {
+    while !answer.is_empty() {
+        stream.writable().await?;
+        match stream.try_write(answer) {
+            Ok(n) => answer = &answer[n..],
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(e),
+        }
+    }
+    socket::close_with_fin(stream);
+    rustix::net::shutdown(stream, rustix::net::Shutdown::Write)?;
+    socket::discard(stream).await
 }
 
 /// Waits for bytes and reads them into the buffer; 0 is the end of the stream.
@@ -337,4 +418,16 @@ fn log_rejection(
     }
     // Health checkers connect and go, all day long.
     if reason == Reason::ClosedEarly { log!(tracing::Level::DEBUG) } else { log!(tracing::Level::INFO) }
+}
+
+fn log_redirect(listener: &Listener, client: &Client, start: (SystemTime, Instant)) {
+    tracing::info!(
+        target: "access",
+        start = unix_seconds(start.0),
+        duration = start.1.elapsed().as_secs_f64(),
+        client = %client.address,
+        listener = &*listener.name,
+        server_name = client.server_name.as_deref().unwrap_or_default(),
+        reason = "redirected",
+    );
 }

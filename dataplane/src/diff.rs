@@ -124,6 +124,9 @@ fn binds(listener: &Listener) -> String {
 fn mode(config: &Config, listener: &Listener) -> String {
     match listener.mode {
         Mode::Tls => "routes by server name".into(),
+        Mode::Http { acme_port } => {
+            format!("sends clients to https, and passes ACME challenges on to port {acme_port}")
+        }
         Mode::Tcp { upstream } => format!("forwards everything to `{}`", config.upstreams[upstream].name),
     }
 }

@@ -113,13 +113,11 @@ impl Generation {
     }
 
     /// The destination of a listener of mode `tcp`.
-    pub fn by_tcp_listener(&self, listener: usize) -> Option<Destination> {
+    pub fn by_tcp_listener(&self, listener: usize) -> Destination {
         let config = &self.config.listeners[listener];
-        let Mode::Tcp { upstream } = config.mode else { return None };
-        Some(Destination {
-            route: config.name.clone(),
-            pool: self.pools[upstream].clone(),
-            metrics: self.tcp_metrics[listener].clone()?,
-        })
+        let (Mode::Tcp { upstream }, Some(metrics)) = (config.mode, &self.tcp_metrics[listener]) else {
+            unreachable!("asked for a listener of mode tcp")
+        };
+        Destination { route: config.name.clone(), pool: self.pools[upstream].clone(), metrics: metrics.clone() }
     }
 }

@@ -1,5 +1,5 @@
 //! The forwarding dataplane of an entrance node. Modules in the order in which a connection meets them:
-//! [`listen`], [`connection`] ([`hello`], [`route`], [`upstream`], [`proxy_protocol`]), [`engine`]; beside it what they are driven by.
+//! [`listen`], [`connection`] ([`hello`] or [`http`], [`route`], [`upstream`], [`proxy_protocol`]), [`engine`]; beside it what they are driven by.
 //! ARCHITECTURE.md is the map.
 
 pub mod listen;
@@ -7,6 +7,7 @@ pub mod listen;
 pub mod connection;
 
 pub mod hello;
+pub mod http;
 pub mod proxy_protocol;
 pub mod route;
 pub mod upstream;
@@ -22,6 +23,7 @@ pub mod reject;
 pub mod config;
 pub mod diff;
 pub mod generation;
+pub mod import;
 pub mod shared;
 pub mod source;
 

@@ -7,11 +7,11 @@ use std::time::SystemTime;
 
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
-use dataplane::config::{self, Config, HostPattern, LoadError};
+use dataplane::config::{self, Config, HostPattern, LoadError, Mode};
 use dataplane::registry::unix_seconds;
 use dataplane::route::{By, Table};
 use dataplane::source::{self, Loaded};
-use dataplane::{control, daemon, doctor, logging};
+use dataplane::{control, daemon, doctor, import, logging};
 use hyper::Method;
 use serde_json::{Value, json};
 
@@ -49,6 +49,14 @@ enum Command {
     },
     /// Print a commented starter configuration.
     Init,
+    /// Write another program's configuration as one of ours, to stdout; on stderr, what could not be carried over.
+    Import {
+        /// Whose configuration it is.
+        #[arg(value_enum)]
+        from: Foreign,
+        /// Its main file; includes are followed.
+        file: PathBuf,
+    },
     /// Say what this machine can do, and why an engine is refused.
     Doctor {
         #[arg(long)]
@@ -98,6 +106,13 @@ enum Format {
     Json,
 }
 
+/// Whose configurations can be read.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Foreign {
+    /// The stream blocks of an nginx.conf.
+    Nginx,
+}
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match run(&arguments) {
@@ -140,6 +155,13 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             write!(out, "{}", if text.is_empty() { "nothing changes\n" } else { &text })?;
         }
         Command::Init => write!(out, "{}", config::STARTER)?,
+        Command::Import { from: Foreign::Nginx, file } => {
+            let imported = import::nginx(file)?;
+            for note in &imported.notes {
+                let _ = writeln!(std::io::stderr(), "{note}");
+            }
+            write!(out, "{}", imported.toml)?;
+        }
         Command::Doctor { json, upstreams: true } => {
             let answers = doctor::upstreams::ask(&shown_warnings(source::kept(path)?))?;
             if *json {
@@ -242,16 +264,19 @@ fn explain(config: &Config, host: &str, listener: Option<&str>, alpn: &[String])
     let table = Table::new(config);
     let mut text = String::new();
     let mut routed = false;
-    let tls = config.listeners.iter().enumerate().filter(|(_, l)| l.mode == config::Mode::Tls);
-    let asked: Vec<_> = tls.filter(|(_, l)| listener.is_none_or(|wanted| *l.name == *wanted)).collect();
+    let by_name = config.listeners.iter().enumerate().filter(|(_, l)| l.mode.has_routes());
+    let asked: Vec<_> = by_name.filter(|(_, l)| listener.is_none_or(|wanted| *l.name == *wanted)).collect();
     if asked.is_empty() {
         let wanted = listener.unwrap_or_default();
         let known: Vec<_> = config.listeners.iter().map(|l| &*l.name).collect();
-        bail!("no listener of mode `tls` is called `{wanted}`; there are: {}", known.join(", "));
+        bail!("no listener of mode `tls` or `http` is called `{wanted}`; there are: {}", known.join(", "));
     }
     for (index, listener) in asked {
-        let offered = alpn.iter().map(String::as_bytes);
-        text += &match table.find(index, Some(&name), offered) {
+        let found = match listener.mode {
+            Mode::Http { .. } => table.find_plain(index, Some(&name)),
+            _ => table.find(index, Some(&name), alpn.iter().map(String::as_bytes)),
+        };
+        text += &match found {
             Ok(found) => {
                 routed = true;
                 let route = &config.routes[found.route];
@@ -264,8 +289,14 @@ fn explain(config: &Config, host: &str, listener: Option<&str>, alpn: &[String])
                     }
                     By::Any => "`*` matches, nothing else does".to_owned(),
                 };
+                let what = match listener.mode {
+                    Mode::Http { acme_port } => {
+                        format!("308 to https://{name}/, ACME challenges to port {acme_port} of upstream")
+                    }
+                    _ => "upstream".to_owned(),
+                };
                 format!(
-                    "{name} on {}: upstream `{}` ({}) by route `{}`: {by}\n",
+                    "{name} on {}: {what} `{}` ({}) by route `{}`: {by}\n",
                     listener.name,
                     upstream.name,
                     targets.join(", "),

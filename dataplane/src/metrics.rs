@@ -27,6 +27,7 @@ pub struct Metrics {
     pub repository_reached: Gauge,
     accepted: IntCounterVec,
     rejected: IntCounterVec,
+    redirected: IntCounterVec,
     active: IntGaugeVec,
     closed: IntCounterVec,
     bytes: IntCounterVec,
@@ -55,6 +56,8 @@ pub struct Metrics {
 pub struct ListenerMetrics {
     /// Connections accepted.
     pub accepted: IntCounter,
+    /// Requests answered with a redirection to https.
+    pub redirected: IntCounter,
     rejected: Vec<IntCounter>,
 }
 
@@ -133,6 +136,10 @@ impl Metrics {
             opts("connections_rejected_total", "Connections closed without a byte sent upstream."),
             &["listener", "reason"]
         ));
+        let redirected = register!(IntCounterVec::new(
+            opts("http_redirects_total", "Requests answered with a redirection to https."),
+            &["listener"]
+        ));
         let active = register!(IntGaugeVec::new(
             opts("connections_active", "Connections being forwarded."),
             &["route", "engine"]
@@ -195,6 +202,7 @@ impl Metrics {
             repository_reached,
             accepted,
             rejected,
+            redirected,
             active,
             closed,
             bytes,
@@ -243,6 +251,7 @@ impl Metrics {
         let entry = listeners.entry(name.clone()).or_insert_with(|| {
             Arc::new(ListenerMetrics {
                 accepted: self.accepted.with_label_values(&[&**name]),
+                redirected: self.redirected.with_label_values(&[&**name]),
                 rejected: Reason::ALL
                     .iter()
                     .map(|reason| self.rejected.with_label_values(&[&**name, reason.as_str()]))

@@ -1,4 +1,4 @@
-//! Which route a hello takes: host name, then ALPN, on the listener it came in by.
+//! Which route a hello takes: host name, then ALPN, on the listener it came in by. An HTTP request is routed by its host name alone.
 //!
 //! A pure table, built once a configuration. Lookup costs a hash per label of the name, whatever the number of routes.
 //! The most specific host pattern that lists the name decides alone: when its routes do not fit the listener or the ALPN, the
@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 
-use crate::config::{Config, HostPattern, Mode};
+use crate::config::{Config, HostPattern};
 use crate::reject::Reason;
 
 /// The routing table of one configuration.
@@ -78,7 +78,7 @@ impl Table {
                 .listeners
                 .iter()
                 .enumerate()
-                .map(|(i, l)| l.mode == Mode::Tls && (route.listeners.is_empty() || route.listeners.contains(&i)))
+                .map(|(i, l)| l.mode.has_routes() && (route.listeners.is_empty() || route.listeners.contains(&i)))
                 .collect();
             let alpn = route.alpn.iter().map(|p| p.as_bytes().into()).collect();
             let candidate = Candidate { route: index, listeners, alpn };
@@ -128,6 +128,17 @@ impl Table {
             Pattern::Any => Some(&self.any[..]),
         };
         candidates.unwrap_or_default().iter().any(|c| c.listeners.get(listener) == Some(&true))
+    }
+
+    /// Finds the route of `name` for a request in clear text, where no protocols are offered: that without `alpn`, else the first.
+    ///
+    /// # Errors
+    /// `UnknownHost`.
+    pub fn find_plain<'a>(&self, listener: usize, name: Option<&'a str>) -> Result<Match<'a>, Reason> {
+        let (candidates, by) = name.and_then(|name| self.candidates(name)).ok_or(Reason::UnknownHost)?;
+        let here = candidates.iter().filter(|c| c.listeners.get(listener) == Some(&true));
+        let route = here.min_by_key(|c| (!c.alpn.is_empty(), c.route)).ok_or(Reason::UnknownHost)?.route;
+        Ok(Match { route, by })
     }
 
     fn candidates<'a>(&self, name: &'a str) -> Option<(&[Candidate], By<'a>)> {
@@ -243,6 +254,44 @@ mod tests {
         assert_eq!(find(&config, 0, "x.example.com", &[]), Ok(2));
         assert_eq!(find(&config, 0, "strict.example.com", &["http/1.1"]), Err(Reason::AlpnMismatch));
         assert_eq!(find(&config, 0, "strict.example.com", &[]), Err(Reason::AlpnMismatch));
+    }
+
+    #[test]
+    fn in_clear_text_the_route_without_alpn_is_found_or_the_first() {
+        let config = config(
+            r#"
+            [[routes]]
+            hosts = ["x.example.com", "h2.example.com"]
+            alpn = ["h2"]
+            upstream = "b"
+            [[routes]]
+            hosts = ["x.example.com"]
+            upstream = "a"
+            [[routes]]
+            hosts = ["h2.example.com"]
+            alpn = ["http/1.1"]
+            upstream = "a"
+            [[routes]]
+            hosts = ["elsewhere.example.com"]
+            listeners = ["private"]
+            upstream = "a"
+            [[routes]]
+            hosts = ["*.example.com"]
+            upstream = "b"
+            "#,
+        );
+        let table = Table::new(&config);
+        let find = |name| table.find_plain(0, name).map(|m| m.route);
+        assert_eq!(find(Some("x.example.com")), Ok(1));
+        assert_eq!(find(Some("h2.example.com")), Ok(0));
+        assert_eq!(find(Some("y.example.com")), Ok(4));
+        assert_eq!(
+            find(Some("elsewhere.example.com")),
+            Err(Reason::UnknownHost),
+            "it never falls through to a wildcard"
+        );
+        assert_eq!(find(Some("example.org")), Err(Reason::UnknownHost));
+        assert_eq!(find(None), Err(Reason::UnknownHost));
     }
 
     #[test]

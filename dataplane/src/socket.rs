@@ -1,10 +1,14 @@
-//! Options of the sockets of both legs, set before they connect or, on a listener, inherited by what it accepts.
+//! Options of the sockets of both legs, set before they connect or, on a listener, inherited by what it accepts; and how a socket is left.
 
 use std::io;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
 use socket2::{SockRef, TcpKeepalive};
+use tokio::net::TcpStream;
+
+/// More than a client sends that has its answer already.
+const DISCARDED: usize = 256 * 1024;
 
 /// Options of both legs.
 pub fn prepare(socket: impl AsFd) -> io::Result<()> {
@@ -14,6 +18,12 @@ pub fn prepare(socket: impl AsFd) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
     // An urgent byte stays in its place in the stream.
     socket.set_out_of_band_inline(true)
+}
+
+/// Before a connect after which something is sent at once: the SYN of the other side is then acknowledged together with that, in one packet instead of two
+/// (net/ipv4/tcp_input.c, `tcp_rcv_synsent_state_process`).
+pub fn save_an_acknowledgement(socket: impl AsFd) -> io::Result<()> {
+    rustix::net::sockopt::set_tcp_quickack(socket, false).map_err(Into::into)
 }
 
 /// Has the kernel notice, within about `dead_peer`, that the peer of an idle connection has vanished.
@@ -33,4 +43,21 @@ pub fn keep_alive(socket: impl AsFd, dead_peer: Duration) -> io::Result<()> {
 /// From now on closing means FIN: for a connection whose end is proven, or of which nothing was forwarded.
 pub fn close_with_fin(socket: impl AsFd) {
     let _ = SockRef::from(&socket).set_linger(None);
+}
+
+/// Reads and throws away until the peer's FIN, or until it is too much: bytes that nobody has read turn a FIN of ours into a RST, which can overtake what was
+/// sent before it.
+pub async fn discard(stream: &TcpStream) -> io::Result<()> {
+    let mut left = DISCARDED;
+    while left > 0 {
+        stream.readable().await?;
+        let mut buffer = [0; 4096];
+        match stream.try_read(&mut buffer) {
+            Ok(0) => break,
+            Ok(n) => left = left.saturating_sub(n),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
 }

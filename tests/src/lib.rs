@@ -10,8 +10,10 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+pub mod acme;
 pub mod daemon;
 pub mod forge;
+pub mod golang;
 pub mod netns;
 pub mod peers;
 pub mod rig;

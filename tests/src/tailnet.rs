@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::golang::go;
 use crate::netns::{ENTRANCE, Host, Net, Process};
 use crate::{peers, target_dir, within};
 
@@ -28,9 +29,6 @@ const THIRD: &str = "thinkpad-2";
 const CONTROL_PORT: u16 = 8080;
 /// How long a node may take to join, and two to find their direct path, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
-
-/// The oldest Go that builds the module, 1.x.y.
-const GO: [u32; 2] = [26, 6];
 
 /// Builds what a tailnet is made of, if that is not there: seven minutes of CPU, the first time.
 pub fn build() -> Result<(), String> {
@@ -230,11 +228,11 @@ impl Programs {
         if !(programs.tailscaled.exists() && programs.tailscale.exists()) {
             eprintln!("==> go install tailscale {version} into {} (some minutes)", home.display());
             let packages = ["tailscaled", "tailscale"].map(|name| format!("tailscale.com/cmd/{name}@{version}"));
-            run(go(&home)?.arg("install").args(packages))?;
+            go(|command| command.env("GOBIN", &home).arg("install").args(packages))?;
         }
         // Go knows itself whether anything has to be built.
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tailnet");
-        run(go(&home)?.current_dir(source).arg("build").arg("-o").arg(&programs.control).arg("."))?;
+        go(|command| command.current_dir(source).arg("build").arg("-o").arg(&programs.control).arg("."))?;
         Ok(programs)
     }
 }
@@ -245,78 +243,9 @@ fn version() -> &'static str {
     version.expect("go.mod requires the tailscale module")
 }
 
-/// Go, and a directory for it to install into.
-fn go(home: &Path) -> Result<Command, String> {
-    let mut command = Command::new(compiler()?);
-    // This toolchain, whatever the machine's settings are; and no network but the module proxy's.
-    command.env("GOTOOLCHAIN", "local").env("GOBIN", home);
-    Ok(command)
-}
-
-/// The machine's Go where that is new enough, else one that is fetched as Go itself would: from the module proxy.
-fn compiler() -> Result<PathBuf, String> {
-    for installed in ["go", "/usr/local/go/bin/go"] {
-        let said = Command::new(installed).arg("version").env("GOTOOLCHAIN", "local").output().map(|out| out.stdout);
-        let said = said.map(|said| String::from_utf8_lossy(&said).into_owned()).unwrap_or_default();
-        if go_version(&said).is_some_and(|version| version >= GO) {
-            return Ok(installed.into());
-        }
-    }
-    let arch = match std::env::consts::ARCH {
-        "x86_64" => "amd64",
-        "aarch64" => "arm64",
-        other => other,
-    };
-    let name = format!("v0.0.1-go1.{}.{}.linux-{arch}", GO[0], GO[1]);
-    let home = target_dir().join("go");
-    let root = home.join(format!("golang.org/toolchain@{name}"));
-    let program = root.join("bin/go");
-    if !program.exists() {
-        eprintln!("==> fetching Go into {}", root.display());
-        std::fs::create_dir_all(&home).map_err(|e| format!("{}: {e}", home.display()))?;
-        let url = format!("https://proxy.golang.org/golang.org/toolchain/@v/{name}.zip");
-        let zip = home.join("go.zip");
-        run(Command::new("curl")
-            .args(["--silent", "--show-error", "--fail", "--location", "--output"])
-            .arg(&zip)
-            .arg(url))?;
-        run(Command::new("python3").args(["-m", "zipfile", "-e"]).arg(&zip).arg(&home))?;
-        // The archive does not say what is a program.
-        let tools = root.join("pkg/tool");
-        run(Command::new("chmod").args(["-R", "a+x"]).arg(&tools).arg(root.join("bin")))?;
-        let _ = std::fs::remove_file(zip);
-    }
-    Ok(program)
-}
-
-/// Of what `go version` says: `go version go1.26.8 linux/amd64`; x.y of 1.x.y.
-fn go_version(said: &str) -> Option<[u32; 2]> {
-    let mut numbers = said.split_once("go1.")?.1.split(|c: char| !c.is_ascii_digit());
-    Some([numbers.next()?.parse().ok()?, numbers.next()?.parse().unwrap_or(0)])
-}
-
-fn run(command: &mut Command) -> Result<(), String> {
-    let out = command.output().map_err(|e| format!("{command:?}: {e}"))?;
-    if out.status.success() { Ok(()) } else { Err(format!("{command:?}: {}", String::from_utf8_lossy(&out.stderr))) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn go_is_new_enough_or_not() {
-        assert!(go_version("go version go1.26.8 linux/amd64") >= Some(GO));
-        assert!(go_version("go version go1.27 linux/amd64") >= Some(GO));
-        for old in [
-            "go version go1.26.5 linux/amd64",
-            "go version go1.19.8 linux/amd64",
-            "go version go1.26rc1 linux/amd64",
-            "",
-        ] {
-            assert!(go_version(old) < Some(GO), "{old}");
-        }
-    }
 
     #[test]
     fn one_version_for_nodes_and_control_server() {

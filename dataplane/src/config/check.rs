@@ -24,9 +24,10 @@ pub(super) fn conflicts(config: &Config, places: &Places) -> Vec<Diagnostic> {
     found
 }
 
-/// Warnings of what nothing leads to. Only for a configuration without errors: else what leads to it may be what is wrong.
+/// Warnings of what nothing leads to, or nothing good. Only for a configuration without errors: else what leads to it may be what is wrong.
 pub(super) fn unused(config: &Config, places: &Places) -> Vec<Diagnostic> {
     let mut found = unreached_listeners(config, places);
+    found.extend(challenges_to_ourselves(config));
     found.extend(unused_upstreams(config, places));
     found
 }
@@ -141,6 +142,41 @@ pub fn own_listener_targets(config: &Config, local: &[IpAddr]) -> Vec<Diagnostic
     found
 }
 
+/// Targets on this machine whose `acme_port` is a listener of ours: no challenge can be passed on to them.
+fn challenges_to_ourselves(config: &Config) -> Vec<Diagnostic> {
+    let mut found = Vec::new();
+    for (index, listener) in config.listeners.iter().enumerate() {
+        let Mode::Http { acme_port } = listener.mode else { continue };
+        let routes = config.routes.iter().filter(|r| r.listeners.is_empty() || r.listeners.contains(&index));
+        let mut upstreams: Vec<usize> = routes.map(|route| route.upstream).collect();
+        upstreams.sort_unstable();
+        upstreams.dedup();
+        for target in upstreams.iter().flat_map(|upstream| &config.upstreams[*upstream].targets) {
+            let here = match &target.host {
+                TargetHost::Ip(ip) => ip.is_loopback(),
+                TargetHost::Name(name) => is_localhost(name),
+            };
+            let taken = config.listeners.iter().flat_map(|l| &l.bind).find(|bind| {
+                bind.addr.port() == acme_port && (bind.addr.ip().is_unspecified() || bind.addr.ip().is_loopback())
+            });
+            if let (true, Some(bind)) = (here, taken) {
+                let message = format!(
+                    "ACME challenges for `{}` cannot be passed on: port {acme_port} of that host is this dataplane",
+                    target.text
+                );
+                let remedy = format!(
+                    "have its certificates made by TLS-ALPN or DNS challenges, or let it answer challenges on another port: `acme_port` of listener \"{}\"",
+                    listener.name
+                );
+                found.push(
+                    Diagnostic::warning(target.span.clone(), message, remedy).note(bind.span.clone(), "the listener"),
+                );
+            }
+        }
+    }
+    found
+}
+
 /// RFC 6761 section 6.3.
 fn is_localhost(name: &str) -> bool {
     let name = name.trim_end_matches('.');
@@ -151,7 +187,7 @@ fn unreached_listeners(config: &Config, places: &Places) -> Vec<Diagnostic> {
     let mut found = Vec::new();
     for (index, (listener, span)) in config.listeners.iter().zip(&places.listeners).enumerate() {
         let reached = config.routes.iter().any(|route| route.listeners.is_empty() || route.listeners.contains(&index));
-        if let (Mode::Tls, false) = (listener.mode, reached) {
+        if listener.mode.has_routes() && !reached {
             found.push(Diagnostic::warning(
                 span.clone(),
                 format!("no route is for listener \"{}\": it refuses every connection", listener.name),
@@ -165,7 +201,7 @@ fn unreached_listeners(config: &Config, places: &Places) -> Vec<Diagnostic> {
 fn unused_upstreams(config: &Config, places: &Places) -> Vec<Diagnostic> {
     let of_listeners = config.listeners.iter().filter_map(|listener| match listener.mode {
         Mode::Tcp { upstream } => Some(upstream),
-        Mode::Tls => None,
+        Mode::Tls | Mode::Http { .. } => None,
     });
     let used: HashSet<usize> = config.routes.iter().map(|route| route.upstream).chain(of_listeners).collect();
     let unused = config.upstreams.iter().zip(&places.upstreams).enumerate().filter(|(index, _)| !used.contains(index));

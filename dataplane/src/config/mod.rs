@@ -150,6 +150,27 @@ pub enum Mode {
         /// Index into [`Config::upstreams`].
         upstream: usize,
     },
+    /// By the Host of an HTTP/1 request: ACME challenges go to this port of the route's upstream, the rest is sent to https.
+    Http {
+        /// Instead of that of the targets.
+        acme_port: u16,
+    },
+}
+
+impl Mode {
+    /// As in the configuration.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Tls => "tls",
+            Self::Tcp { .. } => "tcp",
+            Self::Http { .. } => "http",
+        }
+    }
+
+    /// Whether routes are for listeners of this mode.
+    pub const fn has_routes(self) -> bool {
+        !matches!(self, Self::Tcp { .. })
+    }
 }
 
 /// `[upstreams.NAME]`
@@ -281,7 +302,7 @@ pub struct Route {
     pub hosts: Vec<HostPattern>,
     /// Empty: any, also none.
     pub alpn: Vec<String>,
-    /// Indices into [`Config::listeners`]; empty: all of mode `tls`.
+    /// Indices into [`Config::listeners`]; empty: all but those of mode `tcp`.
     pub listeners: Vec<usize>,
     /// Index into [`Config::upstreams`].
     pub upstream: usize,

@@ -387,22 +387,13 @@ impl Parser {
             Tcp,
             Http,
         }
-        let mode_field = section.get("mode");
-        let mode = match mode_field {
+        let mode = match section.get("mode") {
             None => Some(Written::Tls),
             Some(field) => {
                 self.reader.choice(field, &[("tls", Written::Tls), ("tcp", Written::Tcp), ("http", Written::Http)])
             }
         };
-        if let (Some(field), Some(Written::Http)) = (mode_field, mode) {
-            self.reader.error(
-                field.span(),
-                "`mode = \"http\"` is not served by this version",
-                "remove this listener; to pass port 80 on as it is, use `mode = \"tcp\"` with an `upstream`",
-            );
-        }
-        if let Some(field) = section.get("acme_port") {
-            self.reader.integer(field, &PORT, "80");
+        let acme_port = section.get("acme_port").and_then(|field| {
             if matches!(mode, Some(Written::Tls | Written::Tcp)) {
                 self.reader.error(
                     field.span(),
@@ -410,7 +401,8 @@ impl Parser {
                     "remove it: TLS-ALPN challenges reach the upstream like any other connection",
                 );
             }
-        }
+            self.reader.integer(field, &PORT, "80")
+        });
         let upstream = section.get("upstream").map(|field| (field, self.upstream_index(field, upstreams)));
         let mode = match (mode, upstream) {
             (Some(Written::Tcp), Some((_, upstream))) => Mode::Tcp { upstream },
@@ -426,6 +418,16 @@ impl Parser {
                     "move it to `[[routes]]`, or write `mode = \"tcp\"` to forward every connection as it is",
                 );
                 Mode::Tls
+            }
+            (Some(Written::Http), upstream) => {
+                if let Some((field, _)) = upstream {
+                    self.reader.error(
+                        field.span(),
+                        "a listener of mode \"http\" has no `upstream`: challenges go to that of the route which lists their host",
+                        "remove it, or write `mode = \"tcp\"` to forward every connection as it is",
+                    );
+                }
+                Mode::Http { acme_port: acme_port.unwrap_or(80) as u16 }
             }
             _ => Mode::Tls,
         };
@@ -586,7 +588,7 @@ impl Parser {
             self.reader.error(
                 field.span(),
                 "`listeners` is empty: the route would match nothing",
-                "remove it for all listeners of mode \"tls\", or name one",
+                "remove it for all listeners of the modes \"tls\" and \"http\", or name one",
             );
         }
         let mut indices = Vec::new();

@@ -16,12 +16,11 @@ pub fn routing_table(config: &Config) -> String {
         (order, (*host).to_string(), route.alpn.is_empty())
     });
 
-    let tls = |mode| matches!(mode, Mode::Tls);
     let mut rows = vec![["HOST", "LISTENERS", "ALPN", "UPSTREAM", "TARGETS", "PROXY"].map(String::from)];
     for (host, route) in &hosts {
         let listeners = config.listeners.iter().enumerate();
         let names = listeners.filter(|(index, listener)| {
-            tls(listener.mode) && (route.listeners.is_empty() || route.listeners.contains(index))
+            listener.mode.has_routes() && (route.listeners.is_empty() || route.listeners.contains(index))
         });
         let names: Vec<&str> = names.map(|(_, listener)| &*listener.name).collect();
         let alpn = if route.alpn.is_empty() { "any".into() } else { route.alpn.join(",") };
@@ -34,9 +33,18 @@ pub fn routing_table(config: &Config) -> String {
         let mut any = hosts.iter().filter(|(host, route)| **host == HostPattern::Any && route.alpn.is_empty());
         any.any(|(_, route)| route.listeners.is_empty() || route.listeners.contains(&index))
     };
-    let refusing = config.listeners.iter().enumerate().any(|(index, l)| tls(l.mode) && !everything(index));
+    let refusing = config.listeners.iter().enumerate().any(|(index, l)| l.mode.has_routes() && !everything(index));
     if refusing {
         text += "Every other server name is refused.\n";
+    }
+
+    for listener in &config.listeners {
+        if let Mode::Http { acme_port } = listener.mode {
+            text += &format!(
+                "Listener {} speaks HTTP: ACME challenges go to port {acme_port} of these targets, the rest is sent to https.\n",
+                listener.name
+            );
+        }
     }
 
     let mut rows = vec![["LISTENER", "BIND", "UPSTREAM", "TARGETS", "PROXY"].map(String::from)];

@@ -39,7 +39,7 @@ hosts = ["blog.example.com"]
 upstream = "cluster"
 "#;
 
-/// The one in the documentation, without the listener of mode `http`.
+/// The one in the documentation.
 const EVERY_KEY: &str = r#"
 engine = "auto"
 
@@ -48,6 +48,11 @@ bind = ["0.0.0.0:443", "[::]:443"]
 accept_proxy = ["10.0.0.0/8"]
 allow = ["0.0.0.0/0"]
 deny = ["192.0.2.7"]
+
+[listeners.web]
+mode = "http"
+bind = ["0.0.0.0:80", "[::]:80"]
+acme_port = 8080
 
 [listeners.git]
 mode = "tcp"
@@ -110,7 +115,7 @@ fn every_key_is_read_into_its_place() {
     assert_eq!(config.engine, EngineChoice::Auto);
 
     let names: Vec<&str> = config.listeners.iter().map(|listener| &*listener.name).collect();
-    assert_eq!(names, ["public", "git"], "in the order of the file");
+    assert_eq!(names, ["public", "web", "git"], "in the order of the file");
     let public = &config.listeners[0];
     let binds: Vec<String> = public.bind.iter().map(|bind| bind.addr.to_string()).collect();
     assert_eq!(binds, ["0.0.0.0:443", "[::]:443"]);
@@ -120,7 +125,8 @@ fn every_key_is_read_into_its_place() {
     assert_eq!(nets(&public.accept_proxy), ["10.0.0.0/8"]);
     assert_eq!(nets(&public.allow), ["0.0.0.0/0"]);
     assert_eq!(nets(&public.deny), ["192.0.2.7/32"]);
-    assert_eq!(config.listeners[1].mode, Mode::Tcp { upstream: 2 });
+    assert_eq!(config.listeners[1].mode, Mode::Http { acme_port: 8080 });
+    assert_eq!(config.listeners[2].mode, Mode::Tcp { upstream: 2 });
 
     let cluster = &config.upstreams[0];
     assert_eq!(&*cluster.targets[1].text, "thinkpad-2.tailnet.example:443");
@@ -223,7 +229,7 @@ fn every_commented_key_of_the_starter_is_accepted() {
         .collect();
     let uncommented = format!("{uncommented}[upstreams.git-ssh]\ntargets = [\"cluster-1:22\"]\n");
     let (config, warnings) = read(&uncommented);
-    assert_eq!(config.listeners.len(), 2);
+    assert_eq!(config.listeners.len(), 3);
     assert_eq!(config.routes[1].alpn, ["h2", "http/1.1"]);
     assert_eq!(warnings, "");
 }
@@ -272,6 +278,14 @@ fn what_is_likely_not_meant_is_a_warning() {
         assert!(read(&format!("{SMALL}[admin]\nbind = \"{bind}\"\n")).1.contains("open to everybody"));
     }
     assert_eq!(read(&format!("{SMALL}[admin]\nbind = \"100.64.0.7:9443\"\n")).1, "");
+    let on_this_machine = SMALL.replace("thinkpad-1:443", "127.0.0.1:8443");
+    let web = "[listeners.web]\nmode = \"http\"\nbind = [\"0.0.0.0:80\"]\n";
+    let (config, warnings) = read(&format!("{on_this_machine}{web}"));
+    assert_eq!(config.listeners[1].mode, Mode::Http { acme_port: 80 });
+    assert!(warnings.contains("ACME challenges for `127.0.0.1:8443` cannot be passed on"), "{warnings}");
+    assert_eq!(read(&format!("{on_this_machine}{web}acme_port = 8080\n")).1, "");
+    assert_eq!(read(&format!("{SMALL}{web}")).1, "");
+    assert!(read(&format!("{SMALL}listeners = [\"public\"]\n{web}")).1.contains("no route is for listener \"web\""));
 }
 
 #[test]
@@ -321,6 +335,10 @@ fn the_routing_table_shows_what_wins_first() {
 bind = ["0.0.0.0:443"]
 [listeners.inside]
 bind = ["127.0.0.1:8443"]
+[listeners.web]
+mode = "http"
+bind = ["0.0.0.0:80"]
+acme_port = 8080
 [listeners.git]
 mode = "tcp"
 bind = ["0.0.0.0:2222", "[::]:2222"]
@@ -343,12 +361,13 @@ alpn = ["h2", "http/1.1"]
 upstream = "cluster"
 "#;
     let expected = "\
-HOST                LISTENERS      ALPN         UPSTREAM  TARGETS                        PROXY
-blog.example.com    public,inside  h2,http/1.1  cluster   thinkpad-1:443,thinkpad-2:443  v2
-blog.example.com    public,inside  any          cluster   thinkpad-1:443,thinkpad-2:443  v2
-*.apps.example.com  public         any          cluster   thinkpad-1:443,thinkpad-2:443  v2
-*.example.com       public         any          cluster   thinkpad-1:443,thinkpad-2:443  v2
+HOST                LISTENERS          ALPN         UPSTREAM  TARGETS                        PROXY
+blog.example.com    public,inside,web  h2,http/1.1  cluster   thinkpad-1:443,thinkpad-2:443  v2
+blog.example.com    public,inside,web  any          cluster   thinkpad-1:443,thinkpad-2:443  v2
+*.apps.example.com  public             any          cluster   thinkpad-1:443,thinkpad-2:443  v2
+*.example.com       public             any          cluster   thinkpad-1:443,thinkpad-2:443  v2
 Every other server name is refused.
+Listener web speaks HTTP: ACME challenges go to port 8080 of these targets, the rest is sent to https.
 
 LISTENER  BIND                    UPSTREAM  TARGETS        PROXY
 git       0.0.0.0:2222,[::]:2222  git-ssh   thinkpad-1:22  off

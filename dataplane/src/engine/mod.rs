@@ -4,6 +4,7 @@
 //! alike: no byte lost, doubled or reordered; FIN passed on after the last byte; anything unproven ends in RST. An engine does not know
 //! why the pair was made: no host names, no routes, no PROXY protocol.
 
+pub mod answer;
 pub mod copy;
 pub mod promotion;
 pub mod relay;
@@ -323,12 +324,17 @@ pub struct Traffic {
 impl Traffic {
     /// Of a connection that begins as this engine says.
     pub fn new(engine: &Effective) -> Self {
+        Self::by(engine.relay)
+    }
+
+    /// Of a connection that this forwards.
+    pub fn by(relay: Kind) -> Self {
         Self {
             to_upstream: Counter::default(),
             to_client: Counter::default(),
             begun: Instant::now(),
             last_bytes: AtomicU64::new(0),
-            relay: engine.relay,
+            relay,
             engaged: Mutex::default(),
             promoted: AtomicBool::new(false),
         }

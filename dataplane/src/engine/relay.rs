@@ -123,7 +123,7 @@ async fn forward(
 }
 
 /// Whether nothing waits for the peer's window. What is in flight the kernel delivers also after close().
-fn all_sent(socket: &TcpStream) -> bool {
+pub(super) fn all_sent(socket: &TcpStream) -> bool {
     sys::tcp_info(socket).map_or(true, |info| info.notsent_bytes == 0)
 }
 
@@ -178,7 +178,7 @@ impl Broken {
 }
 
 /// The end of a stream must have come with a FIN. A socket tells of a RST once, to whichever call comes first, and then reads like one that ended well.
-fn prove_fin(from: &TcpStream, has_our_fin: bool) -> io::Result<()> {
+pub(super) fn prove_fin(from: &TcpStream, has_our_fin: bool) -> io::Result<()> {
     // After both FINs the kernel may have closed it too (TIME_WAIT); but then nothing was written to it that could have taken the error.
     if has_our_fin || sys::tcp_info(from)?.state != sys::TCP_CLOSE {
         Ok(())

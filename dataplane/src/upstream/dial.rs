@@ -37,6 +37,10 @@ pub struct Dial {
     pub client: SocketAddr,
     /// Where we listen: a target that turns out to be ourselves would make a loop.
     pub own: Arc<[SocketAddr]>,
+    /// Another port of the targets than their own. How that one does says nothing of the target: it is not put aside for it, nor taken back.
+    pub port: Option<u16>,
+    /// Something is sent as soon as there is a connection.
+    pub speaks_first: bool,
 }
 
 /// Connections that wait for room, first come, first served.
@@ -286,14 +290,16 @@ impl Pool {
             match of.connect(&dial, pool.config.hedge_delay, deadline).await {
                 Ok(stream) => {
                     pool.connect_duration.observe(started.elapsed().as_secs_f64());
-                    of.apply(Event::DialPassed);
+                    if dial.port.is_none() {
+                        of.apply(Event::DialPassed);
+                    }
                     Ok(Dialled { stream, lease })
                 }
                 Err(failure) => {
                     let labels = [&*pool.config.name, &*of.address.text, failure.reason];
                     pool.connect_failures.with_label_values(&labels).inc();
                     // The resolver's failures are told by who asks it.
-                    if failure.blame == Blame::Target && failure.reason != "resolve" {
+                    if failure.blame == Blame::Target && failure.reason != "resolve" && dial.port.is_none() {
                         let reason = format!("{}: {}", failure.reason, failure.detail);
                         of.apply(Event::DialFailed { started, reason });
                     }
@@ -379,15 +385,24 @@ impl Target {
     }
 
     async fn connect_to(&self, address: &Address, dial: &Dial) -> Result<TcpStream, Failure> {
-        let mut connect = Connect { target: self, address, begun: Instant::now(), answered: false };
-        let at = address.at;
+        // Of another port nothing is remembered.
+        let remembers = dial.port.is_none();
+        let mut connect = Connect { target: self, address, begun: Instant::now(), answered: !remembers };
+        let mut at = address.at;
+        at.set_port(dial.port.unwrap_or(at.port()));
         let prepared = if at.is_ipv6() { TcpSocket::new_v6() } else { TcpSocket::new_v4() }.and_then(|socket| {
             socket::prepare(&socket)?;
+            if dial.speaks_first {
+                socket::save_an_acknowledgement(&socket)?;
+            }
             Ok(socket)
         });
-        let stream = prepared?.connect(at).await.inspect_err(|_| address.failed_at.store(self.now(), Relaxed))?;
+        let connected = prepared?.connect(at).await;
         connect.answered = true;
-        address.failed_at.store(0, Relaxed);
+        if remembers {
+            address.failed_at.store(if connected.is_ok() { 0 } else { self.now() }, Relaxed);
+        }
+        let stream = connected?;
         if is_own(&stream, &dial.own) {
             return Err(Failure::new("own_listener", format!("{at} is a listener of this daemon")));
         }
