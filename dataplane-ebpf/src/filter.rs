@@ -4,7 +4,9 @@
 //! - Deleting a socket's entry while the verdict runs for it loses acknowledged bytes (net/core/sock_map.c takes no socket lock).
 //! - When both FINs were exchanged the kernel takes a socket out of the map by itself, and passed bytes that were not read yet are lost.
 
-use aya_ebpf::{EbpfContext, helpers::generated::bpf_get_socket_cookie, macros::socket_filter, programs::SkBuffContext};
+use aya_ebpf::{
+    EbpfContext, helpers::generated::bpf_get_socket_cookie, macros::socket_filter, programs::SkBuffContext,
+};
 use common::governor::is_over;
 
 use crate::verdict::{BUDGET, KEYS, ROWS};

@@ -403,7 +403,7 @@ impl Target {
             address.failed_at.store(if connected.is_ok() { 0 } else { self.now() }, Relaxed);
         }
         let stream = connected?;
-        if is_own(&stream, &dial.own) {
+        if is_own(&stream, at, &dial.own) {
             return Err(Failure::new("own_listener", format!("{at} is a listener of this daemon")));
         }
         Ok(stream)
@@ -438,12 +438,11 @@ impl Drop for Connect<'_> {
     }
 }
 
-/// Whether a connection of ours arrived at one of our own listeners.
-fn is_own(stream: &TcpStream, own: &[SocketAddr]) -> bool {
-    let (Ok(local), Ok(peer)) = (stream.local_addr(), stream.peer_addr()) else { return false };
-    let local_host = local.ip() == peer.ip() || peer.ip().is_loopback();
-    local_host
-        && own.iter().any(|o| {
-            o.is_ipv4() == peer.is_ipv4() && o.port() == peer.port() && (o.ip() == peer.ip() || o.ip().is_unspecified())
-        })
+/// Whether a connection of ours to this address arrived at one of our own listeners.
+fn is_own(stream: &TcpStream, at: SocketAddr, own: &[SocketAddr]) -> bool {
+    let listens = |o: &SocketAddr| {
+        o.is_ipv4() == at.is_ipv4() && o.port() == at.port() && (o.ip() == at.ip() || o.ip().is_unspecified())
+    };
+    // A host that connects to itself has that address at both ends.
+    own.iter().any(listens) && (at.ip().is_loopback() || stream.local_addr().is_ok_and(|local| local.ip() == at.ip()))
 }
