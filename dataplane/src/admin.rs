@@ -21,7 +21,8 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::config::Mode;
-use crate::registry::{Connection, unix_seconds};
+use crate::logging::unix_seconds;
+use crate::registry::Connection;
 use crate::shared::Shared;
 use crate::source::follow::ReloadRequest;
 

@@ -21,8 +21,9 @@ use crate::engine::{self, Effective, End, First, Kind, Pair, Side, Timeouts, Tra
 use crate::generation::{Destination, Generation, Listed};
 use crate::hello::{Input, Machine, Progress, ServerName};
 use crate::http;
+use crate::logging::unix_seconds;
 use crate::proxy_protocol::{self, Decoded, Header};
-use crate::registry::{Entry, Record, Removal, unix_seconds};
+use crate::registry::{Entry, Record, Removal};
 use crate::reject::Reason;
 use crate::route::Pattern;
 use crate::shared::Shared;

@@ -26,8 +26,9 @@ use crate::config::{Bind, Config, Diagnostic};
 use crate::engine::{Abilities, Effective, splice};
 use crate::generation::Generation;
 use crate::listen;
+use crate::logging::unix_seconds;
 use crate::metrics::Metrics;
-use crate::registry::{Registry, unix_seconds};
+use crate::registry::Registry;
 use crate::shared::{LoadFailure, LoadStatus, Shared};
 use crate::source::follow::{self, Follower, News, ReloadRequest};
 use crate::source::{self, Loaded, Snapshot, kept, webhook};
@@ -36,7 +37,7 @@ use crate::worker::{Command, Worker};
 
 /// Descriptors that are neither a connection's nor a pipe's nor a listener's: admin clients, the configuration, eBPF maps and programs, webhooks, git's pipes, and of the upkeep epoll, its
 /// wake-up, tailscaled, the resolver's questions and checks.
-const DESCRIPTORS_FOR_US: u64 = 96;
+const DESCRIPTORS_FOR_US: u64 = 80;
 
 /// Of a worker: epoll, its wake-up, signals' pipe, epoll for the sockmap.
 const DESCRIPTORS_PER_WORKER: u64 = 5;

@@ -42,6 +42,11 @@ pub fn init(format: Format) -> Guard {
     guard
 }
 
+/// Seconds since 1970, as log lines, metrics and `status` tell times.
+pub fn unix_seconds(time: std::time::SystemTime) -> f64 {
+    time.duration_since(std::time::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs_f64()
+}
+
 /// Lines on their way to the thread that writes them.
 #[derive(Default)]
 struct Queue {

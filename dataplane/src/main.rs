@@ -8,7 +8,7 @@ use std::time::SystemTime;
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 use dataplane::config::{self, Config, HostPattern, LoadError, Mode};
-use dataplane::registry::unix_seconds;
+use dataplane::logging::unix_seconds;
 use dataplane::route::{By, Table};
 use dataplane::source::{self, Loaded};
 use dataplane::{control, daemon, doctor, import, logging};

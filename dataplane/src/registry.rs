@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde::Serialize;
 use tokio::sync::Notify;
@@ -16,6 +16,7 @@ use tokio::time::sleep_until;
 use crate::config::OnRemovedRoute;
 use crate::engine::{End, Kind, Look, Path, Traffic};
 use crate::generation::{Generation, Listed};
+use crate::logging::unix_seconds;
 use crate::metrics::RouteMetrics;
 
 /// All live connections.
@@ -183,11 +184,6 @@ impl Record {
             reason = end.as_str(),
         );
     }
-}
-
-/// Seconds since 1970.
-pub fn unix_seconds(time: SystemTime) -> f64 {
-    time.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs_f64()
 }
 
 impl Registry {

@@ -159,7 +159,10 @@ fn a_fresh_install_starts_and_has_all_it_needs_and_no_more() {
     let status: serde_json::Value = serde_json::from_str(&status).expect("JSON");
     assert_eq!(status["engine"]["effective"], "auto", "{status}");
     let journal = machine.journal();
-    assert!(journal.contains("listening") && !journal.contains("WARN") && !journal.contains("ERROR"), "{journal}");
+    // The starter's targets are names that do not exist here.
+    let complaints =
+        |line: &&str| (line.contains("WARN") || line.contains("ERROR")) && !line.contains("target is down");
+    assert!(journal.contains("listening") && !journal.lines().any(|line| complaints(&line)), "{journal}");
 }
 
 #[test]

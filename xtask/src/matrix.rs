@@ -93,7 +93,7 @@ pub fn run(kernel: Kernel, release: bool, filter: &[String]) -> Result<()> {
 
 /// Builds the daemon and all tests, as `cargo xtask test` does, and finds the executables of [`TESTS`].
 fn build(release: bool) -> Result<Vec<(&'static str, PathBuf)>> {
-    let mut cargo = test::build(release);
+    let mut cargo = run::build_tests(release);
     let built = cargo.arg("--message-format=json-render-diagnostics").stderr(Stdio::inherit()).output();
     let built = built.context("cannot start cargo")?;
     ensure!(built.status.success(), "cargo build failed: {}", built.status);

@@ -32,6 +32,19 @@ pub fn cargo() -> Command {
     command
 }
 
+/// A `cargo build` of the daemon and all tests. In one go: the daemon by itself would have its dependencies compiled once more, with the features that it
+/// alone asks for.
+pub fn build_tests(release: bool) -> Command {
+    let mut cargo = cargo();
+    cargo.args(["build", "--workspace", "--bins", "--tests"]).args(profile(release));
+    cargo
+}
+
+/// The development profile by default: its debug assertions and overflow checks are on.
+pub fn profile(release: bool) -> &'static [&'static str] {
+    if release { &["--release"] } else { &[] }
+}
+
 /// Says what comes next, on stderr.
 pub fn step(what: impl std::fmt::Display) {
     eprintln!("==> {what}");

@@ -2,7 +2,7 @@
 //!
 //! Knows no test: those are in the crates, and the end-to-end ones find the daemon by `DATAPLANE_BIN`.
 
-use std::process::{Command, exit};
+use std::process::exit;
 
 use anyhow::{Context, Result, bail};
 
@@ -55,7 +55,7 @@ pub fn run(options: &Options) -> Result<()> {
     ebpf::build()?;
 
     step("building the daemon and the tests");
-    run::run(&mut build(options.release))?;
+    run::run(&mut run::build_tests(options.release))?;
     match tailnet.join() {
         Ok(built) => built.map_err(anyhow::Error::msg)?,
         Err(panic) => std::panic::resume_unwind(panic),
@@ -65,7 +65,7 @@ pub fn run(options: &Options) -> Result<()> {
     step("running the tests");
     let status = run::cargo()
         .args(["test", "--workspace", "--no-fail-fast"])
-        .args(profile(options.release))
+        .args(run::profile(options.release))
         .arg("--")
         .args(&options.filter)
         .env("DATAPLANE_BIN", daemon)
@@ -73,17 +73,4 @@ pub fn run(options: &Options) -> Result<()> {
         .status()
         .context("cannot start cargo")?;
     exit(status.code().unwrap_or(1));
-}
-
-/// A `cargo build` of the daemon and all tests. In one go: the daemon by itself would have its dependencies compiled once more, with the features that it
-/// alone asks for.
-pub fn build(release: bool) -> Command {
-    let mut cargo = run::cargo();
-    cargo.args(["build", "--workspace", "--bins", "--tests"]).args(profile(release));
-    cargo
-}
-
-/// The development profile by default: its debug assertions and overflow checks are on.
-fn profile(release: bool) -> &'static [&'static str] {
-    if release { &["--release"] } else { &[] }
 }

@@ -187,7 +187,7 @@ impl Health {
             self.history.pop_front();
         }
         let reason = self.reason().unwrap_or("ok").to_owned();
-        self.history.push_back(Change { at: crate::registry::unix_seconds(at), up, reason });
+        self.history.push_back(Change { at: crate::logging::unix_seconds(at), up, reason });
     }
 
     /// The last changes, oldest first.
