@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::run::{self, output, step};
-use crate::{ebpf, packages, test};
+use crate::{ebpf, packages};
 
 const PROGRAMS: &[(&str, &str)] =
     &[("ip", "iproute2"), ("qemu-system-x86_64", "qemu-system-x86"), ("ss", "iproute2"), ("strip", "binutils")];
