@@ -21,6 +21,8 @@ pub struct Watch {
     /// When to look at the legs; `None` while both are quiet.
     next_look: Option<Instant>,
     legs: [Leg; 2],
+    /// What each peer had acknowledged when it was last looked at.
+    acknowledged: [Option<u64>; 2],
     /// Keepalive is on. Most connections end before the first look, and are spared the system calls.
     keep_alive: bool,
     /// Nobody tells when bytes move: look all the time.
@@ -36,6 +38,7 @@ impl Watch {
             last_bytes: now,
             next_look: Some(now + vigil::interval(timeouts.dead_peer)),
             legs: [Leg::default(), Leg::default()],
+            acknowledged: [None; 2],
             keep_alive: false,
             unattended: false,
         }
@@ -71,6 +74,16 @@ impl Watch {
     /// The deadline has come.
     pub fn look(&mut self, client: impl AsFd, upstream: impl AsFd) -> Option<End> {
         let now = Instant::now();
+        let sockets = [(Side::Client, client.as_fd()), (Side::Upstream, upstream.as_fd())];
+        let infos = sockets.map(|(_, socket)| sys::tcp_info(socket).ok());
+        // A slow reader takes what was sent long ago: nobody is woken up for that, and a reset would cut it off.
+        for (info, acknowledged) in infos.iter().zip(&mut self.acknowledged) {
+            let Some(info) = info else { continue };
+            let before = acknowledged.replace(info.bytes_acked);
+            if (info.unacked > 0 || info.notsent_bytes > 0) && before != Some(info.bytes_acked) {
+                self.last_bytes = now;
+            }
+        }
         if now >= self.last_bytes + self.timeouts.idle {
             return Some(End::Idle);
         }
@@ -79,16 +92,15 @@ impl Watch {
         }
         let dead_peer = self.timeouts.dead_peer;
         let mut quiet = now >= self.last_bytes + vigil::interval(dead_peer);
-        let sockets = [(Side::Client, client.as_fd()), (Side::Upstream, upstream.as_fd())];
         if !self.keep_alive {
             self.keep_alive = true;
             for (_, socket) in sockets {
                 let _ = socket::keep_alive(socket, dead_peer);
             }
         }
-        for (leg, (side, socket)) in self.legs.iter_mut().zip(sockets) {
-            let Ok(info) = sys::tcp_info(socket) else { continue };
-            match leg.judge(&info, now.into_std(), dead_peer) {
+        for ((leg, info), (side, _)) in self.legs.iter_mut().zip(&infos).zip(sockets) {
+            let Some(info) = info else { continue };
+            match leg.judge(info, now.into_std(), dead_peer) {
                 Finding::Quiet => {}
                 Finding::Vanished => return Some(End::Vanished(side)),
                 Finding::Waiting => quiet = false,
