@@ -22,7 +22,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::admin::{self, Sockets};
 use crate::admission::Admission;
-use crate::config::{Bind, Config, Diagnostic};
+use crate::config::{Bind, Config, Diagnostic, Webhook};
 use crate::engine::{Abilities, Effective, splice};
 use crate::generation::Generation;
 use crate::listen;
@@ -37,7 +37,7 @@ use crate::worker::{Command, Worker};
 
 /// Descriptors that are neither a connection's nor a pipe's nor a listener's: admin clients, the configuration, eBPF maps and programs, webhooks, git's pipes, and of the upkeep epoll, its
 /// wake-up, tailscaled, the resolver's questions and checks.
-const DESCRIPTORS_FOR_US: u64 = 80;
+const DESCRIPTORS_FOR_US: u64 = 72 + webhook::AT_A_TIME as u64;
 
 /// Of a worker: epoll, its wake-up, signals' pipe, epoll for the sockmap.
 const DESCRIPTORS_PER_WORKER: u64 = 5;
@@ -62,6 +62,10 @@ struct Daemon {
     /// Addresses that are listened on; the sockets are the workers'.
     bound: Vec<SocketAddr>,
     upkeep: Upkeep,
+    /// Of `[source]`; the source thread serves on a copy.
+    webhook: Option<TcpListener>,
+    /// Where that thread learns of another.
+    webhooks: mpsc::UnboundedSender<Option<webhook::Served>>,
 }
 
 /// Runs until SIGTERM or SIGINT.
@@ -83,7 +87,7 @@ pub fn run(path: &Path) -> Result<()> {
     let listening = bind_all(&config, &[], workers)?;
     let sockets = bind_admin(&config)?;
     let control_socket = sockets.unix.is_some().then(|| config.admin.socket.clone());
-    let hook = bind_webhook(&config)?;
+    let webhook = bind_webhook(&config, None)?;
 
     metrics.set_engine(&kernel_release(), &engine);
     let generation = Generation::new(config, engine, None, &metrics);
@@ -107,10 +111,14 @@ pub fn run(path: &Path) -> Result<()> {
 
     let upkeep = Upkeep::start().context("cannot start the thread that looks after targets")?;
 
-    let mut daemon = Daemon { shared, workers, abilities, descriptors, control_socket, bound: Vec::new(), upkeep };
+    let (webhooks, served) = mpsc::unbounded_channel();
+    let bound = Vec::new();
+    let mut daemon =
+        Daemon { shared, workers, abilities, descriptors, control_socket, bound, upkeep, webhook: None, webhooks };
     daemon.take_effect(listening);
+    daemon.serve_webhook(webhook);
     let (news, inbox) = mpsc::channel(1);
-    let follower = Following { path: path.to_owned(), news, requests: reload_requests, hook, snapshot };
+    let follower = Following { path: path.to_owned(), news, requests: reload_requests, webhooks: served, snapshot };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(daemon.control(follower, inbox, reload))
 }
@@ -120,7 +128,7 @@ struct Following {
     path: PathBuf,
     news: mpsc::Sender<News>,
     requests: mpsc::Receiver<ReloadRequest>,
-    hook: Option<(TcpListener, PathBuf)>,
+    webhooks: mpsc::UnboundedReceiver<Option<webhook::Served>>,
     /// Not yet kept, perhaps.
     snapshot: Option<Snapshot>,
 }
@@ -134,9 +142,7 @@ impl Following {
             }
             runtime.block_on(async {
                 let pushed = Arc::new(Notify::new());
-                if let Some((listener, secret_file)) = self.hook {
-                    tokio::spawn(webhook::serve(listener, secret_file, pushed.clone()));
-                }
+                tokio::spawn(webhook::serve(self.webhooks, pushed.clone()));
                 Follower::new(self.path, follow::Git, self.news, &config).run(self.requests, pushed).await;
             });
         })?;
@@ -214,6 +220,10 @@ impl Daemon {
         let shared = self.shared.clone();
         let failed = |error: String, is_of_repository: bool| {
             let mut load = shared.load.lock().expect("no panic while held");
+            if is_of_repository && load.last_error.as_ref().is_some_and(|error| !error.is_of_repository) {
+                // What is wrong with the configuration matters longer than an outage.
+                return;
+            }
             load.last_error = Some(LoadFailure { text: error, at: SystemTime::now(), is_of_repository });
         };
         match news {
@@ -258,14 +268,11 @@ impl Daemon {
     async fn put_in_force(&mut self, config: Config) -> Result<String> {
         let before = self.shared.generation.load_full();
         let listening = bind_all(&config, &self.bound, self.workers.len())?;
+        let webhook = bind_webhook(&config, self.webhook.as_ref())?;
         let mut text = format!("configuration {} is in force\n", config.hash);
         if config.admin.bind.addr != before.config.admin.bind.addr || config.admin.socket != before.config.admin.socket
         {
             text += "note: [admin] takes effect at the next start\n";
-        }
-        let webhook = |config: &Config| config.repository.as_ref().and_then(|repository| repository.webhook.clone());
-        if webhook(&config) != webhook(&before.config) {
-            text += "note: `webhook` takes effect at the next start\n";
         }
         let engine = Effective::choose(config.engine, &self.abilities);
         self.shared.metrics.set_engine(&kernel_release(), &engine);
@@ -276,6 +283,9 @@ impl Daemon {
         for closed in self.take_effect(listening) {
             let _ = tokio::time::timeout(CLOSING, closed).await;
         }
+        if generation.config.webhook() != before.config.webhook() {
+            self.serve_webhook(webhook);
+        }
         let removed = self.shared.registry.judge(&generation);
         tracing::info!(
             hash = generation.config.hash,
@@ -284,6 +294,20 @@ impl Daemon {
             "configuration reloaded"
         );
         Ok(text)
+    }
+
+    /// Has the source thread serve on this listener, with the secret of the generation in force.
+    fn serve_webhook(&mut self, listener: Option<TcpListener>) {
+        let generation = self.shared.generation.load();
+        let copy = listener.as_ref().and_then(|listener| {
+            listener.try_clone().inspect_err(|error| tracing::error!(%error, "the webhook is not served")).ok()
+        });
+        let served = copy
+            .zip(generation.config.webhook())
+            .map(|(listener, webhook)| webhook::Served { listener, secret_file: webhook.secret_file.clone() });
+        self.webhook = listener;
+        // The source thread ends with the process.
+        let _ = self.webhooks.send(served);
     }
 
     /// Brings limits and listening sockets in line with the generation in force. Sockets that are given up are closed when the answers come.
@@ -430,13 +454,12 @@ fn bind_admin(config: &Config) -> Result<Sockets> {
     Ok(Sockets { tcp, unix })
 }
 
-fn bind_webhook(config: &Config) -> Result<Option<(TcpListener, PathBuf)>> {
-    let Some(webhook) = config.repository.as_ref().and_then(|repository| repository.webhook.as_ref()) else {
-        return Ok(None);
-    };
-    let bind = &webhook.bind;
-    let listener = TcpListener::bind(bind.addr).map_err(|e| anyhow::anyhow!(bind_failure(config, bind, &e)))?;
-    Ok(Some((listener, webhook.secret_file.clone())))
+/// The address may be bound already.
+fn bind_webhook(config: &Config, bound: Option<&TcpListener>) -> Result<Option<TcpListener>> {
+    let Some(Webhook { bind, .. }) = config.webhook() else { return Ok(None) };
+    let bound = bound.filter(|bound| bound.local_addr().is_ok_and(|addr| addr == bind.addr));
+    let listener = bound.map_or_else(|| TcpListener::bind(bind.addr), TcpListener::try_clone);
+    Ok(Some(listener.map_err(|error| anyhow::anyhow!(bind_failure(config, bind, &error)))?))
 }
 
 fn bind_failure(config: &Config, bind: &Bind, error: &io::Error) -> String {

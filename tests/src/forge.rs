@@ -113,15 +113,33 @@ impl Forge {
                  --data-binary \"$body\" '{url}' >&2 || echo 'the webhook was refused' >&2"
             );
         }
-        let file = self.repository().join("hooks/post-receive");
+        self.hook("post-receive", &hook);
+    }
+
+    /// Has pushes checked by the hook that the project ships.
+    pub fn guard(&self, dataplane: &Path) {
+        let hook = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dist/git/pre-receive");
+        let text = std::fs::read_to_string(hook).expect("it is shipped");
+        let text = text.replace(":-dataplane}", &format!(":-{}}}", dataplane.display()));
+        self.hook("pre-receive", &text);
+    }
+
+    fn hook(&self, name: &str, text: &str) {
+        let file = self.repository().join("hooks").join(name);
         std::fs::create_dir_all(file.parent().expect("a folder")).expect("made");
-        std::fs::write(&file, hook).expect("written");
+        std::fs::write(&file, text).expect("written");
         std::fs::set_permissions(&file, PermissionsExt::from_mode(0o755)).expect("chmod");
     }
 
     /// Commits these files and pushes; the commit's id.
     #[track_caller]
     pub fn push(&self, files: &[(&str, &str)]) -> String {
+        self.try_push(files).unwrap_or_else(|said| panic!("the push was refused: {said}"))
+    }
+
+    /// As [`push`](Self::push); or what the repository said.
+    #[track_caller]
+    pub fn try_push(&self, files: &[(&str, &str)]) -> Result<String, String> {
         let clone = self.clone_dir();
         for (name, text) in files {
             let path = clone.join(name);
@@ -131,25 +149,30 @@ impl Forge {
         let run = |arguments: &[&str]| {
             let mut command = Command::new("git");
             command.args(["-c", "user.name=owner", "-c", "user.email=owner@example.com"]).args(arguments);
-            self.host.run(|| git(command.current_dir(&clone)))
+            self.host.run(|| run_git(command.current_dir(&clone)))
         };
-        run(&["add", "--all"]);
-        run(&["commit", "--quiet", "--allow-empty", "--message", "A change"]);
-        let out = run(&["push", "--quiet", &self.repository().to_string_lossy(), "main"]);
+        run(&["add", "--all"])?;
+        run(&["commit", "--quiet", "--allow-empty", "--message", "A change"])?;
+        let out = run(&["push", "--quiet", &self.repository().to_string_lossy(), "main"])?;
         let said = String::from_utf8_lossy(&out.stderr);
         assert!(!said.contains("the webhook was refused"), "{said}");
-        String::from_utf8_lossy(&run(&["rev-parse", "HEAD"]).stdout).trim().to_owned()
+        Ok(String::from_utf8_lossy(&run(&["rev-parse", "HEAD"])?.stdout).trim().to_owned())
     }
 }
 
 #[track_caller]
 fn git(command: &mut Command) -> Output {
+    run_git(command).unwrap_or_else(|said| panic!("{command:?}: {said}"))
+}
+
+/// What it said when it failed.
+#[track_caller]
+fn run_git(command: &mut Command) -> Result<Output, String> {
     for variable in ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"] {
         command.env_remove(variable);
     }
     let out = command.stdin(Stdio::null()).output().expect("git is needed: apt-get install git");
-    assert!(out.status.success(), "{command:?}: {}", String::from_utf8_lossy(&out.stderr));
-    out
+    if out.status.success() { Ok(out) } else { Err(String::from_utf8_lossy(&out.stderr).into_owned()) }
 }
 
 /// A server program of Debian, and the folder that its package lies below: installed, or unpacked by `cargo xtask test`.

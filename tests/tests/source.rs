@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use tests::daemon::Daemon;
 use tests::forge::{Forge, HTTP_PORT, SECRET, SSH_PORT};
 use tests::netns::{CLIENT, CLUSTER, ENTRANCE, ENTRANCE_INSIDE, Host, Net};
+use tests::peers::{Peer, certificate};
 use tests::rig::PATIENCE;
 use tests::{beside_others, eventually};
 
@@ -101,6 +102,15 @@ fn signature(secret: &str, body: &str) -> String {
     let mut command = Command::new("sh");
     command.args(["-c", "printf %s \"$2\" | openssl dgst -sha256 -hmac \"$1\" | sed 's/.* //'", "sh", secret, body]);
     String::from_utf8_lossy(&command.output().expect("openssl is needed").stdout).trim().to_owned()
+}
+
+/// `dataplane check` of a node with this `[source]`, with this folder for what is passing; whether it is content, and what it says.
+fn check(net: &Net, source: &str, tmp: &Path) -> (bool, String) {
+    let file = net.file("node.toml", node(net.dir(), source));
+    let mut command = Command::new(tests::daemon::binary());
+    command.args(["check", "--config"]).arg(&file).env("TMPDIR", tmp);
+    let out = net.client.run(|| command.output()).expect("the daemon's binary can be run");
+    (out.status.success(), String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned())
 }
 
 #[test]
@@ -229,6 +239,158 @@ fn without_a_webhook_a_push_arrives_within_the_interval_and_without_a_server_nod
     let three = nodes.forge.push(&[("dataplane.toml", &truth("three.example"))]);
     nodes.forge.serve();
     nodes.wait_for(&three, PATIENCE);
+
+    // A commit that is wrong is still wrong when the server goes away, and when it is back.
+    nodes.forge.push(&[("dataplane.toml", "listeners = 3\n")]);
+    let node = &nodes.daemons[0];
+    let error = || node.json(&["status", "--json"])["config"]["last_error"].as_str().unwrap_or_default().to_owned();
+    let wrong = eventually(PATIENCE, "it is refused", || Some(error()).filter(|text| text.contains("listeners")));
+    let outages = || node.log().iter().filter(|line| line.contains("the repository was not reached")).count();
+    let before = outages();
+    nodes.forge.go_away();
+    eventually(PATIENCE, "the outage is noticed", || (outages() > before).then_some(()));
+    assert_eq!(error(), wrong);
+    nodes.forge.serve();
+    let mended = nodes.forge.push(&[("dataplane.toml", &truth("three.example"))]);
+    nodes.wait_for(&mended, PATIENCE);
+    assert_eq!(error(), "");
+}
+
+#[test]
+fn a_webhook_comes_through_a_route_and_an_ingress_and_moves_without_a_restart() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let forge = Forge::start(&net, &net.entrance);
+    forge.push(&[("dataplane.toml", &truth("hook.example"))]);
+    let pem = certificate(&net, &["hook.example"]);
+    let path = pem.display();
+    let server = format!(
+        "listen 127.0.0.1:8443 ssl; ssl_certificate {path}; ssl_certificate_key {path}; \
+         location = /hook {{ proxy_pass http://127.0.0.1:9080; }}"
+    );
+    let _ingress = Peer::nginx(&net, &net.client, &format!("http {{ server {{ {server} }} }}"));
+    let source = |port: u16, secret: &Path| {
+        let git = format!("git = \"http://{}:{HTTP_PORT}/git/entrance.git\"\ninterval = \"1h\"\n", ENTRANCE[0]);
+        let token = format!("token_file = \"{}\"\n", forge.token_file().display());
+        format!("{git}{token}webhook = {{ bind = \"127.0.0.1:{port}\", secret_file = \"{}\" }}", secret.display())
+    };
+    let daemon = Daemon::start_on(&net, &net.client, |dir| node(dir, &source(9080, &forge.secret_file())));
+    let body = "{}";
+    let hook = |secret: &str| {
+        let resolve = format!("hook.example:443:{}", CLIENT[0]);
+        let signed = format!("X-Hub-Signature-256: sha256={}", signature(secret, body));
+        let mut command = Command::new("curl");
+        command.args([
+            "--silent",
+            "--max-time",
+            "10",
+            "--noproxy",
+            "*",
+            "--output",
+            "/dev/null",
+            "--write-out",
+            "%{http_code}",
+        ]);
+        command.args(["--resolve", &resolve, "-H", &signed, "--data-binary", body, "--cacert"]).arg(&pem);
+        net.entrance.output(command.arg("https://hook.example/hook"))
+    };
+    let two = forge.push(&[("dataplane.toml", &truth("hook.example").replace("8443", "8443\", \"127.0.0.2:8443"))]);
+    assert_eq!(hook("guessed"), "401");
+    assert_eq!(hook(SECRET), "202");
+    eventually(PATIENCE, "the commit is in force", || (running(&daemon) == two).then_some(()));
+
+    // Another secret at the same address, another address, none.
+    let other = net.file("other-secret", "other\n");
+    let reload = |text: String| {
+        std::fs::write(daemon.config_path(), text).expect("written");
+        let out = daemon.cli(&["reload"]);
+        (out.status.success(), String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned())
+    };
+    let (done, said) = reload(node(daemon.dir(), &source(9080, &other)));
+    assert!(done, "{said}");
+    eventually(PATIENCE, "the new secret counts", || (hook("other") == "202").then_some(()));
+    assert_eq!(hook(SECRET), "401");
+    let taken = net.client.listen("127.0.0.1:9081");
+    let (done, said) = reload(node(daemon.dir(), &source(9081, &other)));
+    assert!(!done && said.contains("another program listens there"), "{said}");
+    assert_eq!(hook("other"), "202", "what was in force goes on");
+    drop(taken);
+    let (done, said) = reload(node(daemon.dir(), &source(9081, &other)));
+    assert!(done, "{said}");
+    eventually(PATIENCE, "the old address is free", || (hook("other") == "502").then_some(()));
+    let url = "http://127.0.0.1:9081/hook";
+    assert_eq!(post(&net.client, url, &[format!("X-Gitea-Signature: {}", signature("other", body))], body), "202");
+    let without = node(daemon.dir(), source(9081, &other).split("webhook").next().expect("a part"));
+    let (done, said) = reload(without);
+    assert!(done, "{said}");
+    let address = "127.0.0.1:9081".parse().expect("an address");
+    eventually(PATIENCE, "nothing listens any more", || net.client.connect(address).is_err().then_some(()));
+}
+
+#[test]
+fn a_hook_of_the_repository_refuses_what_the_nodes_would() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let forge = Forge::start(&net, &net.entrance);
+    forge.guard(&tests::daemon::binary());
+    let include = format!("include = [\"routes.d/*.toml\"]\n{}", truth("one.example"));
+    let more = "[[routes]]\nhosts = [\"more.example\"]\nupstream = \"cluster\"\n";
+    forge.push(&[("dataplane.toml", &include), ("routes.d/more.toml", more)]);
+    let wrong = more.replace("cluster", "clutser");
+    let said = forge.try_push(&[("routes.d/more.toml", &wrong)]).expect_err("it is wrong");
+    assert!(said.contains("routes.d/more.toml:3:12: error: there is no upstream \"clutser\""), "{said}");
+    forge.push(&[("routes.d/more.toml", more)]);
+}
+
+#[test]
+fn a_repository_above_runs_nothing_and_a_redirect_gets_no_token() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let forge = Forge::start(&net, &net.entrance);
+    forge.push(&[("dataplane.toml", &truth("one.example"))]);
+    let by_http = |port: u16| format!("git = \"http://{}:{port}/git/entrance.git\"", ENTRANCE[0]);
+    let token = format!("token_file = \"{}\"", forge.token_file().display());
+
+    // Somebody else's repository in the folder that all users share.
+    let (shared, ran) = (net.dir().join("shared"), net.dir().join("ran"));
+    let inside = shared.join("deeper");
+    std::fs::create_dir_all(&inside).expect("folders");
+    let run = |command: &mut Command| net.client.run(|| command.output()).expect("git is needed");
+    assert!(run(Command::new("git").args(["init", "--quiet"]).arg(&shared)).status.success());
+    let settings = format!("[credential]\n\thelper = \"!touch {}; false\"\n", ran.display());
+    let mut config = std::fs::File::options().append(true).open(shared.join(".git/config")).expect("it is there");
+    std::io::Write::write_all(&mut config, settings.as_bytes()).expect("written");
+    let url = format!("http://{}:{HTTP_PORT}/git/entrance.git", ENTRANCE[0]);
+    run(Command::new("git").args(["ls-remote", &url]).env("GIT_TERMINAL_PROMPT", "0").current_dir(&inside));
+    assert!(ran.exists(), "the trap works");
+    std::fs::remove_file(&ran).expect("it is there");
+    for tmp in [&shared, &inside] {
+        let (good, said) = check(&net, &by_http(HTTP_PORT), tmp);
+        assert!(!good && said.contains("Username"), "without a token it is not let in: {said}");
+        assert!(!ran.exists(), "a setting of a repository above was followed");
+    }
+
+    // A server that sends elsewhere, and one that writes down what it is sent.
+    let heard = net.dir().join("heard");
+    let to = ENTRANCE[0];
+    let servers = format!(
+        "log_format sent \"$request_uri $http_authorization\"; \
+         server {{ listen {to}:8082; return 302 http://{to}:8083$request_uri; }} \
+         server {{ listen {to}:8083; access_log {} sent; return 404; }}",
+        heard.display()
+    );
+    let _nginx = Peer::nginx(&net, &net.entrance, &format!("http {{ {servers} }}"));
+    let heard = || std::fs::read_to_string(&heard).unwrap_or_default();
+    let (good, said) = check(&net, &format!("{}\n{token}", by_http(8082)), &inside);
+    assert!(!good && said.contains("write `git` as the URL where the repository is now"), "{said}");
+    assert_eq!(heard(), "");
+    // Without a token there is nothing to lose.
+    let (good, said) = check(&net, &by_http(8082), &inside);
+    assert!(!good, "{said}");
+    eventually(PATIENCE, "the redirection is followed", || {
+        heard().contains("/git/entrance.git/info/refs").then_some(())
+    });
+    assert!(!heard().contains("Basic"), "{}", heard());
 }
 
 #[test]
@@ -236,13 +398,7 @@ fn what_is_too_large_too_slow_or_a_link_is_not_fetched_and_no_secret_is_an_argum
     let _turn = beside_others();
     let net = Net::new();
     let forge = Forge::start(&net, &net.entrance);
-    let check = |source: &str| {
-        let file = net.file("node.toml", node(net.dir(), source));
-        let out =
-            net.client.run(|| Command::new(tests::daemon::binary()).args(["check", "--config"]).arg(&file).output());
-        let out = out.expect("the daemon's binary can be run");
-        (out.status.success(), String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned())
-    };
+    let check = |source: &str| check(&net, source, &std::env::temp_dir());
     let git = format!("git = \"file://{}\"", forge.repository().display());
     forge.push(&[("dataplane.toml", &truth("one.example"))]);
     let (good, said) = check(&git);

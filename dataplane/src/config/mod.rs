@@ -78,6 +78,13 @@ pub struct Config {
     pub hash: String,
 }
 
+impl Config {
+    /// Of the repository, where it has one.
+    pub fn webhook(&self) -> Option<&Webhook> {
+        self.repository.as_ref()?.webhook.as_ref()
+    }
+}
+
 /// A byte range in [`Source::text`].
 pub type Span = std::ops::Range<usize>;
 

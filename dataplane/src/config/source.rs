@@ -76,6 +76,16 @@ impl Source {
         self.files.iter().filter(local).map(|file| (&*file.path, &self.text[file.range.clone()]))
     }
 
+    /// Without what came from a repository: as it was read from this machine.
+    #[must_use]
+    pub fn local(&self) -> Self {
+        let mut local = Self { commit: None, ..self.clone() };
+        local.files.retain(|file| matches!(file.role, Role::Main | Role::Included));
+        local.text.truncate(local.files.last().map_or(0, |file| file.range.end + 1));
+        local.findings.retain(|finding| finding.span.start < local.text.len());
+        local
+    }
+
     /// The texts that are the same on all entrance nodes: those of the repository, or else all.
     pub(super) fn shared_texts(&self) -> impl Iterator<Item = &str> {
         let of_repository = |file: &&File| matches!(file.role, Role::Repository | Role::RepositoryIncluded);

@@ -57,11 +57,13 @@ pub struct Follower<F> {
     path: PathBuf,
     fetch: F,
     news: mpsc::Sender<News>,
-    /// The text of this machine's files that was looked at last, good or not.
-    local: String,
+    /// This machine's files as they are in force.
+    local: Source,
+    /// What they said when they were looked at last, good or not; empty: to be looked at whatever they say.
+    looked_at: String,
     /// What the ref was when its commit was looked at last, good or not; `None`: to be looked at whatever it is.
     seen: Option<Seen>,
-    /// In force.
+    /// In force, and nothing was refused since: then even the way back to it is news.
     commit: Option<String>,
     /// Of the configuration in force.
     interval: Option<Duration>,
@@ -81,6 +83,16 @@ enum Why {
     Due,
 }
 
+/// What a look came to.
+enum Found {
+    /// This validates, and is not in force.
+    New(Box<Loaded>, Option<Seen>),
+    /// The repository has nothing new.
+    Unchanged,
+    /// There was nothing to ask a repository for.
+    Nothing,
+}
+
 enum Failure {
     Broken(String),
     Unreachable(String),
@@ -89,29 +101,29 @@ enum Failure {
 impl<F: Fetch> Follower<F> {
     /// Goes on from what was loaded at the start. Must be called within a runtime.
     pub fn new(path: PathBuf, fetch: F, news: mpsc::Sender<News>, at_start: &config::Config) -> Self {
+        let local = at_start.source.local();
         let mut follower = Self {
             path,
             fetch,
             news,
-            local: String::new(),
+            looked_at: text(&local),
+            places: places(&local),
+            local,
             seen: None,
             commit: at_start.source.commit.clone(),
             interval: None,
-            places: Vec::new(),
             watcher: None,
         };
-        follower.local = local_text(&at_start.source);
-        follower.places = places(&at_start.source);
         follower.take_over(at_start);
-        follower.watch();
         follower
     }
 
     /// Runs until the control thread has ended.
     pub async fn run(mut self, mut requests: mpsc::Receiver<ReloadRequest>, pushed: Arc<Notify>) {
+        self.catch_up().await;
         // What was loaded at the start may be the commit that is kept.
         let mut due = Instant::now();
-        loop {
+        while !self.news.is_closed() {
             let why = tokio::select! {
                 request = requests.recv() => {
                     let Some(answer) = request else { return };
@@ -120,35 +132,42 @@ impl<F: Fetch> Follower<F> {
                         NotifyState::monotonic_usec_now().unwrap_or(NotifyState::Status("reloading")),
                     ]);
                     let outcome = self.look(Why::Asked).await;
-                    self.watch();
                     notify(&[NotifyState::Ready]);
                     // An answer that nobody waits for is in the log.
                     let _ = answer.send(outcome);
-                    None
+                    Why::Asked
                 }
-                () = pushed.notified(), if self.interval.is_some() => Some(Why::Due),
-                () = sleep_until(due), if self.interval.is_some() => Some(Why::Due),
-                () = changed(self.watcher.as_mut()) => Some(Why::Changed),
+                () = pushed.notified(), if self.interval.is_some() => Why::Due,
+                () = sleep_until(due), if self.interval.is_some() => Why::Due,
+                () = changed(self.watcher.as_mut()) => Why::Changed,
             };
-            if let Some(why) = why {
+            if why != Why::Asked {
                 let _ = self.look(why).await;
-                self.watch();
             }
+            self.catch_up().await;
             if let Some(interval) = self.interval {
-                due = Instant::now() + with_jitter(interval);
+                let next = Instant::now() + with_jitter(interval);
+                // A file that changes again and again keeps nobody from the repository.
+                due = if why == Why::Changed { due.min(next) } else { next };
             }
-            if self.news.is_closed() {
-                return;
-            }
+        }
+    }
+
+    /// Watches what there is to watch now; what changed in a place before it was watched is looked at.
+    async fn catch_up(&mut self) {
+        while self.watch() {
+            let _ = self.look(Why::Changed).await;
         }
     }
 
     /// Looks once. What came of it, for people.
     async fn look(&mut self, why: Why) -> Result<String, String> {
         let stopping = || "the daemon is stopping".to_owned();
+        let nothing = || Ok("nothing has changed\n".to_owned());
         let (news, outcome) = match self.load(why).await {
-            Ok(Some((loaded, seen))) => return self.put_in_force(loaded, seen).await,
-            Ok(None) => (News::Unchanged, Ok("nothing has changed\n".to_owned())),
+            Ok(Found::New(loaded, seen)) => return self.put_in_force(loaded, seen).await,
+            Ok(Found::Nothing) => return nothing(),
+            Ok(Found::Unchanged) => (News::Unchanged, nothing()),
             Err(Failure::Broken(text)) => (News::Broken(text.clone()), Err(text)),
             Err(Failure::Unreachable(text)) => (News::Unreachable(text.clone()), Err(text)),
         };
@@ -156,14 +175,19 @@ impl<F: Fetch> Follower<F> {
         outcome
     }
 
-    async fn put_in_force(&mut self, mut loaded: Loaded, seen: Option<Seen>) -> Result<String, String> {
+    async fn put_in_force(&mut self, mut loaded: Box<Loaded>, seen: Option<Seen>) -> Result<String, String> {
         let stopping = || "the daemon is stopping".to_owned();
         let snapshot = loaded.snapshot.take();
         let config = loaded.config.clone();
         let (answer, outcome) = oneshot::channel();
-        self.news.send(News::Load(Box::new(loaded), answer)).await.map_err(|_| stopping())?;
-        let text = outcome.await.map_err(|_| stopping())??;
-        // Only now: what validates and cannot be put in force is tried again.
+        self.news.send(News::Load(loaded, answer)).await.map_err(|_| stopping())?;
+        let text = outcome.await.map_err(|_| stopping())?.inspect_err(|_| {
+            // What validates and cannot be put in force is tried again.
+            self.looked_at.clear();
+            self.seen = None;
+            self.commit = None;
+        })?;
+        self.local = config.source.local();
         self.seen = seen;
         self.commit.clone_from(&config.source.commit);
         self.take_over(&config);
@@ -173,42 +197,52 @@ impl<F: Fetch> Follower<F> {
         Ok(text)
     }
 
-    /// What is new, with what the ref is now; `None`: nothing.
-    async fn load(&mut self, why: Why) -> Result<Option<(Loaded, Option<Seen>)>, Failure> {
+    async fn load(&mut self, why: Why) -> Result<Found, Failure> {
         let broken = |error: LoadError| Failure::Broken(error.to_string());
-        let local = config::read(&self.path).map_err(broken)?;
-        self.places = places(&local);
-        let text = local_text(&local);
-        let is_new = std::mem::replace(&mut self.local, text) != self.local;
-        if !is_new && why == Why::Changed {
-            return Ok(None);
-        }
-        let Some(repository) = super::repository(&local).map_err(broken)? else {
-            return if is_new || why == Why::Asked {
-                Ok(Some((whole(local, None).map_err(broken)?, None)))
-            } else {
-                Ok(None)
-            };
+        let (local, is_new) = if why == Why::Due && self.watcher.is_none() {
+            // Nobody has said that this machine's files are ready.
+            (self.local.clone(), false)
+        } else {
+            let local = config::read(&self.path).map_err(|error| {
+                self.looked_at.clear();
+                broken(error)
+            })?;
+            self.places = places(&local);
+            let text = text(&local);
+            let is_new = text != self.looked_at;
+            self.looked_at = text;
+            (local, is_new)
         };
         let anew = is_new || why == Why::Asked;
+        if !anew && why == Why::Changed {
+            return Ok(Found::Nothing);
+        }
+        let Some(repository) = super::repository(&local).map_err(broken)? else {
+            return if anew {
+                Ok(Found::New(Box::new(whole(local, None).map_err(broken)?), None))
+            } else {
+                Ok(Found::Nothing)
+            };
+        };
         let fetched = self.fetch.fetch(&repository, self.seen.as_ref().filter(|_| !anew)).await;
         let fetched = fetched.map_err(|error| {
             if is_new {
                 // Not yet looked at, after all.
-                self.local.clear();
+                self.looked_at.clear();
             }
             Failure::Unreachable(LoadError::Repository { git: repository.git.clone(), error }.to_string())
         })?;
-        let Some((seen, snapshot)) = fetched else { return Ok(None) };
+        let Some((seen, snapshot)) = fetched else { return Ok(Found::Unchanged) };
         if !anew && self.commit.as_ref() == Some(&snapshot.commit) {
             self.seen = Some(seen);
-            return Ok(None);
+            return Ok(Found::Unchanged);
         }
         match whole(local, Some((&repository, snapshot))) {
-            Ok(loaded) => Ok(Some((loaded, Some(seen)))),
+            Ok(loaded) => Ok(Found::New(Box::new(loaded), Some(seen))),
             Err(error) => {
                 // The same commit will not be better the next time.
                 self.seen = Some(seen);
+                self.commit = None;
                 Err(broken(error))
             }
         }
@@ -226,11 +260,10 @@ impl<F: Fetch> Follower<F> {
         }
     }
 
-    /// Links may lead elsewhere by now, also to something wrong.
-    fn watch(&mut self) {
-        if let Some(watcher) = &mut self.watcher {
-            watcher.watch(&self.places.iter().flat_map(|place| watch::folders(place)).collect::<BTreeSet<_>>());
-        }
+    /// Links may lead elsewhere by now, also to something wrong. Whether there is a folder that was not watched before.
+    fn watch(&mut self) -> bool {
+        let Some(watcher) = &mut self.watcher else { return false };
+        watcher.watch(&self.places.iter().flat_map(|place| watch::folders(place)).collect::<BTreeSet<_>>())
     }
 }
 
@@ -247,7 +280,7 @@ fn places(source: &Source) -> Vec<PathBuf> {
 }
 
 /// All that this machine's files say, and which they are.
-fn local_text(source: &Source) -> String {
+fn text(source: &Source) -> String {
     source.local_texts().map(|(path, text)| format!("{}\n{text}\n", path.display())).collect()
 }
 
@@ -266,6 +299,7 @@ fn notify(states: &[NotifyState<'_>]) {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::path::Path;
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
@@ -312,15 +346,27 @@ mod tests {
         /// Hosts of the configuration in force.
         in_force: String,
         folder: tempfile::TempDir,
+        /// What is to be put in force cannot be.
+        refuse: bool,
+    }
+
+    fn append(file: &Path) {
+        let mut file = std::fs::File::options().append(true).open(file).unwrap();
+        std::io::Write::write_all(&mut file, b"# edited\n").unwrap();
     }
 
     impl Rig {
         /// Started from commit `one`, with an interval of a minute.
         fn start() -> Self {
+            Self::start_with("", |_| {})
+        }
+
+        /// The same, with these lines in front, and something that happens when the file has been read.
+        fn start_with(lines: &str, meanwhile: impl FnOnce(&Path)) -> Self {
             let folder = tempfile::tempdir().unwrap();
             let file = folder.path().join("dataplane.toml");
             let state = folder.path().join("state");
-            let local = format!("[source]\ngit = \"/srv/x.git\"\nstate_directory = \"{}\"\n", state.display());
+            let local = format!("{lines}[source]\ngit = \"/srv/x.git\"\nstate_directory = \"{}\"\n", state.display());
             std::fs::write(&file, local).unwrap();
             let server = Arc::new(Server::default());
             server.push("one", &GOOD.replace("HOST", "one.example"));
@@ -331,9 +377,15 @@ mod tests {
             let (sender, news) = mpsc::channel(1);
             let (requests, inbox) = mpsc::channel(1);
             let pushed = Arc::new(Notify::new());
+            meanwhile(&file);
             let follower = Follower::new(file, server.clone(), sender, &loaded.config);
             tokio::spawn(follower.run(inbox, pushed.clone()));
-            Self { server, news, requests, pushed, in_force: "one.example".into(), folder }
+            Self { server, news, requests, pushed, in_force: "one.example".into(), folder, refuse: false }
+        }
+
+        /// Adds a line to this machine's file.
+        fn edit(&self) {
+            append(&self.folder.path().join("dataplane.toml"));
         }
 
         /// The next news within `limit`, in one word; what is to be put in force is.
@@ -341,6 +393,10 @@ mod tests {
             match tokio::time::timeout(limit, self.news.recv()).await {
                 Err(_) => "nothing",
                 Ok(None) => "ended",
+                Ok(Some(News::Load(_, answer))) if self.refuse => {
+                    answer.send(Err("the address is in use".into())).unwrap();
+                    "refused"
+                }
                 Ok(Some(News::Load(loaded, answer))) => {
                     self.in_force = loaded.config.routes[0].name.to_string();
                     answer.send(Ok("in force".into())).unwrap();
@@ -411,6 +467,75 @@ mod tests {
         rig.requests.send(answer).await.unwrap();
         assert_eq!(rig.next(Duration::from_secs(1)).await, "unreachable");
         assert!(outcome.await.unwrap().unwrap_err().contains("connection refused"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_way_back_to_what_is_in_force_is_news_after_something_was_refused() {
+        let mut rig = Rig::start();
+        assert_eq!(rig.next(MINUTE).await, "unchanged");
+        rig.server.push("two", "listeners = 3");
+        assert_eq!(rig.next(INTERVAL).await, "broken");
+        rig.server.push("one", &GOOD.replace("HOST", "one.example"));
+        assert_eq!(rig.next(INTERVAL).await, "load", "nothing is wrong any more, and that is to be told");
+        assert_eq!(rig.next(INTERVAL).await, "unchanged");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_could_not_be_put_in_force_is_tried_again_and_so_is_the_way_back() {
+        let mut rig = Rig::start();
+        assert_eq!(rig.next(MINUTE).await, "unchanged");
+        rig.refuse = true;
+        rig.server.push("two", &GOOD.replace("HOST", "two.example"));
+        assert_eq!(rig.next(INTERVAL).await, "refused");
+        assert_eq!(rig.next(INTERVAL).await, "refused");
+        rig.refuse = false;
+        rig.server.push("one", &GOOD.replace("HOST", "one.example"));
+        assert_eq!(rig.next(INTERVAL).await, "load");
+        assert_eq!(rig.next(INTERVAL).await, "unchanged");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_watch_an_edit_waits_for_its_owner_and_commits_do_not_wait_for_it() {
+        let mut rig = Rig::start();
+        assert_eq!(rig.next(MINUTE).await, "unchanged");
+        std::fs::write(rig.folder.path().join("dataplane.toml"), "[[half an edit").unwrap();
+        assert_eq!(rig.next(INTERVAL).await, "unchanged");
+        rig.server.push("two", &GOOD.replace("HOST", "two.example"));
+        assert_eq!(rig.next(INTERVAL).await, "load");
+        assert_eq!(rig.in_force, "two.example");
+        let (answer, outcome) = oneshot::channel();
+        rig.requests.send(answer).await.unwrap();
+        assert_eq!(rig.next(Duration::from_secs(1)).await, "broken");
+        assert!(outcome.await.unwrap().is_err());
+        assert_eq!(rig.next(INTERVAL).await, "unchanged");
+    }
+
+    const LONG: Duration = Duration::from_secs(20);
+
+    #[tokio::test]
+    async fn a_change_from_before_the_watch_is_noticed() {
+        let mut rig = Rig::start_with("watch = true\n", append);
+        assert_eq!(rig.next(LONG).await, "load");
+        assert_eq!(rig.next(LONG).await, "unchanged");
+        rig.edit();
+        assert_eq!(rig.next(LONG).await, "load");
+    }
+
+    #[tokio::test]
+    async fn a_file_that_changes_says_nothing_of_the_repository() {
+        let mut rig = Rig::start_with("watch = true\n", |_| {});
+        assert_eq!(rig.next(LONG).await, "unchanged");
+        let asked = rig.server.asked.load(Relaxed);
+        std::fs::write(rig.folder.path().join("neighbour"), "").unwrap();
+        assert_eq!(rig.next(Duration::from_millis(500)).await, "nothing");
+        assert_eq!(rig.server.asked.load(Relaxed), asked);
+        // One that could not be put in force is in question until it is, even where it says again what is in force.
+        rig.refuse = true;
+        rig.edit();
+        assert_eq!(rig.next(LONG).await, "refused");
+        rig.refuse = false;
+        std::fs::write(rig.folder.path().join("neighbour"), "").unwrap();
+        assert_eq!(rig.next(LONG).await, "load");
     }
 
     #[test]

@@ -178,7 +178,10 @@ impl<'r> Git<'r> {
         if message.contains("File too large") {
             return Err(self.too_large());
         }
-        let message = one_line(&message);
+        let mut message = one_line(&message);
+        if self.authorization.is_some() && message.contains("returned error: 30") {
+            message += ": the server sends elsewhere, and the token goes nowhere else; write `git` as the URL where the repository is now (for GitLab: with .git at its end)";
+        }
         Err(if message.is_empty() { format!("git {}: {status}", arguments[0]) } else { message })
     }
 
@@ -221,13 +224,16 @@ impl<'r> Git<'r> {
             .env("HOME", home)
             .env("LC_ALL", "C")
             .env("GIT_CONFIG_NOSYSTEM", "1")
+            // The folder lies where others may write: no repository above it is one of ours, and its settings may run programs.
+            .env("GIT_CEILING_DIRECTORIES", home.parent().unwrap_or(home))
             .env("GIT_TERMINAL_PROMPT", "0")
             .env("GIT_ALLOW_PROTOCOL", "http:https:ssh:file")
             .env("GIT_PROTOCOL_FROM_USER", "0");
         if let Some(header) = &self.authorization {
-            // In the environment: arguments can be read by every user of the machine.
-            command.env("GIT_CONFIG_COUNT", "1").env("GIT_CONFIG_KEY_0", "http.extraHeader");
-            command.env("GIT_CONFIG_VALUE_0", header);
+            // In the environment: arguments can be read by every user of the machine. A header of one's own goes wherever a redirect leads.
+            command.env("GIT_CONFIG_COUNT", "2");
+            command.env("GIT_CONFIG_KEY_0", "http.extraHeader").env("GIT_CONFIG_VALUE_0", header);
+            command.env("GIT_CONFIG_KEY_1", "http.followRedirects").env("GIT_CONFIG_VALUE_1", "false");
         }
         if let Some(key) = &self.repository.ssh_key_file {
             command.env("GIT_SSH_COMMAND", self.ssh(key)).env("GIT_SSH_VARIANT", "ssh");

@@ -46,8 +46,9 @@ impl Watcher {
         Ok(Self { inotify: sys::watch_readable(Arc::new(inotify))?, watched: BTreeMap::new() })
     }
 
-    /// Watches these folders and no others. One that is there again, but another one, is watched anew.
-    pub fn watch(&mut self, folders: &BTreeSet<PathBuf>) {
+    /// Watches these folders and no others. One that is there again, but another one, is watched anew. Whether one was not watched before: what
+    /// changed there until now went unnoticed.
+    pub fn watch(&mut self, folders: &BTreeSet<PathBuf>) -> bool {
         let added =
             folders.iter().filter_map(|folder| match inotify::add_watch(self.inotify.get_ref(), folder, EVENTS) {
                 Ok(watch) => Some((folder.clone(), watch)),
@@ -62,7 +63,9 @@ impl Watcher {
             // The kernel has removed it already when the folder is gone.
             let _ = inotify::remove_watch(self.inotify.get_ref(), *watch);
         }
+        let before: BTreeSet<i32> = self.watched.values().copied().collect();
         self.watched = watched;
+        !kept.is_subset(&before)
     }
 
     /// Waits until something has changed, and until it is quiet again.

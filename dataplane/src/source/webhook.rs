@@ -1,7 +1,9 @@
 //! `POST /hook`: a forge says that something was pushed, signed with a shared secret. It only has the repository looked at.
 //!
-//! Anybody may reach the address, so everything that it may cost is bounded: connections, their time, bytes and requests.
+//! Anybody may reach the address, so everything that it may cost is bounded: connections, their time and bytes, looks and log lines. And nobody
+//! without the secret can keep a forge from being heard: a newer connection takes the place of the oldest, and only signed requests count.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::net::TcpListener as StdTcpListener;
 use std::path::PathBuf;
@@ -9,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use hmac::{Hmac, Mac};
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::{BodyExt, Full};
 use hyper::body::{Body, Bytes};
 use hyper::header::HeaderMap;
 use hyper::service::service_fn;
@@ -17,18 +19,22 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use sha2::Sha256;
 use tokio::net::TcpListener;
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, mpsc};
+use tokio::task::{AbortHandle, JoinSet};
 
-/// Bytes of a request. What a forge tells of a push is some KiB; of a push too large for this the next look learns.
+/// Bytes of a request's body. What a forge tells of a push is some KiB; of a push too large for this the next look learns.
 const MOST_BYTES: usize = 1 << 20;
 
-/// Requests that are read at a time; others wait.
-const AT_A_TIME: usize = 8;
+/// Bytes that are held of a request at a time.
+const BUFFER: usize = 16 << 10;
+
+/// Connections at a time.
+pub const AT_A_TIME: usize = 32;
 
 /// For a request, from accept to its answer.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// Requests in a row, and how long each takes to be forgotten.
+/// Signed requests in a row, and how long each takes to be forgotten; the same for lines in the log that tell of others.
 const BURST: u32 = 20;
 const REFILL: Duration = Duration::from_millis(500);
 
@@ -38,14 +44,39 @@ const BREATHER: Duration = Duration::from_millis(200);
 /// The headers in which GitHub, Forgejo, Gitea and Gogs send the HMAC-SHA256 of the body, in hex; GitHub's with a prefix, and the others send it too.
 const SIGNATURES: [&str; 4] = ["x-hub-signature-256", "x-forgejo-signature", "x-gitea-signature", "x-gogs-signature"];
 
-/// Serves until the runtime ends; each good request is told to `pushed`.
-pub async fn serve(listener: StdTcpListener, secret_file: PathBuf, pushed: Arc<Notify>) -> std::io::Result<()> {
+/// What is served, and where. The listener is bound by who puts configurations in force: one whose address is taken is refused.
+#[derive(Debug)]
+pub struct Served {
+    /// Speaks plain HTTP.
+    pub listener: StdTcpListener,
+    /// Holds what forges sign with.
+    pub secret_file: PathBuf,
+}
+
+/// Serves what was told last; each good request is told to `pushed`. Until nobody is left to tell.
+pub async fn serve(mut told: mpsc::UnboundedReceiver<Option<Served>>, pushed: Arc<Notify>) {
+    let mut serving = JoinSet::new();
+    while let Some(served) = told.recv().await {
+        // Its connections end with it.
+        serving.shutdown().await;
+        if let Some(served) = served {
+            let pushed = pushed.clone();
+            serving.spawn(async move {
+                if let Err(error) = accept(served, pushed).await {
+                    tracing::error!(%error, "the webhook is not served");
+                }
+            });
+        }
+    }
+}
+
+async fn accept(Served { listener, secret_file }: Served, pushed: Arc<Notify>) -> std::io::Result<()> {
     listener.set_nonblocking(true)?;
     let listener = TcpListener::from_std(listener)?;
-    let places = Arc::new(Semaphore::new(AT_A_TIME));
-    let hook = Arc::new(Hook { secret_file, pushed, rate: Mutex::new(Rate::new(Instant::now())) });
+    let hook = Arc::new(Hook::new(secret_file, pushed));
+    let mut open = JoinSet::new();
+    let mut oldest: VecDeque<AbortHandle> = VecDeque::new();
     loop {
-        let place = places.clone().acquire_owned().await.expect("it is never closed");
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
@@ -54,31 +85,45 @@ pub async fn serve(listener: StdTcpListener, secret_file: PathBuf, pushed: Arc<N
                 continue;
             }
         };
+        while open.try_join_next().is_some() {}
+        oldest.retain(|connection| !connection.is_finished());
+        if oldest.len() == AT_A_TIME {
+            // A forge is done within milliseconds; who fills all places is none.
+            oldest.pop_front().expect("it is full").abort();
+        }
         let hook = hook.clone();
-        tokio::spawn(async move {
+        oldest.push_back(open.spawn(async move {
             let answer = service_fn(|request| async { Ok::<_, Infallible>(hook.answer(request).await) });
             let connection = hyper::server::conn::http1::Builder::new()
                 .keep_alive(false)
+                .max_buf_size(BUFFER)
                 .timer(TokioTimer::new())
                 .serve_connection(TokioIo::new(stream), answer);
             let _ = tokio::time::timeout(DEADLINE, connection).await;
-            drop(place);
-        });
+        }));
     }
 }
 
 struct Hook {
     secret_file: PathBuf,
     pushed: Arc<Notify>,
-    rate: Mutex<Rate>,
+    pushes: Mutex<Rate>,
+    refusals: Mutex<Rate>,
 }
 
 impl Hook {
+    fn new(secret_file: PathBuf, pushed: Arc<Notify>) -> Self {
+        Self { secret_file, pushed, pushes: Mutex::default(), refusals: Mutex::default() }
+    }
+
     async fn answer<B>(&self, request: Request<B>) -> Response<Full<Bytes>>
     where
-        B: Body<Error: Into<Box<dyn std::error::Error + Send + Sync>>>,
+        B: Body<Data = Bytes> + Unpin,
     {
         let (status, text) = self.judge(request).await;
+        if status != StatusCode::ACCEPTED && self.refusals.lock().expect("no panic while held").admits(Instant::now()) {
+            tracing::warn!(status = status.as_u16(), why = text.trim_end(), "a webhook request was refused");
+        }
         let mut response = Response::new(Full::new(Bytes::from_static(text.as_bytes())));
         *response.status_mut() = status;
         response
@@ -86,7 +131,7 @@ impl Hook {
 
     async fn judge<B>(&self, request: Request<B>) -> (StatusCode, &'static str)
     where
-        B: Body<Error: Into<Box<dyn std::error::Error + Send + Sync>>>,
+        B: Body<Data = Bytes> + Unpin,
     {
         if request.uri().path() != "/hook" {
             return (StatusCode::NOT_FOUND, "the path is /hook\n");
@@ -94,20 +139,10 @@ impl Hook {
         if request.method() != Method::POST {
             return (StatusCode::METHOD_NOT_ALLOWED, "the method is POST\n");
         }
-        if !self.rate.lock().expect("no panic while held").admits(Instant::now()) {
-            return (StatusCode::TOO_MANY_REQUESTS, "too many requests\n");
-        }
         let signatures = signatures(request.headers());
         if signatures.is_empty() {
             return (StatusCode::UNAUTHORIZED, "no signature: set a secret where the webhook is defined\n");
         }
-        let body = match Limited::new(request.into_body(), MOST_BYTES).collect().await {
-            Ok(body) => body.to_bytes(),
-            Err(error) if error.is::<http_body_util::LengthLimitError>() => {
-                return (StatusCode::PAYLOAD_TOO_LARGE, "too large\n");
-            }
-            Err(_) => return (StatusCode::BAD_REQUEST, "the request is cut short\n"),
-        };
         // Read each time: it may be changed without a restart.
         let secret = match std::fs::read_to_string(&self.secret_file) {
             Ok(secret) => secret,
@@ -117,14 +152,28 @@ impl Hook {
             }
         };
         let secret = secret.trim();
-        // An empty key would be known to everybody.
-        if !secret.is_empty() && signatures.iter().any(|signature| is_signed(secret.as_bytes(), &body, signature)) {
-            tracing::info!("a push was announced");
-            self.pushed.notify_one();
-            return (StatusCode::ACCEPTED, "the repository will be looked at\n");
+        let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes()).expect("any length is a key");
+        let (mut body, mut length) = (request.into_body(), 0);
+        while let Some(frame) = body.frame().await {
+            let Ok(frame) = frame else { return (StatusCode::BAD_REQUEST, "the request is cut short\n") };
+            let data = frame.into_data().unwrap_or_default();
+            length += data.len();
+            if length > MOST_BYTES {
+                return (StatusCode::PAYLOAD_TOO_LARGE, "too large\n");
+            }
+            mac.update(&data);
         }
-        tracing::warn!("a webhook request with a wrong signature was refused");
-        (StatusCode::UNAUTHORIZED, "the signature is wrong\n")
+        // In a time that does not depend on where a signature is wrong. An empty key would be known to everybody.
+        let is_signed = |signature: &Vec<u8>| mac.clone().verify_slice(signature).is_ok();
+        if secret.is_empty() || !signatures.iter().any(is_signed) {
+            return (StatusCode::UNAUTHORIZED, "the signature is wrong\n");
+        }
+        if !self.pushes.lock().expect("no panic while held").admits(Instant::now()) {
+            return (StatusCode::TOO_MANY_REQUESTS, "too many requests\n");
+        }
+        tracing::info!("a push was announced");
+        self.pushed.notify_one();
+        (StatusCode::ACCEPTED, "the repository will be looked at\n")
     }
 }
 
@@ -140,24 +189,19 @@ fn from_hex(text: &str) -> Option<Vec<u8>> {
     (text.len() == 64 && text.is_ascii()).then(|| (0..64).step_by(2).map(digits).collect())?
 }
 
-/// In a time that does not depend on where the signature is wrong.
-fn is_signed(secret: &[u8], body: &[u8], signature: &[u8]) -> bool {
-    let mut mac = Hmac::<Sha256>::new_from_slice(secret).expect("any length is a key");
-    mac.update(body);
-    mac.verify_slice(signature).is_ok()
-}
-
 /// A bucket of [`BURST`] requests that fills by one each [`REFILL`].
 struct Rate {
     left: u32,
     since: Instant,
 }
 
-impl Rate {
-    fn new(now: Instant) -> Self {
-        Self { left: BURST, since: now }
+impl Default for Rate {
+    fn default() -> Self {
+        Self { left: BURST, since: Instant::now() }
     }
+}
 
+impl Rate {
     fn admits(&mut self, now: Instant) -> bool {
         let refilled = (now.saturating_duration_since(self.since).as_millis() / REFILL.as_millis()) as u32;
         if refilled > 0 {
@@ -183,8 +227,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let secret_file = folder.path().join("secret");
         std::fs::write(&secret_file, format!("{SECRET}\n")).unwrap();
-        let hook = Hook { secret_file, pushed: Arc::default(), rate: Mutex::new(Rate::new(Instant::now())) };
-        (folder, hook)
+        (folder, Hook::new(secret_file, Arc::default()))
     }
 
     async fn post(hook: &Hook, headers: &[(&str, &str)], body: &[u8]) -> u16 {
@@ -250,10 +293,59 @@ mod tests {
         assert_eq!(hook.judge(ask(elsewhere)).await.0, StatusCode::NOT_FOUND);
     }
 
+    #[tokio::test]
+    async fn nobody_without_the_secret_keeps_a_forge_from_being_heard() {
+        let (_folder, hook) = hook();
+        let wrong = SIGNATURE.replace('7', "8");
+        for headers in [&[][..], &[("X-Gitea-Signature", &*wrong)]] {
+            for _ in 0..10 * BURST {
+                assert_eq!(post(&hook, headers, BODY).await, 401);
+            }
+        }
+        for _ in 0..BURST {
+            assert_eq!(post(&hook, &[("X-Gitea-Signature", SIGNATURE)], BODY).await, 202);
+        }
+        // A signed request can be sent again by whoever has seen it.
+        hook.pushes.lock().unwrap().left = 0;
+        hook.pushes.lock().unwrap().since = Instant::now() + REFILL;
+        assert_eq!(post(&hook, &[("X-Gitea-Signature", SIGNATURE)], BODY).await, 429);
+    }
+
+    #[tokio::test]
+    async fn idle_connections_give_way() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        use tokio::net::TcpStream;
+        let (folder, _) = hook();
+        let listener = StdTcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let pushed = Arc::new(Notify::new());
+        let (tell, told) = mpsc::unbounded_channel();
+        tokio::spawn(serve(told, pushed.clone()));
+        tell.send(Some(Served { listener, secret_file: folder.path().join("secret") })).unwrap();
+        let mut idle = Vec::new();
+        for _ in 0..2 * AT_A_TIME {
+            idle.push(TcpStream::connect(address).await.unwrap());
+        }
+        let mut forge = TcpStream::connect(address).await.unwrap();
+        let head = format!("POST /hook HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n", BODY.len());
+        let request = [head.as_bytes(), b"X-Gitea-Signature: ", SIGNATURE.as_bytes(), b"\r\n\r\n", BODY].concat();
+        forge.write_all(&request).await.unwrap();
+        let mut answer = String::new();
+        forge.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 202 "), "{answer}");
+        pushed.notified().await;
+        let mut byte = [0];
+        let first = tokio::time::timeout(DEADLINE / 2, idle[0].read(&mut byte)).await;
+        assert!(matches!(first, Ok(Ok(0) | Err(_))), "the oldest was closed long before its deadline: {first:?}");
+        tell.send(None).unwrap();
+        let last = tokio::time::timeout(DEADLINE / 2, idle[2 * AT_A_TIME - 1].read(&mut byte)).await;
+        assert!(matches!(last, Ok(Ok(0) | Err(_))), "nothing is served any more: {last:?}");
+    }
+
     #[test]
     fn a_flood_is_refused_and_forgotten() {
-        let start = Instant::now();
-        let mut rate = Rate::new(start);
+        let mut rate = Rate::default();
+        let start = rate.since;
         assert_eq!((0..1000).filter(|_| rate.admits(start)).count(), BURST as usize);
         assert_eq!((0..10).filter(|_| rate.admits(start + REFILL)).count(), 1);
         assert_eq!((0..1000).filter(|_| rate.admits(start + REFILL * 1000)).count(), BURST as usize);
