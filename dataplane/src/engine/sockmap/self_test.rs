@@ -7,7 +7,7 @@ use std::net::{Shutdown, TcpListener, TcpStream as StdStream};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use socket2::SockRef;
 use tokio::net::TcpStream;
@@ -115,18 +115,19 @@ impl Circuit {
         Ok((Self { client, server, table: table.clone(), traffic: traffic.clone() }, pair))
     }
 
-    /// Bytes that the kernel has forwarded.
-    fn redirected(&self) -> u64 {
+    /// Bytes that the kernel has forwarded, each way.
+    fn redirected(&self) -> [u64; 2] {
         let look = self.traffic.look();
-        look.to_upstream[0] + look.to_client[0]
+        [look.to_upstream[0], look.to_client[0]]
     }
 
-    /// Sends there and back until the kernel forwards.
+    /// Sends there and back until the kernel forwards both.
     fn engage(&self) -> io::Result<()> {
         for round in 0..1000 {
+            let before = self.redirected();
             message(&self.client, &self.server, 0)?;
             message(&self.server, &self.client, 0)?;
-            if self.redirected() > 0 {
+            if self.redirected() == before.map(|bytes| bytes + MESSAGE as u64) {
                 return Ok(());
             }
             if round > 10 {
@@ -184,7 +185,8 @@ impl Circuit {
             message(&self.client, &self.server, round)?;
             message(&self.server, &self.client, round)?;
         }
-        if self.redirected() - before < (MESSAGE * 100) as u64 {
+        let forwarded = self.redirected().iter().sum::<u64>() - before.iter().sum::<u64>();
+        if forwarded < (MESSAGE * 100) as u64 {
             return Err(wrong("most bytes came to userspace"));
         }
         finish(&self)
@@ -200,13 +202,16 @@ impl Circuit {
                 }
                 self.client.shutdown(Shutdown::Write)
             });
-            thread::sleep(Duration::from_millis(30));
+            // Nothing is read before userspace has what did not fit, however busy the machine is.
+            let start = Instant::now();
+            while self.table.spills[Side::Client as usize].get() == 0 {
+                if start.elapsed() > LIMIT / 2 {
+                    return Err(wrong("the kernel went on redirecting to a full socket"));
+                }
+                thread::sleep(Duration::from_millis(1));
+            }
             expect(&self.server, &sent)?;
             expect_end(&self.server)?;
-            // By now userspace has forwarded what did not fit.
-            if self.table.spills[Side::Client as usize].get() == 0 {
-                return Err(wrong("the kernel went on redirecting to a full socket"));
-            }
             sending.join().map_err(|_| wrong("the sender panicked"))?
         })?;
         message(&self.server, &self.client, 3)?;
