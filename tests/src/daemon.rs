@@ -15,14 +15,14 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::netns::{CLUSTER, ENTRANCE, Host, Net, Process};
-use crate::{eventually, target_dir};
+use crate::{PATIENCE, eventually, target_dir, within};
 
 /// The host that [`Config::new`] routes.
 pub const HOST: &str = "app.example.com";
 /// The name of its route, listener and upstream in metrics.
 pub const ROUTE: &str = HOST;
 /// How long a daemon may take to say READY=1 on a busy machine.
-const START_LIMIT: Duration = Duration::from_secs(20);
+const START_LIMIT: Duration = Duration::from_secs(60);
 
 /// A configuration that is right unless a test makes it wrong: one listener `public` on both families, one upstream `cluster`, one route.
 #[derive(Clone, Debug)]
@@ -254,7 +254,18 @@ impl Daemon {
         std::fs::write(self.config_path(), config.text(&self.dir)).expect("the configuration is written");
     }
 
-    /// What it logged so far, line by line.
+    /// Waits for lines of the log that have all of these parts, and returns those that there are: lines come a moment after what they tell of, in its order.
+    #[track_caller]
+    pub fn wait_log(&self, parts: &[&str]) -> Vec<String> {
+        let has = |line: &String| parts.iter().all(|part| line.contains(part));
+        let lines = within(PATIENCE, || {
+            let lines: Vec<_> = self.log().into_iter().filter(has).collect();
+            (!lines.is_empty()).then_some(lines)
+        });
+        lines.unwrap_or_else(|| panic!("no line with {parts:?}:\n{}", self.log().join("\n")))
+    }
+
+    /// What was read of its log so far, line by line. What it has just done may not be there yet: see [`wait_log`](Self::wait_log).
     pub fn log(&self) -> Vec<String> {
         self.log.lock().expect("no panic while held").clone()
     }
@@ -348,7 +359,7 @@ impl Daemon {
     pub fn get(&self, path: &str) -> Result<(u16, String), String> {
         let addr: SocketAddr = ADMIN.parse().expect("an address");
         let mut stream = self.host.connect(addr).map_err(|e| e.to_string())?;
-        stream.set_read_timeout(Some(Duration::from_secs(5))).map_err(|e| e.to_string())?;
+        stream.set_read_timeout(Some(PATIENCE)).map_err(|e| e.to_string())?;
         let request = format!("GET {path} HTTP/1.1\r\nHost: {ADMIN}\r\nConnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).map_err(|e| e.to_string())?;
         let mut answer = String::new();
@@ -375,6 +386,14 @@ impl Daemon {
         self.metrics().sum(name, labels)
     }
 
+    /// Waits for `status` to say that the last reload or look at a repository failed, and returns why: the metric of it may come first.
+    #[track_caller]
+    pub fn wait_last_error(&self) -> String {
+        eventually(PATIENCE, "an error in the status", || {
+            self.json(&["status", "--json"])["config"]["last_error"].as_str().map(str::to_owned)
+        })
+    }
+
     /// Waits for a metric to get a value.
     #[track_caller]
     pub fn wait_metric(&self, name: &str, labels: &[(&str, &str)], value: f64) {
@@ -384,7 +403,7 @@ impl Daemon {
             if (now - value).abs() < 0.5 {
                 return;
             }
-            assert!(start.elapsed() < Duration::from_secs(10), "{name}{labels:?} is {now}, not {value}");
+            assert!(start.elapsed() < PATIENCE, "{name}{labels:?} is {now}, not {value}");
             std::thread::sleep(Duration::from_millis(20));
         }
     }

@@ -109,7 +109,7 @@ impl Forge {
         for url in urls {
             let _ = writeln!(
                 hook,
-                "curl --silent --show-error --fail --max-time 10 --noproxy '*' -H \"X-Hub-Signature-256: sha256=$signature\" \
+                "curl --silent --show-error --fail --max-time 20 --noproxy '*' -H \"X-Hub-Signature-256: sha256=$signature\" \
                  --data-binary \"$body\" '{url}' >&2 || echo 'the webhook was refused' >&2"
             );
         }

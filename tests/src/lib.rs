@@ -21,6 +21,9 @@ pub mod stream;
 pub mod systemd;
 pub mod tailnet;
 
+/// How long what is healthy may take on a busy machine: a connection to show up, a counter to be counted.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
 /// Polls `probe` every 10 ms until it gives something; panics with `what` after `limit`.
 #[track_caller]
 pub fn eventually<T>(limit: Duration, what: &str, probe: impl FnMut() -> Option<T>) -> T {

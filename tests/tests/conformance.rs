@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
 use socket2::SockRef;
@@ -71,6 +72,27 @@ fn big() -> u64 {
 
 fn close_write(stream: &TcpStream) {
     stream.shutdown(Shutdown::Write).expect("FIN");
+}
+
+/// Receives to the end, and tells when the first megabyte has come.
+#[track_caller]
+fn receive_and_tell(pattern: Pattern, stream: &TcpStream, under_way: &Sender<()>) -> (u64, End) {
+    pattern.receive_exactly(stream, 0, MEGABYTE);
+    under_way.send(()).expect("it is waited for");
+    pattern.receive(stream, MEGABYTE)
+}
+
+/// Each time a reset is heard of; once of three times, for the machine may have something else to do, within a second. How many times it was tried.
+#[track_caller]
+fn heard_within_a_second(reset: impl Fn() -> Option<Duration>) -> f64 {
+    let mut took = Vec::new();
+    while took.len() < 3 {
+        took.push(reset().expect("a reset is passed on"));
+        if took.last() <= Some(&A_SECOND) {
+            return took.len() as f64;
+        }
+    }
+    panic!("a reset is passed on after {took:?}");
 }
 
 fn a_gigabyte_each_way_at_once_arrives_byte_for_byte(engine: &str) {
@@ -156,42 +178,48 @@ fn half_close(first: &TcpStream, second: &TcpStream, pattern: Pattern) {
 fn a_reset_by_the_client_reaches_the_upstream_within_a_second(engine: &str) {
     let _turn = beside_others();
     let rig = Rig::new(&Config::new(engine));
-    let (client, server) = rig.pair();
-    reset(client);
-    assert!(reset_within(&server, A_SECOND).is_some());
-    rig.daemon.wait_metric("dataplane_connections_closed_total", &[("route", ROUTE), ("reason", "client_reset")], 1.0);
+    let resets = heard_within_a_second(|| {
+        let (client, server) = rig.pair();
+        reset(client);
+        reset_within(&server, PATIENCE)
+    });
+    let labels = [("route", ROUTE), ("reason", "client_reset")];
+    rig.daemon.wait_metric("dataplane_connections_closed_total", &labels, resets);
 }
 
 fn a_reset_by_the_upstream_reaches_the_client_within_a_second(engine: &str) {
     let _turn = beside_others();
     let rig = Rig::new(&Config::new(engine));
-    let (client, server) = rig.pair();
-    reset(server);
-    assert!(reset_within(&client, A_SECOND).is_some());
-    rig.daemon.wait_metric(
-        "dataplane_connections_closed_total",
-        &[("route", ROUTE), ("reason", "upstream_reset")],
-        1.0,
-    );
+    let resets = heard_within_a_second(|| {
+        let (client, server) = rig.pair();
+        reset(server);
+        reset_within(&client, PATIENCE)
+    });
+    let labels = [("route", ROUTE), ("reason", "upstream_reset")];
+    rig.daemon.wait_metric("dataplane_connections_closed_total", &labels, resets);
 }
 
 fn a_reset_by_the_client_reaches_the_upstream_while_stalled(engine: &str) {
     let _turn = beside_others();
     let rig = Rig::new(&Config::new(engine));
-    let (client, server) = rig.pair();
-    DOWN.send_until_stalled(&server, 0);
-    reset(client);
-    assert!(reset_within(&server, A_SECOND).is_some());
+    heard_within_a_second(|| {
+        let (client, server) = rig.pair();
+        DOWN.send_until_stalled(&server, 0);
+        reset(client);
+        reset_within(&server, PATIENCE)
+    });
     rig.wait_idle();
 }
 
 fn a_reset_by_the_upstream_reaches_the_client_while_stalled(engine: &str) {
     let _turn = beside_others();
     let rig = Rig::new(&Config::new(engine));
-    let (client, server) = rig.pair();
-    UP.send_until_stalled(&client, 0);
-    reset(server);
-    assert!(reset_within(&client, A_SECOND).is_some());
+    heard_within_a_second(|| {
+        let (client, server) = rig.pair();
+        UP.send_until_stalled(&client, 0);
+        reset(server);
+        reset_within(&client, PATIENCE)
+    });
     rig.wait_idle();
 }
 
@@ -199,12 +227,14 @@ fn a_reset_passes_while_both_sides_are_stalled(engine: &str) {
     let _turn = beside_others();
     let rig = Rig::new(&Config::new(engine));
     for by_client in [true, false] {
-        let (client, server) = rig.pair();
-        DOWN.send_until_stalled(&server, 0);
-        UP.send_until_stalled(&client, 0);
-        let (first, second) = if by_client { (client, server) } else { (server, client) };
-        reset(first);
-        assert!(reset_within(&second, A_SECOND).is_some(), "reset by the client: {by_client}");
+        heard_within_a_second(|| {
+            let (client, server) = rig.pair();
+            DOWN.send_until_stalled(&server, 0);
+            UP.send_until_stalled(&client, 0);
+            let (first, second) = if by_client { (client, server) } else { (server, client) };
+            reset(first);
+            reset_within(&second, PATIENCE)
+        });
     }
     rig.wait_idle();
 }
@@ -213,14 +243,16 @@ fn a_reset_after_a_half_close_is_passed_on(engine: &str) {
     let _turn = beside_others();
     let rig = Rig::new(&Config::new(engine));
     for by_client in [true, false] {
-        let (client, server) = rig.pair();
-        let (first, second) = if by_client { (client, server) } else { (server, client) };
-        close_write(&first);
-        assert_eq!(UP.receive(&second, 0), (0, End::Fin));
-        DOWN.send(&second, 0, 1000).expect("sent");
-        DOWN.receive_exactly(&first, 0, 1000);
-        reset(first);
-        assert!(reset_after_fin_within(&second, A_SECOND).is_some(), "half-close and reset by the client: {by_client}");
+        heard_within_a_second(|| {
+            let (client, server) = rig.pair();
+            let (first, second) = if by_client { (client, server) } else { (server, client) };
+            close_write(&first);
+            assert_eq!(UP.receive(&second, 0), (0, End::Fin));
+            DOWN.send(&second, 0, 1000).expect("sent");
+            DOWN.receive_exactly(&first, 0, 1000);
+            reset(first);
+            reset_after_fin_within(&second, PATIENCE)
+        });
     }
     rig.wait_idle();
 }
@@ -253,18 +285,19 @@ fn killing_the_daemon_in_mid_transfer_resets_both_sides(engine: &str) {
         // The writing end: an error, whichever it is; the reading end: a reset and never a clean end.
         s.spawn(|| UP.send(&upload, 0, u64::MAX).expect_err("a dead daemon takes nothing"));
         s.spawn(|| DOWN.send(&download, 0, u64::MAX).expect_err("a dead daemon takes nothing"));
-        let at_upstream = s.spawn(|| UP.receive(&uploaded, 0));
-        let at_client = s.spawn(|| DOWN.receive(&downloaded, 0));
-        std::thread::sleep(Duration::from_millis(300));
+        let (first, both) = channel();
+        let second = first.clone();
+        let (uploaded, downloaded) = (&uploaded, &downloaded);
+        let at_upstream = s.spawn(move || receive_and_tell(UP, uploaded, &first));
+        let at_client = s.spawn(move || receive_and_tell(DOWN, downloaded, &second));
+        both.recv().and_then(|()| both.recv()).expect("both transfers are under way");
         rig.daemon.signal(rustix::process::Signal::KILL);
         for reader in [at_upstream, at_client] {
-            let (position, end) = reader.join().expect("every byte until then is right");
-            assert!(position > MEGABYTE, "only {position} bytes in 300 ms");
-            assert_eq!(end, End::Reset);
+            assert_eq!(reader.join().expect("every byte until then is right").1, End::Reset);
         }
     });
-    assert!(reset_within(&idle.0, A_SECOND).is_some(), "an idle client");
-    assert!(reset_within(&idle.1, A_SECOND).is_some(), "an idle upstream connection");
+    assert!(reset_within(&idle.0, PATIENCE).is_some(), "an idle client");
+    assert!(reset_within(&idle.1, PATIENCE).is_some(), "an idle upstream connection");
     rig.daemon.wait_end(PATIENCE);
 }
 
@@ -549,9 +582,10 @@ fn an_upstream_that_vanished_while_reading_is_cut(engine: &str) {
 /// `reader` vanishes while `sender` sends to it at full speed.
 fn vanish_in_flight(rig: &Rig, link: Link, reader: &TcpStream, sender: &TcpStream) {
     std::thread::scope(|s| {
-        s.spawn(|| DOWN.receive(reader, 0));
+        let (under_way, begun) = channel();
+        s.spawn(move || receive_and_tell(DOWN, reader, &under_way));
         let sending = s.spawn(|| DOWN.send(sender, 0, u64::MAX).expect_err("cut"));
-        std::thread::sleep(Duration::from_millis(300));
+        begun.recv().expect("the transfer is under way");
         rig.net.vanish(link);
         let start = Instant::now();
         while !sending.is_finished() && start.elapsed() < CUT_WITHIN {

@@ -15,6 +15,9 @@ use dataplane::engine::{Abilities, Effective, Legs, StreamState, Timeouts, Traff
 use dataplane::metrics::Metrics;
 use rustix::net::sockopt::socket_cookie;
 
+/// What a busy machine may take.
+const LIMIT: Duration = Duration::from_secs(20);
+
 fn load() -> Programs {
     assert!(rustix::process::geteuid().is_root(), "loads eBPF programs: run `cargo xtask test` as root");
     ebpf::load(4).unwrap_or_else(|error| panic!("{error}"))
@@ -28,7 +31,7 @@ fn connected_pair() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
     let client = TcpStream::connect(listener.local_addr().expect("is bound")).expect("listens");
     let (server, _) = listener.accept().expect("connected");
-    server.set_read_timeout(Some(Duration::from_secs(5))).expect("a timeout");
+    server.set_read_timeout(Some(LIMIT)).expect("a timeout");
     client.set_nodelay(true).expect("TCP_NODELAY");
     (client, server)
 }
@@ -42,9 +45,9 @@ fn insert(programs: &Programs, key: u32, socket: &TcpStream) {
 
 /// A program goes only after an RCU grace period, and the last skb may still be on its way.
 fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + LIMIT;
     while !holds() {
-        assert!(Instant::now() < deadline, "not within 5 s: {what}");
+        assert!(Instant::now() < deadline, "not within {LIMIT:?}: {what}");
         thread::sleep(Duration::from_millis(10));
     }
 }
@@ -91,7 +94,7 @@ fn running_the_verdict_redirects_to_the_peer_and_tells_when_it_has_to_stop() {
     let mut events = programs.events.take().expect("nobody took it");
     let (mut client, client_near) = connected_pair();
     let (mut server, upstream_near) = connected_pair();
-    server.set_read_timeout(Some(Duration::from_secs(5))).expect("a timeout");
+    server.set_read_timeout(Some(LIMIT)).expect("a timeout");
     insert(&programs, 1, &upstream_near);
     insert(&programs, 0, &client_near);
     programs.budget[0].queue.set(10_000);
@@ -110,9 +113,8 @@ fn running_the_verdict_redirects_to_the_peer_and_tells_when_it_has_to_stop() {
     programs.budget[0].queue.set(1);
     client.write_all(b"slow").expect("connected");
     eventually("the segment is passed", || programs.rows[0].passed.get() == 4);
-    let event = events.next().expect("told");
-    assert_eq!(*event, 0_u32.to_ne_bytes());
-    drop(event);
+    // A moment after the count.
+    eventually("told", || events.next().is_some_and(|event| *event == 0_u32.to_ne_bytes()));
     client.write_all(b"more").expect("connected");
     eventually("the next one, too", || programs.rows[0].passed.get() == 8);
     assert!(events.next().is_none(), "told once");
@@ -143,7 +145,7 @@ fn quiesced_a_socket_gets_no_data_until_it_is_let_in_again_and_resets_at_once() 
     server.write_all(b"now").expect("connected");
     eventually("acknowledged", || dataplane::sys::unacknowledged(&server).expect("SIOCOUTQ") == 0);
     Programs::unfilter(&server).expect("detached");
-    server.set_read_timeout(Some(Duration::from_secs(5))).expect("a timeout");
+    server.set_read_timeout(Some(LIMIT)).expect("a timeout");
     server.read_exact(&mut received).expect("sent again");
     assert_eq!(&received, b"later");
 
@@ -186,11 +188,11 @@ fn a_connection_of_which_only_one_socket_can_be_inserted_goes_on_with_the_relay(
     table.set_memory(1 << 20);
     table.programs.keys.lock().expect("no panic").insert(u64::MAX, 0, 0).expect("room for two");
     let ((mut client, client_near), (mut server, upstream_near)) = (connected_pair(), connected_pair());
-    server.set_read_timeout(Some(Duration::from_secs(5))).expect("a timeout");
+    server.set_read_timeout(Some(LIMIT)).expect("a timeout");
     client.write_all(b"before").expect("connected");
     let abilities = Abilities { splice: Ok(()), sockmap: Err("not asked".to_owned()) };
     let traffic = Traffic::new(&Effective::choose(EngineChoice::Copy, &abilities));
-    let timeouts = Timeouts { idle: Duration::from_secs(5), dead_peer: Duration::from_secs(5) };
+    let timeouts = Timeouts { idle: LIMIT, dead_peer: LIMIT };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let (client_near, upstream_near) = runtime.block_on(async {
         let tokio_stream = |stream: TcpStream| {

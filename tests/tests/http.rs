@@ -12,8 +12,8 @@ use tests::rig::{PATIENCE, Rig, Server, accept_within, hello};
 use tests::stream::{End, Pattern, never_hang, read_to_end, reset, reset_within, send_in_segments};
 use tests::{alone, beside_others, eventually};
 
-/// "At once" on a busy machine; the deadlines that it is told from are longer.
-const AT_ONCE: Duration = Duration::from_secs(2);
+/// "At once" on a busy machine; the deadline that it is told from, `hello_timeout`, is 5 s.
+const AT_ONCE: Duration = Duration::from_secs(4);
 const TOKEN: &str = "/.well-known/acme-challenge/LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0";
 
 /// The usual configuration, and a listener on port 80.
@@ -275,7 +275,7 @@ fn a_real_client_follows_the_redirection_to_the_page() {
     let _daemon = tests::daemon::Daemon::start(&net, &config());
     for (entrance, post) in [(ENTRANCE[0].to_owned(), false), (format!("[{}]", ENTRANCE[1]), true)] {
         let mut command = std::process::Command::new("curl");
-        command.args(["--silent", "--show-error", "--fail", "--location", "--max-time", "10", "--noproxy", "*"]);
+        command.args(["--silent", "--show-error", "--fail", "--location", "--max-time", "20", "--noproxy", "*"]);
         for port in [80, 443] {
             command.args(["--resolve", &format!("{HOST}:{port}:{entrance}")]);
         }
@@ -330,7 +330,7 @@ fn a_head_that_comes_too_slowly_is_cut_at_the_absolute_deadline() {
     }
     assert_eq!(read_to_end(&client, PATIENCE).0, b"");
     let took = start.elapsed();
-    assert!((Duration::from_millis(900)..Duration::from_secs(5)).contains(&took), "cut after {took:?}");
+    assert!((Duration::from_millis(900)..PATIENCE).contains(&took), "cut after {took:?}");
     let labels = [("listener", "web"), ("reason", "timeout")];
     rig.daemon.wait_metric("dataplane_connections_rejected_total", &labels, 1.0);
 }
@@ -476,8 +476,7 @@ fn two_hundred_requests_a_second_and_tls_connections_do_not_hinder_each_other() 
         let after = rig.daemon.pss();
         (after < before + (2 << 20)).then_some(())
     });
-    let sockets = rig.net.entrance.tcp_sockets();
-    assert!(sockets.len() < 20, "{} sockets are left: {sockets:?}", sockets.len());
+    eventually(PATIENCE, "its sockets go", || (rig.net.entrance.tcp_sockets().len() < 20).then_some(()));
 }
 
 #[track_caller]

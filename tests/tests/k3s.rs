@@ -180,7 +180,9 @@ fn traefik_gets_a_certificate_through_port_80_and_serves_public_hosts_alone_with
     let page = k3s.wait_for_certificate();
     assert_eq!(page, format!("blog for {}", CLIENT[0]));
     let done = [("route", HOST), ("reason", "done")];
-    assert!(k3s.daemon.metric("dataplane_connections_closed_total", &done) >= 1.0);
+    eventually(PATIENCE, "the challenge ends well", || {
+        (k3s.daemon.metric("dataplane_connections_closed_total", &done) >= 1.0).then_some(())
+    });
     eventually(PATIENCE, "the challenge is in the access log", || {
         k3s.daemon.access_log().iter().any(|line| line.contains("\"listener\":\"web\"")).then_some(())
     });

@@ -6,10 +6,10 @@ use std::net::TcpStream;
 use std::os::unix::fs::OpenOptionsExt;
 use std::time::{Duration, Instant};
 
-use tests::alone;
 use tests::daemon::{Config, Daemon};
 use tests::rig::{Rig, hello, public};
 use tests::stream::Pattern;
+use tests::{PATIENCE, alone};
 
 macro_rules! engines {
     ($($engine:ident),+) => { $(
@@ -100,7 +100,7 @@ fn measure_stalled(engine: &str, both_ways: bool) -> Result<(), String> {
             assert!(kept <= own_bound / 2, "the daemon kept {kept} bytes");
             return Ok(());
         }
-        if start.elapsed() > Duration::from_secs(10) {
+        if start.elapsed() > PATIENCE {
             return Err(format!("{missing} bytes did not come back: {after:?}"));
         }
         std::thread::sleep(Duration::from_millis(100));
@@ -292,7 +292,7 @@ fn idle(engine: &str) {
     }
     let start = Instant::now();
     let mut received = vec![0; IDLE];
-    while served < IDLE.div_ceil(500) && start.elapsed() < Duration::from_secs(10) {
+    while served < IDLE.div_ceil(500) && start.elapsed() < PATIENCE {
         for (i, mut client) in connections.0.iter().enumerate() {
             let mut buffer = [0; 5000];
             if let Ok(n) = std::io::Read::read(&mut client, &mut buffer[received[i]..]) {

@@ -118,9 +118,14 @@ fn a_changed_address_moves_new_connections_within_the_ttl_and_leaves_established
     for signal in [Signal::STOP, Signal::KILL] {
         dns.signal(signal);
         std::thread::sleep(Duration::from_secs(TTL + 1));
-        let start = Instant::now();
-        assert_eq!(ask(&net).0, second, "the last good answer survives");
-        assert!(start.elapsed() < Duration::from_secs(2), "nobody waits for the resolver: {:?}", start.elapsed());
+        // The best of several: another program may have the processors. The resolver would be waited for for 2 s each time.
+        let asked = |_| {
+            let start = Instant::now();
+            assert_eq!(ask(&net).0, second, "the last good answer survives");
+            start.elapsed()
+        };
+        let least = (0..3).map(asked).min().expect("three times");
+        assert!(least < Duration::from_secs(1), "nobody waits for the resolver: {least:?}");
     }
     assert!(daemon.metric(UP, &[]) > 0.5);
 }
@@ -138,12 +143,15 @@ fn a_name_without_an_address_is_a_target_that_is_down_until_it_has_one() {
     let target = &status["upstreams"][0]["targets"][0];
     assert!(target["reason"].as_str().is_some_and(|r| r.starts_with("resolve:")), "{target}");
     assert_eq!(target["addresses"], Value::Array(Vec::new()));
-    let warned = daemon.log().iter().filter(|line| line.contains("WARN") && line.contains("laptop.example")).count();
-    assert_eq!(warned, 1, "{:?}", daemon.log());
+    let warned = || daemon.wait_log(&["WARN", "laptop.example"]);
+    assert_eq!(warned().len(), 1, "{:?}", warned());
     assert!(daemon.cli(&["reload"]).status.success(), "nor is it an error of a reload");
     dns.change(&format!("{} laptop.example\n", CLUSTER[1]));
     eventually(PATIENCE + SLACK, "it has an address now", || (ask(&net).0 == second).then_some(()));
-    assert!(daemon.metric(UP, &[]) > 0.5);
+    // A connection may be quicker than the word of it.
+    daemon.wait_metric(UP, &[], 1.0);
+    daemon.wait_log(&["target is up"]);
+    assert_eq!(warned().len(), 1, "once for the change: {:?}", warned());
 }
 
 #[test]

@@ -112,6 +112,11 @@ fn a_change_of_the_file_by_write_rename_or_link_is_a_reload_and_a_broken_one_is_
     let dir = rig.daemon.dir().to_path_buf();
     let file = rig.daemon.config_path();
     let hash = || rig.daemon.metrics().values("dataplane_config_info", "hash").concat();
+    // In one step: a file that is written is empty for a moment, which may last, and would be taken for what it should be.
+    let replace = |name: &str, text: String| {
+        std::fs::write(dir.join("other"), text).expect("written");
+        std::fs::rename(dir.join("other"), dir.join(name)).expect("renamed");
+    };
     let changes = |what: &str, change: &dyn Fn()| {
         let before = hash();
         change();
@@ -119,18 +124,16 @@ fn a_change_of_the_file_by_write_rename_or_link_is_a_reload_and_a_broken_one_is_
     };
     changes("a write", &|| rig.daemon.rewrite(&watching.clone().limits("idle_timeout = \"2h\"")));
     changes("a rename", &|| {
-        std::fs::write(dir.join("new"), std::fs::read_to_string(&file).expect("it is there") + "# new\n")
-            .expect("written");
-        std::fs::rename(dir.join("new"), &file).expect("renamed");
+        replace("dataplane.toml", std::fs::read_to_string(&file).expect("it is there") + "# new\n");
     });
     changes("a folder with a file that is included", &|| {
         std::fs::create_dir(dir.join("routes.d")).expect("made");
-        std::fs::write(dir.join("routes.d/a.toml"), also(OTHER)).expect("written");
+        replace("routes.d/a.toml", also(OTHER));
     });
     let upstream = rig.net.cluster.listen(&format!("{}:443", CLUSTER[1]));
     works(&pair_of(&rig, &upstream, OTHER));
     changes("a change of that file", &|| {
-        std::fs::write(dir.join("routes.d/a.toml"), also("changed.example.net")).expect("written");
+        replace("routes.d/a.toml", also("changed.example.net"));
     });
     // As Kubernetes does it: the file is a link through a link that is swapped.
     let text = std::fs::read_to_string(&file).expect("it is there");
@@ -149,11 +152,10 @@ fn a_change_of_the_file_by_write_rename_or_link_is_a_reload_and_a_broken_one_is_
     });
 
     let good = hash();
-    std::fs::write(dir.join("routes.d/a.toml"), also(HOST)).expect("written");
+    replace("routes.d/a.toml", also(HOST));
     rig.daemon.wait_metric("dataplane_config_last_reload_success", &[], 0.0);
     assert_eq!(hash(), good);
-    let status = rig.daemon.json(&["status", "--json"]);
-    let error = status["config"]["last_error"].as_str().expect("an error");
+    let error = rig.daemon.wait_last_error();
     assert!(
         error.contains("routes.d/a.toml:2:10: error: host") && error.contains("dataplane.toml:"),
         "both places: {error}"

@@ -10,11 +10,10 @@ use tests::daemon::Metrics;
 use tests::netns::{BLACK_HOLE, CLUSTER, Link, Net};
 use tests::rig::{accept_within, hello, public};
 use tests::stream::{End, Pattern, client_hello, in_records_of, read_preamble, reset, reset_within};
-use tests::{beside_others, eventually};
+use tests::{PATIENCE, beside_others, eventually};
 
 const SIZE: u64 = 3_000_000;
 const PATTERN: Pattern = Pattern::new(17);
-const SHORT: Duration = Duration::from_secs(2);
 
 /// Client and server with a hand-made relay on the entrance node between them: the streams of its two legs, and of the two ends.
 struct Relay {
@@ -30,7 +29,7 @@ impl Relay {
         let net = Net::new();
         let entrance = net.entrance.listen("198.51.100.1:443");
         let cluster = net.cluster.listen("100.64.0.2:443");
-        let accept = |listener: &TcpListener| accept_within(listener, SHORT).expect("a connection");
+        let accept = |listener: &TcpListener| accept_within(listener, PATIENCE).expect("a connection");
         let client = net.client.connect(public()).expect("connected");
         let near = accept(&entrance);
         let far = net.entrance.connect("100.64.0.2:443".parse().expect("an address")).expect("connected");
@@ -114,12 +113,12 @@ fn a_reset_is_told_from_a_fin_and_from_a_fin_before_a_reset() {
     let relay = Relay::new();
     assert!(reset_within(&relay.client, Duration::from_millis(100)).is_none());
     reset(relay.near);
-    assert!(reset_within(&relay.client, SHORT).is_some());
+    assert!(reset_within(&relay.client, PATIENCE).is_some());
     relay.far.shutdown(Shutdown::Write).expect("FIN");
     assert!(reset_within(&relay.server, Duration::from_millis(100)).is_none());
     reset(relay.far);
     let server = relay.server;
-    let noticed = std::thread::spawn(move || reset_within(&server, SHORT)).join();
+    let noticed = std::thread::spawn(move || reset_within(&server, PATIENCE)).join();
     assert!(noticed.is_err(), "a FIN before the RST went unnoticed");
 }
 
@@ -187,7 +186,7 @@ fn hosts_and_what_runs_on_them_go_away() {
     };
     assert!(mine() >= 3);
     drop(net);
-    eventually(SHORT, "the process ended with its host", || sleeper.child().try_wait().expect("our child"));
+    eventually(PATIENCE, "the process ended with its host", || sleeper.child().try_wait().expect("our child"));
     assert!(!dir.exists());
 }
 
@@ -231,7 +230,7 @@ fn one_client_of_each_family_and_two_cluster_nodes_can_be_reached() {
         let addr = if address.contains(':') { format!("[{address}]:443") } else { format!("{address}:443") };
         let listener = net.cluster.listen(&addr);
         net.entrance.connect(addr.parse().expect("an address")).unwrap_or_else(|e| panic!("{addr}: {e}"));
-        assert!(accept_within(&listener, SHORT).is_some());
+        assert!(accept_within(&listener, PATIENCE).is_some());
     }
     assert!(
         net.client.connect(format!("{}:443", CLUSTER[0]).parse().expect("an address")).is_err(),

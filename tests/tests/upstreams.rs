@@ -8,7 +8,7 @@ use tests::beside_others;
 use tests::daemon::{Config, Daemon, HOST};
 use tests::netns::{BLACK_HOLE, CLUSTER, Net};
 use tests::peers::{Peer, certificate, curl};
-use tests::rig::{PATIENCE, Rig, accept_within, hello, public};
+use tests::rig::{PATIENCE, Rig, accept_within, ended_at_once, hello, public};
 use tests::stream::{End, Pattern, read_to_end, reset};
 
 const FIRST: &str = "100.64.0.2:443";
@@ -49,16 +49,17 @@ fn a_target_that_swallows_everything_costs_one_connect_timeout() {
     let hole = format!("{BLACK_HOLE}:443");
     let config = Config::new("auto")
         .targets([&hole, FIRST])
-        .upstream("balance = \"first\"\nconnect_timeout = \"1s\"\nhedge_delay = \"0s\"");
+        .upstream("balance = \"first\"\nconnect_timeout = \"3s\"\nhedge_delay = \"0s\"");
     let rig = Rig::new(&config);
     let start = Instant::now();
     let _first = rig.pair();
     let took = start.elapsed();
-    assert!((Duration::from_millis(900)..Duration::from_secs(3)).contains(&took), "{took:?}");
+    // Once, and not twice.
+    assert!((Duration::from_millis(2900)..Duration::from_millis(5900)).contains(&took), "{took:?}");
     // It has failed just now: the next connection need not wait for it again.
     let start = Instant::now();
     let _second = rig.pair();
-    assert!(start.elapsed() < Duration::from_millis(900), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_millis(2900), "{:?}", start.elapsed());
 }
 
 #[test]
@@ -71,7 +72,10 @@ fn no_second_target_is_tried_after_a_byte_went_out() {
     let (answer, end) = read_to_end(&client, PATIENCE);
     assert_eq!((answer, end), (Vec::new(), End::Reset));
     assert!(accept_within(&second, Duration::from_millis(500)).is_none(), "the hello went to a second target");
-    assert!(accept_within(&rig.upstream, Duration::ZERO).is_none(), "the hello went to the first target again");
+    // It was put aside, and may have been tried out by now: without a word.
+    while let Some(again) = accept_within(&rig.upstream, Duration::ZERO) {
+        assert_eq!(read_to_end(&again, PATIENCE), (Vec::new(), End::Fin), "the hello went to the first target again");
+    }
 }
 
 /// Opens `count` connections; for each, which of the two listeners got it.
@@ -83,6 +87,9 @@ fn spread(rig: &Rig, second: &TcpListener, count: usize) -> Vec<(bool, (std::net
                 let first = accept_within(&rig.upstream, Duration::from_millis(5));
                 let is_first = first.is_some();
                 let server = first.or_else(|| accept_within(second, Duration::from_millis(5)))?;
+                if ended_at_once(&server) {
+                    return None;
+                }
                 tests::stream::read_preamble(&server, false).expect("a hello");
                 Some((is_first, (client.try_clone().expect("dup"), server)))
             })
