@@ -234,16 +234,16 @@ impl Daemon {
                     Ok(_) => self.succeeded(true),
                     Err(error) => {
                         tracing::error!(error, "reload failed; the configuration in force stays");
-                        self.shared.metrics.reload_success.set(0);
                         failed(error.clone(), false);
+                        self.shared.metrics.reload_success.set(0);
                     }
                 }
                 let _ = answer.send(outcome);
             }
             News::Broken(error) => {
                 tracing::error!(error, "reload failed; the configuration in force stays");
-                self.shared.metrics.reload_success.set(0);
                 failed(error, false);
+                self.shared.metrics.reload_success.set(0);
             }
             News::Unreachable(error) => {
                 tracing::error!(error, "the repository was not reached; the configuration in force stays");

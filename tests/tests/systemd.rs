@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 use tests::daemon::HOST;
+use tests::forge::{Forge, HTTP_PORT, SECRET, SSH_PORT, TOKEN};
 use tests::netns::{CLUSTER, Net};
 use tests::rig::{PATIENCE, accept, accept_within, hello, public};
 use tests::stream::{Pattern, client_hello, read_to_end};
@@ -292,4 +293,48 @@ fn the_service_follows_a_repository_of_another_user_and_starts_again_without_it(
     node.forwards("two.example.com");
     let journal = machine.journal();
     assert!(!journal.contains("cannot be kept"), "{journal}");
+}
+
+#[test]
+fn secrets_are_the_services_own_credentials_by_http_by_ssh_and_for_the_webhook() {
+    let _turn = beside_others();
+    let node = Node::new();
+    let machine = &node.machine;
+    let forge = Forge::start(&node.net, &node.net.cluster);
+    let push = |host: &str| forge.push(&[("dataplane.toml", &config(host))]);
+    push(HOST);
+    let folder = "/etc/dataplane";
+    let mut unit = String::from("[Service]\n");
+    for (name, file) in [("token", forge.token_file()), ("key", forge.key()), ("hook", forge.secret_file())] {
+        machine.write(&format!("{folder}/{name}"), &std::fs::read_to_string(file).expect("it is there"));
+        machine.output(&["chmod", "600", &format!("{folder}/{name}")]);
+        unit += &format!("LoadCredential={name}:{folder}/{name}\n");
+    }
+    machine.write("/etc/systemd/system/dataplane.service.d/secrets.conf", &unit);
+    machine.output(&["systemctl", "daemon-reload"]);
+    let credentials = "/run/credentials/dataplane.service";
+    let source = |lines: &str| {
+        let webhook = format!("webhook = {{ bind = \"127.0.0.1:9080\", secret_file = \"{credentials}/hook\" }}");
+        format!("[source]\n{lines}\ninterval = \"1h\"\n{webhook}\n")
+    };
+    let status = || machine.output(&["dataplane", "status"]);
+    let arrives = |host: &str| eventually(PATIENCE, "it is in force", || status().contains(host).then_some(()));
+
+    let url = format!("http://{}:{HTTP_PORT}/git/entrance.git", CLUSTER[0]);
+    machine.write(CONFIG, &source(&format!("git = \"{url}\"\ntoken_file = \"{credentials}/token\"")));
+    machine.output(&["systemctl", "start", "dataplane"]);
+    node.forwards(HOST);
+    push("two.example.com");
+    let signed = "printf x | openssl dgst -sha256 -hmac \"$(cat /etc/dataplane/hook)\" | sed 's/.* //'";
+    let post = "curl --silent --show-error --fail --noproxy '*' --data-binary x http://127.0.0.1:9080/hook";
+    machine.output(&["sh", "-c", &format!("{post} -H \"X-Gitea-Signature: $({signed})\"")]);
+    arrives("two.example.com");
+
+    let url = format!("ssh://git@{}:{SSH_PORT}{}", CLUSTER[0], forge.repository().display());
+    machine.write(CONFIG, &source(&format!("git = \"{url}\"\nssh_key_file = \"{credentials}/key\"")));
+    push("three.example.com");
+    machine.output(&["systemctl", "reload", "dataplane"]);
+    arrives("three.example.com");
+    let journal = machine.journal();
+    assert!(![TOKEN, SECRET].iter().any(|secret| journal.contains(secret)), "{journal}");
 }
