@@ -4,7 +4,7 @@
 //! document for each change (`ipn`, `Notify`). Of the stream only is used that something came: what it was says the status. This module must not know
 //! upstreams; nothing depends on tailscaled being there.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -118,7 +118,8 @@ struct Status {
     current_tailnet: Option<CurrentTailnet>,
     #[serde(rename = "MagicDNSSuffix")]
     magic_dns_suffix: String,
-    peer: Option<HashMap<String, PeerStatus>>,
+    /// In an order, so that what is told again equals what was told.
+    peer: Option<BTreeMap<String, PeerStatus>>,
 }
 
 #[derive(Deserialize, Default)]
@@ -299,6 +300,30 @@ mod tests {
         }
         assert!(view.by_address("fd7a:115c:a1e0::7".parse().unwrap()).is_some());
         assert!(view.by_address("100.64.0.8".parse().unwrap()).is_none());
+    }
+
+    #[test]
+    fn what_is_told_again_is_no_change() {
+        let peers: Vec<_> = (0..20).map(|n| format!("\"nodekey:{n}\":{{\"DNSName\":\"node-{n}.\"}}")).collect();
+        let status = format!("{{\"BackendState\":\"Running\",\"Peer\":{{{}}}}}", peers.join(","));
+        let view = || View::try_from(serde_json::from_str::<Status>(&status).unwrap()).unwrap();
+        assert_eq!(view(), view());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_tailscaled_that_is_silent_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("sock");
+        let listener = tokio::net::UnixListener::bind(&socket).unwrap();
+        let silent = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut asked = Vec::new();
+            tokio::io::AsyncReadExt::read_to_end(&mut stream, &mut asked).await.unwrap();
+            asked
+        };
+        let (seen, asked) = tokio::join!(look(&socket), silent);
+        assert!(seen.is_err());
+        assert!(asked.starts_with(b"GET /localapi/v0/status"), "and the connection was closed");
     }
 
     #[test]

@@ -68,7 +68,7 @@ fn nat(config: Option<&Config>) -> Finding {
     }
     let is_ours = |ip: IpAddr| UdpSocket::bind((ip, 0)).is_ok();
     let taken = ports.iter().find_map(|port| {
-        let mut lines = rules.iter().flatten().flat_map(|rules| rules.lines());
+        let mut lines = rules.iter().flatten().flat_map(|rules| of_arrivals(rules));
         lines.find(|line| takes(line, *port, &is_ours)).map(|line| (port, line.trim().to_owned()))
     });
     match taken {
@@ -82,6 +82,20 @@ fn nat(config: Option<&Config>) -> Finding {
             ),
         ),
     }
+}
+
+/// The lines, without those of chains of nft that only see what this machine sends itself; iptables tells such chains by their names.
+fn of_arrivals(rules: &str) -> Vec<&str> {
+    let mut departs = false;
+    let arrives = |line: &&str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        if words.first() == Some(&"chain") {
+            departs = false;
+        }
+        departs |= words.first() == Some(&"type") && matches!(words.get(3), Some(&("output" | "postrouting")));
+        !departs
+    };
+    rules.lines().filter(arrives).collect()
 }
 
 fn numbers(ports: &[u16]) -> String {
@@ -239,6 +253,20 @@ mod tests {
         ] {
             assert!(!takes_443(rule), "{rule}");
         }
+    }
+
+    #[test]
+    fn what_this_machine_sends_itself_is_no_arrival() {
+        let ruleset = |hook: &str| {
+            format!(
+                "table ip nat {{\n\tchain OUTPUT {{\n\t\ttype nat hook {hook} priority dstnat; policy accept;\n\t\t\
+                 tcp dport 443 counter packets 0 bytes 0 redirect to :8443\n\t}}\n\tchain PREROUTING {{\n\t\t\
+                 type nat hook prerouting priority dstnat; policy accept;\n\t\ttcp dport 80 redirect to :8080\n\t}}\n}}\n"
+            )
+        };
+        let taken = |ruleset: &str| of_arrivals(ruleset).iter().filter(|rule| rule.contains("redirect")).count();
+        assert_eq!(taken(&ruleset("output")), 1);
+        assert_eq!(taken(&ruleset("prerouting")), 2);
     }
 
     #[test]

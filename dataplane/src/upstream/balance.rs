@@ -17,8 +17,17 @@ pub enum Standing {
     Relayed,
     /// Up, but a dial has waited for its answer longer than `hedge_delay`.
     Overdue,
+    /// Down by the word of connections that it reset, and by no other. A client can bring that about, so it comes before those of which nothing is known to answer.
+    Resetting,
     /// Down.
     Down,
+}
+
+impl Standing {
+    /// Used only when nothing else is left.
+    pub fn is_down(self) -> bool {
+        self >= Self::Resetting
+    }
 }
 
 /// What the choice is made from.
@@ -49,26 +58,33 @@ pub enum Choice {
 
 /// Picks a target. Those that are down are tried when no other is left, because a wrong verdict must not make an outage; but none is tried because others are
 /// merely full.
-pub fn choose(balance: Balance, turn: usize, candidates: &(impl Iterator<Item = Candidate> + Clone)) -> Choice {
-    let count = candidates.clone().count();
-    // Position after the turn's starting point: breaks ties in turn.
-    let place = |i: usize| (i + count - turn % count) % count;
+pub fn choose(balance: Balance, turn: usize, candidates: &[Candidate]) -> Choice {
     let pick = |standing: Standing| {
-        let eligible = candidates.clone().enumerate().filter(|(_, c)| c.allowed && !c.full && c.standing == standing);
+        let eligible = candidates.iter().enumerate().filter(|(_, c)| c.allowed && !c.full && c.standing == standing);
         match balance {
-            Balance::LeastConnections => eligible.min_by_key(|(i, c)| (c.active, place(*i))),
-            Balance::RoundRobin => eligible.min_by_key(|(i, _)| place(*i)),
+            Balance::LeastConnections => {
+                let least = eligible.clone().map(|(_, c)| c.active).min()?;
+                in_turn(turn, eligible.filter(|(_, c)| c.active == least))
+            }
+            Balance::RoundRobin => in_turn(turn, eligible),
             Balance::Hash => eligible.max_by_key(|(_, c)| c.weight),
             Balance::First => eligible.min_by_key(|(i, _)| *i),
         }
     };
-    let full = |down: bool| candidates.clone().any(|c| c.allowed && (c.standing == Standing::Down) == down);
+    let any = |down: bool| candidates.iter().any(|c| c.allowed && c.standing.is_down() == down);
     let up = [Standing::Good, Standing::Relayed, Standing::Overdue].into_iter().find_map(pick);
-    match up.or_else(|| if full(false) { None } else { pick(Standing::Down) }) {
+    let down = || [Standing::Resetting, Standing::Down].into_iter().find_map(pick);
+    match up.or_else(|| if any(false) { None } else { down() }) {
         Some((index, _)) => Choice::Target(index),
-        None if full(false) || full(true) => Choice::Full,
+        None if any(false) || any(true) => Choice::Full,
         None => Choice::Nothing,
     }
+}
+
+/// Among those that are eligible now, so that those that are left share what the others do not get.
+fn in_turn<T>(turn: usize, eligible: impl Iterator<Item = T> + Clone) -> Option<T> {
+    let position = turn.checked_rem(eligible.clone().count())?;
+    { eligible }.nth(position)
 }
 
 /// Rendezvous hashing: each client ranks the targets; a target that leaves moves only its own clients. A fixed function, so that every entrance node with the
@@ -93,7 +109,7 @@ mod tests {
     const ALL: [Balance; 4] = [Balance::LeastConnections, Balance::RoundRobin, Balance::Hash, Balance::First];
 
     fn chosen(balance: Balance, candidates: &[Candidate]) -> Choice {
-        choose(balance, 0, &candidates.iter().copied())
+        choose(balance, 0, candidates)
     }
 
     #[test]
@@ -105,8 +121,27 @@ mod tests {
     #[test]
     fn equals_take_turns() {
         for balance in [Balance::LeastConnections, Balance::RoundRobin] {
-            let chosen = [0, 1, 2, 3, 4, 5].map(|turn| choose(balance, turn, &[GOOD; 3].into_iter()));
+            let chosen = [0, 1, 2, 3, 4, 5].map(|turn| choose(balance, turn, &[GOOD; 3]));
             assert_eq!(chosen, [0, 1, 2, 0, 1, 2].map(Choice::Target));
+        }
+    }
+
+    #[test]
+    fn those_that_are_left_share_what_one_had_that_went_down() {
+        for balance in [Balance::LeastConnections, Balance::RoundRobin] {
+            for gone in 0..3 {
+                let mut candidates = [GOOD; 3];
+                candidates[gone] = DOWN;
+                let mut counts = [0; 3];
+                for turn in 0..12 {
+                    match choose(balance, turn, &candidates) {
+                        Choice::Target(index) => counts[index] += 1,
+                        other => panic!("{other:?}"),
+                    }
+                }
+                counts.sort_unstable();
+                assert_eq!(counts, [0, 6, 6]);
+            }
         }
     }
 
@@ -119,11 +154,12 @@ mod tests {
     }
 
     #[test]
-    fn direct_before_relayed_before_overdue_before_down() {
+    fn direct_before_relayed_before_overdue_before_resetting_before_down() {
         let of = |standing| Candidate { standing, ..GOOD };
         for balance in ALL {
-            let order = [Standing::Down, Standing::Overdue, Standing::Relayed, Standing::Good].map(of);
-            for best in (0..4).rev() {
+            let order =
+                [Standing::Down, Standing::Resetting, Standing::Overdue, Standing::Relayed, Standing::Good].map(of);
+            for best in (0..5).rev() {
                 assert_eq!(chosen(balance, &order[..=best]), Choice::Target(best));
             }
         }
@@ -152,9 +188,9 @@ mod tests {
     fn a_target_that_leaves_moves_only_its_own_clients() {
         let targets = ["node-1:443", "node-2:443", "node-3:443", "node-4:443"];
         let pick = |client: IpAddr, without: Option<usize>| {
-            let candidates = targets.iter().enumerate().map(|(i, target)| Candidate {
+            let candidates = [0, 1, 2, 3].map(|i| Candidate {
                 allowed: Some(i) != without,
-                weight: weight(client, target),
+                weight: weight(client, targets[i]),
                 ..GOOD
             });
             match choose(Balance::Hash, 0, &candidates) {

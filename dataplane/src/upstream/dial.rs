@@ -2,6 +2,7 @@
 //!
 //! It must not know how a target's health comes about; it tells what it found.
 
+use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -12,10 +13,10 @@ use std::time::{Duration, Instant};
 
 use prometheus::IntGauge;
 use tokio::net::{TcpSocket, TcpStream};
-use tokio::sync::Notify;
+use tokio::sync::{Mutex, Notify};
 use tokio::time::{sleep, timeout, timeout_at};
 
-use super::balance::{Candidate, Choice, Standing, choose, weight};
+use super::balance::{Candidate, Choice, choose, weight};
 use super::health::Event;
 use super::{Address, Dialled, Lease, Pool, Resolution, Target};
 use crate::config::Balance;
@@ -46,6 +47,8 @@ pub struct Dial {
 /// Connections that wait for room, first come, first served.
 #[derive(Debug)]
 pub struct Queue {
+    /// Whoever holds it is next, and looks for room; the others wait for it in the order in which they came.
+    next: Mutex<()>,
     released: Notify,
     waiting: AtomicUsize,
     gauge: IntGauge,
@@ -55,7 +58,7 @@ struct Place<'a>(&'a Queue);
 
 impl Queue {
     pub(super) fn new(gauge: IntGauge) -> Self {
-        Self { released: Notify::new(), waiting: AtomicUsize::new(0), gauge }
+        Self { next: Mutex::new(()), released: Notify::new(), waiting: AtomicUsize::new(0), gauge }
     }
 
     pub(super) fn released(&self) {
@@ -92,7 +95,18 @@ enum Blame {
     OurPorts,
 }
 
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.reason, self.detail)
+    }
+}
+
 impl Failure {
+    /// It says nothing of the target: what a connection needs was lacking here.
+    pub fn is_our_own(&self) -> bool {
+        self.blame != Blame::Target
+    }
+
     fn new(reason: &'static str, detail: impl Into<String>) -> Self {
         Self { reason, detail: detail.into(), blame: Blame::Target }
     }
@@ -160,19 +174,17 @@ impl Pool {
         let mut attempts: Vec<Attempt> = Vec::new();
         let mut hold = None;
         loop {
-            let begun = if attempts.is_empty() {
-                let (target, lease) = self.wait_for_room(&dial, turn, &mut tried).await?;
-                attempts.push(self.attempt(&dial, &target, lease));
-                true
-            } else if let Some((target, lease)) = self.pick(&dial, turn, &mut tried, &attempts) {
-                attempts.push(self.attempt(&dial, &target, lease));
-                true
+            let next = if attempts.is_empty() {
+                Some(self.wait_for_room(&dial, turn, &mut tried).await?)
             } else {
-                false
+                self.pick(&dial, turn, &mut tried, &attempts)
             };
-            // Without another to dial there is nothing to do but wait.
-            if begun && !hedge_delay.is_zero() {
+            // Where there is no other to dial, there may be one after the same time again.
+            if (next.is_some() || hold.is_none()) && !hedge_delay.is_zero() {
                 hold = Some(Box::pin(sleep(hedge_delay)));
+            }
+            if let Some((target, lease)) = next {
+                attempts.push(self.attempt(&dial, &target, lease));
             }
             let first = tokio::select! {
                 biased;
@@ -190,8 +202,11 @@ impl Pool {
                 Some(Err(_)) => {}
                 None => {
                     hold = None;
-                    for attempt in attempts.iter_mut().filter(|attempt| attempt.overdue.is_none()) {
-                        attempt.overdue = Some(Overdue::new(&attempt.target));
+                    // Of another port nothing is remembered.
+                    if dial.port.is_none() {
+                        for attempt in attempts.iter_mut().filter(|attempt| attempt.overdue.is_none()) {
+                            attempt.overdue = Some(Overdue::new(&attempt.target));
+                        }
                     }
                 }
             }
@@ -219,6 +234,7 @@ impl Pool {
         }
         let _place = self.queue.enter().ok_or(Reason::NoUpstream)?;
         let wait = async {
+            let _next = self.queue.next.lock().await;
             loop {
                 // Listens before it looks, so that no release falls in between.
                 let mut released = std::pin::pin!(self.queue.released.notified());
@@ -247,22 +263,27 @@ impl Pool {
         attempts: &[Attempt],
     ) -> Option<(Arc<Target>, Lease)> {
         let also_down = !attempts.iter().any(|attempt| attempt.was_up);
-        match self.choose(dial, turn, tried, also_down) {
-            Choice::Target(index) => self.take(index, tried),
-            Choice::Full | Choice::Nothing => None,
+        loop {
+            match self.choose(dial, turn, tried, also_down) {
+                // Somebody else may have been quicker; then there may be another.
+                Choice::Target(index) => {
+                    if let Some(found) = self.take(index, tried) {
+                        return Some(found);
+                    }
+                }
+                Choice::Full | Choice::Nothing => return None,
+            }
         }
     }
 
     fn choose(&self, dial: &Dial, turn: usize, tried: &[usize], also_down: bool) -> Choice {
         let cap = self.config.max_connections_per_target;
-        let candidates = self.targets.iter().enumerate().map(|(i, target)| {
+        let candidate = |(i, target): (usize, &Arc<Target>)| {
             let active = target.active.load(Relaxed);
             let standing = target.standing(self.config.prefer_direct);
             Candidate {
                 active,
-                allowed: !target.drained.load(Relaxed)
-                    && !tried.contains(&i)
-                    && (also_down || standing != Standing::Down),
+                allowed: !target.drained.load(Relaxed) && !tried.contains(&i) && (also_down || !standing.is_down()),
                 full: cap != 0 && active >= cap,
                 standing,
                 weight: match self.config.balance {
@@ -270,7 +291,9 @@ impl Pool {
                     _ => 0,
                 },
             }
-        });
+        };
+        // All that is asked of them must be of one moment.
+        let candidates: Vec<Candidate> = self.targets.iter().enumerate().map(candidate).collect();
         choose(self.config.balance, turn, &candidates)
     }
 
@@ -286,22 +309,20 @@ impl Pool {
         let (pool, dial, of) = (self.clone(), dial.clone(), target.clone());
         let outcome = Box::pin(async move {
             let started = Instant::now();
-            let deadline = started + pool.config.connect_timeout;
-            match of.connect(&dial, pool.config.hedge_delay, deadline).await {
+            match of.connect(&dial, pool.config.hedge_delay, pool.config.connect_timeout).await {
                 Ok(stream) => {
                     pool.connect_duration.observe(started.elapsed().as_secs_f64());
                     if dial.port.is_none() {
                         of.apply(Event::DialPassed);
                     }
-                    Ok(Dialled { stream, lease })
+                    Ok(Dialled { stream, lease: lease.connected() })
                 }
                 Err(failure) => {
                     let labels = [&*pool.config.name, &*of.address.text, failure.reason];
                     pool.connect_failures.with_label_values(&labels).inc();
                     // The resolver's failures are told by who asks it.
-                    if failure.blame == Blame::Target && failure.reason != "resolve" && dial.port.is_none() {
-                        let reason = format!("{}: {}", failure.reason, failure.detail);
-                        of.apply(Event::DialFailed { started, reason });
+                    if !failure.is_our_own() && failure.reason != "resolve" && dial.port.is_none() {
+                        of.apply(Event::DialFailed { started, reason: failure.to_string() });
                     }
                     Err(failure)
                 }
@@ -340,10 +361,16 @@ fn see_to_its_end(attempt: Attempt) {
 type UnderWay<'a> = Pin<Box<dyn Future<Output = Result<TcpStream, Failure>> + Send + 'a>>;
 
 impl Target {
-    /// Connects to one of the target's addresses before the deadline: one after the other, the next as soon as one has failed or has not answered for `stagger`. Without a
+    /// Connects to one of the target's addresses within `patience`: one after the other, the next as soon as one has failed or has not answered for `stagger`. Without a
     /// `stagger`, those that are left share the time that is left.
-    async fn connect(&self, dial: &Dial, stagger: Duration, deadline: Instant) -> Result<TcpStream, Failure> {
-        let no_answer = |_| Failure::new("timeout", "no answer within connect_timeout");
+    pub(super) async fn connect(
+        &self,
+        dial: &Dial,
+        stagger: Duration,
+        patience: Duration,
+    ) -> Result<TcpStream, Failure> {
+        let deadline = Instant::now() + patience;
+        let no_answer = |_| Failure::new("timeout", format!("no answer within {patience:?}"));
         let addresses = self.addresses_by(dial, deadline).await?;
         if let [address] = &addresses[..] {
             return timeout_at(deadline.into(), self.connect_to(address, dial)).await.map_err(no_answer)?;
@@ -359,7 +386,7 @@ impl Target {
             }
             let more = left.len() as u32;
             let remaining = deadline.saturating_duration_since(Instant::now());
-            let patience = if more == 0 {
+            let pause = if more == 0 {
                 remaining
             } else if stagger.is_zero() {
                 remaining / (more + 1)
@@ -375,7 +402,7 @@ impl Target {
                 }
                 Poll::Pending
             });
-            match timeout(patience, first).await {
+            match timeout(pause, first).await {
                 Ok(Ok(stream)) => return Ok(stream),
                 Ok(Err(failure)) => last = failure,
                 Err(late) if more == 0 => return Err(no_answer(late)),
@@ -403,7 +430,7 @@ impl Target {
             address.failed_at.store(if connected.is_ok() { 0 } else { self.now() }, Relaxed);
         }
         let stream = connected?;
-        if is_own(&stream, at, &dial.own) {
+        if is_own(&stream, &dial.own) {
             return Err(Failure::new("own_listener", format!("{at} is a listener of this daemon")));
         }
         Ok(stream)
@@ -418,7 +445,7 @@ impl Target {
             let _ = timeout_at(deadline.into(), answered).await;
         }
         self.addresses(ipv6_first)
-            .map_err(|reason| Failure::new("resolve", reason.as_deref().unwrap_or("no answer within connect_timeout")))
+            .map_err(|reason| Failure::new("resolve", reason.as_deref().unwrap_or("the resolver has not answered yet")))
     }
 }
 
@@ -438,11 +465,16 @@ impl Drop for Connect<'_> {
     }
 }
 
-/// Whether a connection of ours to this address arrived at one of our own listeners.
-fn is_own(stream: &TcpStream, at: SocketAddr, own: &[SocketAddr]) -> bool {
-    let listens = |o: &SocketAddr| {
-        o.is_ipv4() == at.is_ipv4() && o.port() == at.port() && (o.ip() == at.ip() || o.ip().is_unspecified())
+/// Whether a connection of ours arrived at one of our own listeners.
+fn is_own(stream: &TcpStream, own: &[SocketAddr]) -> bool {
+    // Not what was dialled: 0.0.0.0 is this machine, and an IPv4 address may be written as one of IPv6.
+    let (Ok(local), Ok(peer)) = (stream.local_addr(), stream.peer_addr()) else { return false };
+    let (here, there) = (local.ip().to_canonical(), peer.ip().to_canonical());
+    let listens = |own: &SocketAddr| {
+        own.is_ipv4() == there.is_ipv4()
+            && own.port() == peer.port()
+            && (own.ip() == there || own.ip().is_unspecified())
     };
     // A host that connects to itself has that address at both ends.
-    own.iter().any(listens) && (at.ip().is_loopback() || stream.local_addr().is_ok_and(|local| local.ip() == at.ip()))
+    own.iter().any(listens) && (there.is_loopback() || there == here)
 }

@@ -52,6 +52,8 @@ pub enum Event {
     TrialFailed {
         /// For people.
         reason: String,
+        /// It answered, if not as it should.
+        answers: bool,
     },
     /// What the tailnet says of the target; `None`: nothing.
     Tailnet {
@@ -153,8 +155,8 @@ impl Health {
                 }
             }
             Event::TrialPassed => self.come_back(now),
-            Event::TrialFailed { reason } => {
-                if let Some(Aside { answers, .. }) = self.aside {
+            Event::TrialFailed { reason, answers } => {
+                if self.aside.is_some() {
                     self.set_aside(reason, answers, now);
                 }
             }
@@ -165,6 +167,12 @@ impl Health {
         let (was_up, was_lost) = before;
         let up = self.reason().is_none();
         Outcome { up: (up != was_up).then_some(up), lost: self.is_lost() && !was_lost }
+    }
+
+    /// It is down because it resets connections, and for no other reason.
+    pub fn only_resets(&self) -> bool {
+        let others = self.offline || self.unresolved.is_some() || self.check.down.is_some();
+        !others && self.aside.as_ref().is_some_and(|aside| aside.answers)
     }
 
     /// Why it is down; `None`: it is up.
@@ -200,7 +208,8 @@ impl Health {
     }
 
     fn put_aside(&mut self, started: Instant, reason: String, answers: bool, now: Instant) {
-        if self.last_failure.is_some_and(|at| started <= at) {
+        // What began before the last failure is no further one, and what began before it was back is of before.
+        if [self.last_failure, self.back_since].into_iter().flatten().any(|at| started <= at) {
             return;
         }
         self.last_failure = Some(now);
@@ -267,7 +276,7 @@ mod tests {
         for seconds in [1, 2, 4, 8, 16, 30, 30] {
             assert_eq!(health.trial(), Some(now + SECOND * seconds));
             now += SECOND * seconds;
-            assert_eq!(health.apply(Event::TrialFailed { reason: "refused".into() }, now), NOTHING);
+            assert_eq!(health.apply(Event::TrialFailed { reason: "refused".into(), answers: false }, now), NOTHING);
         }
         assert_eq!(health.apply(Event::TrialPassed, now), UP);
         assert_eq!(health.trial(), None);
@@ -297,6 +306,17 @@ mod tests {
     }
 
     #[test]
+    fn connections_from_before_its_outage_say_nothing_of_a_target_that_is_back() {
+        let (mut health, now) = (Health::default(), Instant::now());
+        health.apply(refused(now), now);
+        // Made while it was tried because all others were down, too.
+        let started = now + SECOND / 2;
+        health.apply(Event::TrialPassed, now + SECOND);
+        assert_eq!(health.apply(Event::ResetEarly { started }, now + 2 * SECOND), NOTHING);
+        assert_eq!(health.apply(refused(started), now + 2 * SECOND), NOTHING);
+    }
+
+    #[test]
     fn a_target_that_resets_connections_early_is_down_but_not_lost() {
         let (mut health, now) = (Health::default(), Instant::now());
         let outcome = health.apply(Event::ResetEarly { started: now }, now);
@@ -304,7 +324,20 @@ mod tests {
         assert_eq!(health.apply(Event::DialPassed, now), NOTHING, "that it accepts connections was known");
         assert_eq!(health.apply(check(true), now), NOTHING);
         assert_eq!(health.apply(check(true), now), NOTHING);
+        assert!(health.only_resets());
+        health.apply(Event::Tailnet { online: Some(false) }, now);
+        assert!(!health.only_resets(), "others speak against it, too");
+        health.apply(Event::Tailnet { online: Some(true) }, now);
         assert_eq!(health.apply(Event::TrialPassed, now + SECOND), UP);
+    }
+
+    #[test]
+    fn a_target_that_reset_connections_and_then_answers_no_more_is_lost() {
+        let (mut health, now) = (Health::default(), Instant::now());
+        health.apply(Event::ResetEarly { started: now }, now);
+        let trial = |answers: bool| Event::TrialFailed { reason: "trial".into(), answers };
+        assert_eq!(health.apply(trial(true), now + SECOND), NOTHING);
+        assert_eq!(health.apply(trial(false), now + 3 * SECOND), Outcome { up: None, lost: true });
     }
 
     #[test]

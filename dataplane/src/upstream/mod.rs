@@ -9,6 +9,8 @@ pub mod dial;
 pub mod health;
 pub mod names;
 pub mod probe;
+#[cfg(test)]
+mod tests;
 pub mod upkeep;
 
 use std::collections::HashMap;
@@ -31,6 +33,8 @@ use health::{Change, Event, Health};
 
 /// How long an address of several is tried last after a failed connect.
 const ADDRESS_ASIDE: Duration = Duration::from_secs(30);
+/// More addresses of one name are not used: each of them is another connect where none answers.
+const MOST_ADDRESSES: usize = 16;
 /// How long a target counts as relayed after the last packet that proved it: without traffic the tailnet cannot tell, and without a time limit there would be none.
 const RELAYED_FOR: Duration = Duration::from_secs(300);
 
@@ -57,8 +61,9 @@ pub struct Target {
     turn: AtomicUsize,
     drained: AtomicBool,
     health: Mutex<Health>,
-    /// Follows `health`, for the choice without a lock.
+    /// These two follow `health`, for the choice without a lock.
     is_up: AtomicBool,
+    only_resets: AtomicBool,
     /// When `health` was changed so that there is something to do: [`upkeep`] waits for it.
     aside: Notify,
     /// Sends when nothing answers there any more.
@@ -129,6 +134,15 @@ impl Lease {
         })
     }
 
+    /// The connection is made. What happened to its target before is none of its concern.
+    fn connected(mut self) -> Self {
+        self.since = Instant::now();
+        if let Some(lost) = &mut self.lost {
+            lost.mark_unchanged();
+        }
+        self
+    }
+
     /// As written in the configuration.
     pub fn target(&self) -> &Arc<str> {
         &self.target.address.text
@@ -183,11 +197,6 @@ impl Pool {
             .iter()
             .map(|t| known.remove(&*t.text).cloned().unwrap_or_else(|| Arc::new(Target::new(&config.name, t, metrics))))
             .collect();
-        if config.health.is_none() {
-            for target in &targets {
-                target.apply(Event::NoCheck);
-            }
-        }
         let queue = previous.map_or_else(|| Arc::new(Queue::new(metrics.queued(&config.name))), |p| p.queue.clone());
         Self {
             config: config.clone(),
@@ -222,6 +231,7 @@ impl Target {
             drained: AtomicBool::new(false),
             health: Mutex::default(),
             is_up: AtomicBool::new(true),
+            only_resets: AtomicBool::new(false),
             aside: Notify::new(),
             lost: watch::Sender::new(()),
             resolution: watch::Sender::new(resolution),
@@ -262,7 +272,7 @@ impl Target {
 
     fn standing(&self, prefer_direct: bool) -> Standing {
         if !self.is_up.load(Relaxed) {
-            Standing::Down
+            if self.only_resets.load(Relaxed) { Standing::Resetting } else { Standing::Down }
         } else if self.overdue.load(Relaxed) > 0 {
             Standing::Overdue
         } else if prefer_direct && self.relayed.load(Relaxed) {
@@ -280,6 +290,7 @@ impl Target {
         }
         let mut health = self.health.lock().expect("no panic while held");
         let outcome = health.apply(event, Instant::now());
+        self.only_resets.store(health.only_resets(), Relaxed);
         if let Some(up) = outcome.up {
             self.is_up.store(up, Relaxed);
             self.up.set(i64::from(up));
@@ -339,7 +350,8 @@ impl Target {
         let event = match (answer, known) {
             (Ok(found), known) => {
                 let known = known.as_deref().unwrap_or_default();
-                let found: Vec<SocketAddr> = found.into_iter().map(|ip| (ip, self.address.port).into()).collect();
+                let at = |ip| SocketAddr::new(ip, self.address.port);
+                let found: Vec<SocketAddr> = found.into_iter().take(MOST_ADDRESSES).map(at).collect();
                 if known.iter().map(|a| a.at).ne(found.iter().copied()) {
                     tracing::info!(
                         upstream = &*self.upstream,
@@ -359,9 +371,8 @@ impl Target {
                 return;
             }
             (Err(reason), None) => {
-                let reason = format!("resolve: {reason}");
                 self.resolution.send_replace(Resolution::Unknown(reason.as_str().into()));
-                Event::Unresolved { reason }
+                Event::Unresolved { reason: format!("resolve: {reason}") }
             }
         };
         self.apply(event);
@@ -379,9 +390,10 @@ impl Target {
             let count = addresses.len();
             addresses.rotate_left(self.turn.fetch_add(1, Relaxed) % count);
             let now = self.now();
-            addresses.sort_by_key(|a| {
+            // Others connect meanwhile: each is looked at once, and may have failed after `now`.
+            addresses.sort_by_cached_key(|a| {
                 let failed_at = a.failed_at.load(Relaxed);
-                let failed = failed_at != 0 && now - failed_at < ADDRESS_ASIDE.as_millis() as u64;
+                let failed = failed_at != 0 && now.saturating_sub(failed_at) < ADDRESS_ASIDE.as_millis() as u64;
                 (failed, a.at.is_ipv6() != ipv6_first)
             });
         }

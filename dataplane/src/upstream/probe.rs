@@ -18,7 +18,7 @@ const ALERT: u8 = 21;
 const HANDSHAKE: u8 = 22;
 const SERVER_HELLO: u8 = 2;
 
-/// Connects; says that the connection is nobody's where `send_proxy` wants a header; with a server name sends a hello and waits for the answer.
+/// Connects and [`speak`]s, within `patience`.
 ///
 /// # Errors
 /// Why the target counts as down, for people.
@@ -30,28 +30,31 @@ pub async fn check(
 ) -> Result<(), String> {
     let attempt = async {
         let mut stream = TcpStream::connect(address).await.map_err(|error| in_words(&error))?;
-        let mut first = Vec::new();
-        match send_proxy {
-            SendProxy::Off => {}
-            SendProxy::V1 => proxy_protocol::encode_local_v1(&mut first),
-            SendProxy::V2 => proxy_protocol::encode_local_v2(&mut first),
-        }
-        let Some(name) = server_name else {
-            // A check that fails to say goodbye has still found what it came for.
-            let _ = stream.write_all(&first).await;
-            let _ = stream.shutdown().await;
-            return Ok(());
-        };
-        client_hello(&mut first, name);
-        stream.write_all(&first).await.map_err(|error| format!("the hello: {}", in_words(&error)))?;
-        server_hello(&mut stream).await
+        speak(&mut stream, send_proxy, server_name).await
     };
     timeout(patience, attempt).await.unwrap_or_else(|_| Err(format!("timeout: no answer within {patience:?}")))
 }
 
-/// Whether a check failed for want of a file descriptor or port of our own: that says nothing of the target.
-pub fn is_our_own(reason: &str) -> bool {
-    reason.starts_with("no_")
+/// Says that the connection is nobody's where `send_proxy` wants a header; with a server name sends a hello and waits for the answer.
+///
+/// # Errors
+/// What came instead of a ServerHello, for people.
+pub async fn speak(stream: &mut TcpStream, send_proxy: SendProxy, server_name: Option<&str>) -> Result<(), String> {
+    let mut first = Vec::new();
+    match send_proxy {
+        SendProxy::Off => {}
+        SendProxy::V1 => proxy_protocol::encode_local_v1(&mut first),
+        SendProxy::V2 => proxy_protocol::encode_local_v2(&mut first),
+    }
+    let Some(name) = server_name else {
+        // A check that fails to say goodbye has still found what it came for.
+        let _ = stream.write_all(&first).await;
+        let _ = stream.shutdown().await;
+        return Ok(());
+    };
+    client_hello(&mut first, name);
+    stream.write_all(&first).await.map_err(|error| format!("the hello: {}", in_words(&error)))?;
+    server_hello(stream).await
 }
 
 fn in_words(error: &io::Error) -> String {

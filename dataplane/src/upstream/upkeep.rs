@@ -3,6 +3,7 @@
 //! A configuration's tasks end when the next one comes; what they found stays in the targets. Forwarding never waits for anything here.
 
 use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,10 +12,12 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{sleep, sleep_until, timeout};
 
+use super::dial::Dial;
 use super::health::Event;
 use super::names::{self, Names};
 use super::{Pool, Target, probe};
 use crate::config::{self, Config, TargetHost};
+use crate::socket;
 use crate::tailnet::{self, View};
 
 /// The first checks after a start are spread over this, or over the interval where that is shorter. Also how long to wait when we lack what a check needs.
@@ -106,6 +109,10 @@ async fn see(pools: Vec<Arc<Pool>>, mut view: watch::Receiver<Option<Arc<View>>>
 /// Checks a target as configured, and tries it again when it was put aside for long enough; one probe at a time.
 async fn attend(pool: Arc<Pool>, target: Arc<Target>) {
     let health = pool.config.health.as_ref();
+    if health.is_none() {
+        // Here, because a check of the configuration before may have ended up to now.
+        target.apply(Event::NoCheck);
+    }
     let mut next_check = health.map(|check| Instant::now() + SPREAD.min(check.interval).mul_f64(fastrand::f64()));
     loop {
         let trial = target.health.lock().expect("no panic while held").trial();
@@ -119,47 +126,61 @@ async fn attend(pool: Arc<Pool>, target: Arc<Target>) {
             () = target.aside.notified() => continue,
         }
         let begun = Instant::now();
-        let outcome = probe(&pool, &target).await;
-        if outcome.as_ref().is_err_and(|reason| probe::is_our_own(reason)) {
-            sleep(SPREAD).await;
-            continue;
-        }
+        let failure = match probe(&pool, &target).await {
+            Found::Answer => None,
+            Found::WrongAnswer(reason) => Some((reason, true)),
+            Found::Nothing(reason) => Some((reason, false)),
+            Found::OurFault => {
+                sleep(SPREAD).await;
+                continue;
+            }
+        };
         if let Some((check, due)) = health.zip(next_check)
             && due <= begun
         {
             // A tenth more or less, so that the checks of many targets and of many entrance nodes do not fall into step.
             next_check = Some(begun + check.interval.mul_f64(0.9 + 0.2 * fastrand::f64()));
-            target.apply(match &outcome {
-                Ok(()) => Event::CheckPassed { rise: check.rise },
-                Err(reason) => Event::CheckFailed { fall: check.fall, reason: format!("check: {reason}") },
+            target.apply(match &failure {
+                None => Event::CheckPassed { rise: check.rise },
+                Some((reason, _)) => Event::CheckFailed { fall: check.fall, reason: format!("check: {reason}") },
             });
         }
         if trial.is_some_and(|due| due <= begun) {
-            target.apply(match outcome {
-                Ok(()) => Event::TrialPassed,
-                Err(reason) => Event::TrialFailed { reason },
+            target.apply(match failure {
+                None => Event::TrialPassed,
+                Some((reason, answers)) => Event::TrialFailed { reason, answers },
             });
         }
     }
 }
 
-/// One of its addresses must pass; they share the time.
-async fn probe(pool: &Pool, target: &Target) -> Result<(), String> {
-    let addresses = target.addresses(false).map_err(|reason| match reason {
-        Some(reason) => reason.to_string(),
-        None => "resolve: no answer yet".to_owned(),
-    })?;
+/// What a probe found.
+enum Found {
+    Answer,
+    /// It answers, but not as it should.
+    WrongAnswer(String),
+    Nothing(String),
+    /// A probe could not be made.
+    OurFault,
+}
+
+/// As a client would: the address that answers first is the one that is spoken to.
+async fn probe(pool: &Pool, target: &Target) -> Found {
     // Without a check, a trial is what a client would have done.
     let health = pool.config.health.as_ref();
-    let timeout = health.map_or(pool.config.connect_timeout, |check| check.timeout);
+    let patience = health.map_or(pool.config.connect_timeout, |check| check.timeout);
     let tls = health.and_then(|check| check.tls.as_deref());
-    let share = timeout / addresses.len() as u32;
-    let mut outcome = Ok(());
-    for address in addresses {
-        outcome = probe::check(address.at, pool.config.send_proxy, tls, share).await;
-        if outcome.is_ok() {
-            break;
-        }
-    }
-    outcome
+    let nobody = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0);
+    let dial = Dial { client: nobody, own: [].into(), port: None, speaks_first: false };
+    let attempt = async {
+        let mut stream = match target.connect(&dial, pool.config.hedge_delay, patience).await {
+            Ok(stream) => stream,
+            Err(failure) if failure.is_our_own() => return Found::OurFault,
+            Err(failure) => return Found::Nothing(failure.to_string()),
+        };
+        socket::close_with_fin(&stream);
+        probe::speak(&mut stream, pool.config.send_proxy, tls).await.map_or_else(Found::WrongAnswer, |()| Found::Answer)
+    };
+    let late = |_| Found::Nothing(format!("timeout: no answer within {patience:?}"));
+    timeout(patience, attempt).await.unwrap_or_else(late)
 }

@@ -1,0 +1,182 @@
+//! Dials of a whole pool, over loopback. A target that never answers is one whose name is never resolved.
+
+use std::net::{Ipv4Addr, TcpListener};
+
+use super::dial::Dial;
+use super::*;
+use crate::config::{Config, Source, parse};
+use upkeep::Upkeep;
+
+/// For what takes milliseconds where nobody takes the processor away.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn config(targets: &[&str], more: &str) -> Config {
+    let text = format!(
+        "tailnet.socket = \"/nowhere/tailscaled.sock\"\n[listeners.a]\nmode = \"tcp\"\nbind = [\"192.0.2.1:1\"]\nupstream = \"u\"\n\
+         [upstreams.u]\ntargets = {targets:?}\n{more}"
+    );
+    parse(Arc::new(Source::new("test.toml", text))).unwrap().0
+}
+
+fn pool(targets: &[&str], more: &str) -> Arc<Pool> {
+    Arc::new(Pool::new(&config(targets, more).upstreams[0], None, &Metrics::new()))
+}
+
+/// A server that accepts, and its address.
+fn server() -> (TcpListener, SocketAddr) {
+    let server = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let at = server.local_addr().unwrap();
+    (server, at)
+}
+
+fn dial() -> Dial {
+    Dial { client: ([192, 0, 2, 9], 1).into(), own: [].into(), port: None, speaks_first: false }
+}
+
+async fn soon<T>(what: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, what).await.expect("it is done soon")
+}
+
+#[tokio::test]
+async fn a_name_that_leads_back_to_a_listener_of_ours_is_no_target() {
+    let (_server, at) = server();
+    let pool = pool(&[&format!("laptop:{}", at.port())], "");
+    // What filters of advertisements answer, and two ways to write what leads to the same place.
+    for ip in ["0.0.0.0", "127.0.0.1", "::ffff:127.0.0.1", "::ffff:0.0.0.0"] {
+        pool.targets[0].resolved(Ok(vec![ip.parse().unwrap()]));
+        for listener in [at, (Ipv4Addr::UNSPECIFIED, at.port()).into()] {
+            let dial = Dial { own: [listener].into(), ..dial() };
+            assert!(soon(pool.dial(dial)).await.is_err(), "{ip} with a listener at {listener}");
+        }
+    }
+    assert!(soon(pool.dial(dial())).await.is_ok(), "but for another's service on this machine it is one");
+}
+
+#[tokio::test]
+async fn a_slow_answer_makes_a_target_overdue_but_not_at_another_port_than_its_own() {
+    let (_server, at) = server();
+    for (port, standing) in [(None, Standing::Overdue), (Some(at.port()), Standing::Good)] {
+        let pool = pool(&["laptop:443", &at.to_string()], "balance = \"first\"\nhedge_delay = \"1ms\"");
+        let dialled = soon(pool.dial(Dial { port, ..dial() })).await.unwrap();
+        assert_eq!(**dialled.lease.target(), at.to_string());
+        assert_eq!(pool.targets[0].standing(false), standing);
+    }
+}
+
+#[tokio::test]
+async fn what_has_room_or_comes_back_while_a_dial_waits_is_dialled_beside_it() {
+    let (_server, at) = server();
+    let pool = pool(
+        &["laptop:443", &at.to_string()],
+        "balance = \"first\"\nhedge_delay = \"10ms\"\nconnect_timeout = \"60s\"",
+    );
+    pool.targets[1].set_drained(true);
+    let undrain = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        pool.targets[1].set_drained(false);
+    };
+    let (dialled, ()) = soon(async { tokio::join!(pool.dial(dial()), undrain) }).await;
+    assert_eq!(**dialled.unwrap().lease.target(), at.to_string());
+}
+
+#[tokio::test]
+async fn a_connection_made_after_its_target_was_lost_is_not_lost() {
+    let (_server, at) = server();
+    let pool = pool(&[&format!("laptop:{}", at.port())], "on_down = \"reset\"");
+    let target = &pool.targets[0];
+    let comes_back = async {
+        tokio::task::yield_now().await;
+        assert_eq!(target.active.load(Relaxed), 1, "the dial is under way");
+        target.apply(Event::DialFailed { started: Instant::now(), reason: "refused".into() });
+        target.resolved(Ok(vec![at.ip()]));
+    };
+    let (dialled, ()) = soon(async { tokio::join!(pool.dial(dial()), comes_back) }).await;
+    let mut lease = dialled.unwrap().lease;
+    let lost = async |lease: &mut Lease| tokio::time::timeout(Duration::ZERO, lease.lost()).await.is_ok();
+    assert!(!lost(&mut lease).await);
+    target.apply(Event::DialFailed { started: Instant::now(), reason: "refused".into() });
+    assert!(lost(&mut lease).await, "but it is when that happens later");
+}
+
+#[tokio::test]
+async fn who_waits_for_room_is_served_in_turn() {
+    let (_server, at) = server();
+    let pool = pool(&[&at.to_string()], "max_connections_per_target = 1\nconnect_timeout = \"60s\"");
+    let first = soon(pool.dial(dial())).await.unwrap();
+    let (served, mut order) = tokio::sync::mpsc::unbounded_channel();
+    for number in 0..8 {
+        let (waits, served) = (pool.clone(), served.clone());
+        tokio::spawn(async move {
+            let dialled = waits.dial(dial()).await;
+            served.send((number, dialled.is_ok())).unwrap();
+        });
+        // Long enough that they look at different times for room that nobody told them of.
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+    drop(first);
+    for number in 0..8 {
+        assert_eq!(soon(order.recv()).await, Some((number, true)));
+    }
+}
+
+#[tokio::test]
+async fn addresses_that_fail_while_they_are_put_in_order_do_no_harm() {
+    let pool = pool(&["laptop:443"], "");
+    let target = &pool.targets[0];
+    target.resolved(Ok((1..9).map(|n| [192, 0, 2, n].into()).collect()));
+    let Resolution::Known(all) = &*target.resolution.borrow() else { unreachable!("it was told") };
+    // Another thread's clock is read after ours.
+    all[3].failed_at.store(target.now() + 1000, Relaxed);
+    assert_eq!(target.addresses(false).unwrap().last().unwrap().at, all[3].at);
+}
+
+#[tokio::test]
+async fn a_name_of_hundreds_of_addresses_is_checked_and_remembered_within_bounds() {
+    // On every address of loopback; it thinks before it answers.
+    let server = tokio::net::TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).await.unwrap();
+    let port = server.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = server.accept().await.unwrap();
+            tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_millis(500)).await;
+                let _ = tokio::io::AsyncWriteExt::write_all(&mut stream, &[22, 3, 3, 0, 2, 2, 0]).await;
+                tokio::time::sleep(PATIENCE).await;
+            });
+        }
+    });
+    let config = config(
+        &[&format!("laptop:{port}")],
+        "health = { interval = \"1ms\", timeout = \"4s\", fall = 1000, rise = 1, tls = \"a.example.com\" }",
+    );
+    let pool = Arc::new(Pool::new(&config.upstreams[0], None, &Metrics::new()));
+    let target = &pool.targets[0];
+    target.resolved(Ok((1..=200).map(|n| [127, 0, 0, n].into()).collect()));
+    assert!(target.addresses(false).unwrap().len() <= 16);
+    target.apply(Event::CheckFailed { fall: 1, reason: "once".into() });
+    let upkeep = Upkeep::start().unwrap();
+    upkeep.follow(&config, std::slice::from_ref(&pool));
+    soon(async {
+        while !target.is_up.load(Relaxed) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_check_that_ends_while_a_reload_takes_it_out_of_the_configuration_is_forgotten() {
+    let (_server, at) = server();
+    let config = config(&[&at.to_string()], "");
+    let pool = Arc::new(Pool::new(&config.upstreams[0], None, &Metrics::new()));
+    let target = &pool.targets[0];
+    target.apply(Event::CheckFailed { fall: 1, reason: "too late".into() });
+    let upkeep = Upkeep::start().unwrap();
+    upkeep.follow(&config, std::slice::from_ref(&pool));
+    soon(async {
+        while !target.is_up.load(Relaxed) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+}
