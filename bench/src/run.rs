@@ -171,7 +171,14 @@ impl Step {
         let mut server = Remote::start(&network.hosts().cluster, "serve", &[network.server.to_string()])?;
         server.hear::<Served>()?;
         let running = self.subject.start(network)?;
-        let before = Memory::of(&running)?;
+        self.drive(network, &running, server, verify).map_err(|why| match running.complaint() {
+            Some(said) => why.context(said),
+            None => why,
+        })
+    }
+
+    fn drive(&self, network: &Network, running: &Running, mut server: Remote, verify: bool) -> Result<Cell> {
+        let before = Memory::of(running)?;
         let most_connections = self.subject.most_connections().unwrap_or(usize::MAX).to_string();
         let mut arguments = vec![running.target.to_string(), self.workload.name.to_owned(), most_connections];
         if verify {
@@ -197,7 +204,7 @@ impl Step {
             );
         }
         let uploaded = counts.received - mark.received;
-        let after = Memory::of(&running)?;
+        let after = Memory::of(running)?;
 
         Ok(Cell {
             subject: self.subject.name().to_owned(),

@@ -74,7 +74,7 @@ pub struct Running {
 enum Held {
     Nothing,
     Forwarding(Host),
-    Daemon { _daemon: Daemon },
+    Daemon(Daemon),
     Peer(Option<Peer>),
 }
 
@@ -183,7 +183,7 @@ impl Subject {
                     bail!("{effective} runs in its place: {}", status["engine"]["reasons"]);
                 }
                 let pid = Some(daemon.pid());
-                Ok(Running { client: net.client.clone(), target: public, pid, held: Held::Daemon { _daemon: daemon } })
+                Ok(Running { client: net.client.clone(), target: public, pid, held: Held::Daemon(daemon) })
             }
             Self::Nginx => peer(Program::Nginx, NGINX),
             Self::Haproxy => peer(Program::Haproxy, HAPROXY),
@@ -194,10 +194,20 @@ impl Subject {
 
 const FORWARDING: &str = "net/ipv4/ip_forward";
 
+impl Running {
+    /// The last that the daemon had to say.
+    pub fn complaint(&self) -> Option<String> {
+        match &self.held {
+            Held::Daemon(daemon) => daemon.log().pop(),
+            _ => None,
+        }
+    }
+}
+
 impl Drop for Running {
     fn drop(&mut self) {
         match &mut self.held {
-            Held::Nothing | Held::Daemon { .. } => {}
+            Held::Nothing | Held::Daemon(_) => {}
             Held::Forwarding(host) => {
                 // A host that cannot be reached any more forwards nothing either.
                 let _ = sysctl(host, FORWARDING, "0");
