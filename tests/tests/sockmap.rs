@@ -288,6 +288,27 @@ fn retransmits_that_overlap_are_not_doubled() {
     rig.daemon.wait_metric("dataplane_connections_closed_total", &[("reason", "done")], 4.0);
 }
 
+/// Their senders lose segments to the brake, and TCP brings again what had come, many segments joined to one.
+#[test]
+fn sixteen_uploads_at_once_arrive_whole() {
+    const BYTES: u64 = 150 * MEGABYTE;
+    let _turn = alone();
+    let rig = Rig::new(&Config::new("sockmap"));
+    let pairs: Vec<_> = (0..16).map(|_| rig.pair()).collect();
+    std::thread::scope(|s| {
+        for (client, server) in &pairs {
+            s.spawn(move || {
+                UP.send(client, 0, BYTES).expect("sent");
+                client.shutdown(Shutdown::Write).expect("FIN");
+            });
+            s.spawn(move || assert_eq!(UP.receive(server, 0), (BYTES, End::Fin)));
+        }
+    });
+    assert!(bytes(&rig, "to_upstream", "kernel") > 0, "none by the kernel");
+    drop(pairs);
+    rig.wait_idle();
+}
+
 #[test]
 fn a_million_segments_of_one_byte_cost_no_memory_and_arrive_in_order() {
     const CONNECTIONS: u64 = 20;
