@@ -288,7 +288,6 @@ fn retransmits_that_overlap_are_not_doubled() {
     rig.daemon.wait_metric("dataplane_connections_closed_total", &[("reason", "done")], 4.0);
 }
 
-/// Their senders lose segments to the brake, and TCP brings again what had come, many segments joined to one.
 #[test]
 fn sixteen_uploads_at_once_arrive_whole() {
     const BYTES: u64 = 150 * MEGABYTE;
