@@ -72,6 +72,14 @@ impl Pattern {
         Ok(())
     }
 
+    /// As [`send`](Self::send), where nobody reads yet: the kernel takes all, however much of it the others have room for.
+    pub fn leave(self, stream: &TcpStream, from: u64, to: u64) -> io::Result<()> {
+        // It counts what an skb needs besides.
+        let room = 2 * (to - from) + (1 << 20);
+        rustix::net::sockopt::set_socket_send_buffer_size_force(stream, room as usize)?;
+        self.send(stream, from, to)
+    }
+
     /// Writes from `from` on until nothing more is taken for 300 ms; says up to where. The stream is blocking again afterwards.
     pub fn send_until_stalled(self, mut stream: &TcpStream, from: u64) -> u64 {
         let mut position = from;

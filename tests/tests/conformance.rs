@@ -321,7 +321,7 @@ fn a_fin_in_the_segment_of_the_hello_still_gets_an_answer(engine: &str) {
     send_with_fin(&client, &hello());
     let server = rig.accept();
     assert_eq!(UP.receive(&server, 0), (0, End::Fin));
-    DOWN.send(&server, 0, MEGABYTE).expect("sent");
+    DOWN.leave(&server, 0, MEGABYTE).expect("sent");
     drop(server);
     assert_eq!(DOWN.receive(&client, 0), (MEGABYTE, End::Fin));
     rig.wait_idle();
@@ -529,7 +529,7 @@ fn a_reader_that_stalls_past_both_ends_still_gets_the_tail(engine: &str) {
     let (client, server) = rig.pair();
     close_write(&client);
     assert_eq!(UP.receive(&server, 0), (0, End::Fin));
-    DOWN.send(&server, 0, size).expect("sent");
+    DOWN.leave(&server, 0, size).expect("sent");
     drop(server);
     std::thread::sleep(3 * DEAD + A_SECOND);
     assert_eq!(DOWN.receive(&client, 0), (size, End::Fin));

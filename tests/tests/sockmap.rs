@@ -502,7 +502,7 @@ fn an_upstream_that_closes_before_a_slow_client_has_read_loses_nothing() {
             assert_eq!(UP.receive(&talk.server, at), (at, End::Fin));
         }
         let size = at + 1 + round * 80_000;
-        DOWN.send(&talk.server, at, size).expect("sent");
+        DOWN.leave(&talk.server, at, size).expect("sent");
         drop(talk.server);
         std::thread::sleep(Duration::from_millis(200));
         assert_eq!(DOWN.receive(&talk.client, at), (size, End::Fin), "round {round}");
