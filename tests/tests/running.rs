@@ -151,7 +151,7 @@ fn without_file_descriptors_the_old_live_the_new_are_refused_and_nothing_spins()
     let _turn = beside_others();
     let net = Net::new();
     let upstream = net.cluster.listen(&format!("{}:443", CLUSTER[0]));
-    let limits = Limits { files: Some(144), ..Limits::default() };
+    let limits = Limits { files: Some(168), ..Limits::default() };
     let daemon = Daemon::start_with(&net, &Config::new("auto"), limits);
     let rig = Rig { daemon, upstream, net };
     let old = rig.pair();
@@ -175,8 +175,8 @@ fn without_file_descriptors_the_old_live_the_new_are_refused_and_nothing_spins()
             break;
         }
     }
-    assert!(open.len() >= 10, "only {} connections within 144 descriptors", open.len());
-    assert_eq!(refused, 20, "{} connections within 144 descriptors", open.len());
+    assert!(open.len() >= 10, "only {} connections within 168 descriptors", open.len());
+    assert_eq!(refused, 20, "{} connections within 168 descriptors", open.len());
     rig.daemon.wait_metric("dataplane_connections_rejected_total", &[("reason", "total_limit")], f64::from(refused));
     works(&old);
     let (cpu, lines) = (rig.daemon.cpu(), rig.daemon.log().len());
