@@ -296,15 +296,9 @@ impl Daemon {
         Ok(text)
     }
 
-    /// Has the source thread serve on this listener, with the secret of the generation in force.
-    fn serve_webhook(&mut self, listener: Option<TcpListener>) {
-        let generation = self.shared.generation.load();
-        let copy = listener.as_ref().and_then(|listener| {
-            listener.try_clone().inspect_err(|error| tracing::error!(%error, "the webhook is not served")).ok()
-        });
-        let served = copy
-            .zip(generation.config.webhook())
-            .map(|(listener, webhook)| webhook::Served { listener, secret_file: webhook.secret_file.clone() });
+    /// Has the source thread serve this and nothing else.
+    fn serve_webhook(&mut self, webhook: Option<(TcpListener, webhook::Served)>) {
+        let (listener, served) = webhook.unzip();
         self.webhook = listener;
         // The source thread ends with the process.
         let _ = self.webhooks.send(served);
@@ -454,12 +448,14 @@ fn bind_admin(config: &Config) -> Result<Sockets> {
     Ok(Sockets { tcp, unix })
 }
 
-/// The address may be bound already.
-fn bind_webhook(config: &Config, bound: Option<&TcpListener>) -> Result<Option<TcpListener>> {
-    let Some(Webhook { bind, .. }) = config.webhook() else { return Ok(None) };
+/// The socket, which may be bound already, and what is served with a copy of it.
+fn bind_webhook(config: &Config, bound: Option<&TcpListener>) -> Result<Option<(TcpListener, webhook::Served)>> {
+    let Some(Webhook { bind, secret_file }) = config.webhook() else { return Ok(None) };
     let bound = bound.filter(|bound| bound.local_addr().is_ok_and(|addr| addr == bind.addr));
     let listener = bound.map_or_else(|| TcpListener::bind(bind.addr), TcpListener::try_clone);
-    Ok(Some(listener.map_err(|error| anyhow::anyhow!(bind_failure(config, bind, &error)))?))
+    let both = listener.and_then(|listener| Ok((listener.try_clone()?, listener)));
+    let (kept, listener) = both.map_err(|error| anyhow::anyhow!(bind_failure(config, bind, &error)))?;
+    Ok(Some((kept, webhook::Served { listener, secret_file: secret_file.clone() })))
 }
 
 fn bind_failure(config: &Config, bind: &Bind, error: &io::Error) -> String {
