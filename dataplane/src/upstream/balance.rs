@@ -82,9 +82,9 @@ pub fn choose(balance: Balance, turn: usize, candidates: &[Candidate]) -> Choice
 }
 
 /// Among those that are eligible now, so that those that are left share what the others do not get.
-fn in_turn<T>(turn: usize, eligible: impl Iterator<Item = T> + Clone) -> Option<T> {
+fn in_turn<T>(turn: usize, mut eligible: impl Iterator<Item = T> + Clone) -> Option<T> {
     let position = turn.checked_rem(eligible.clone().count())?;
-    { eligible }.nth(position)
+    eligible.nth(position)
 }
 
 /// Rendezvous hashing: each client ranks the targets; a target that leaves moves only its own clients. A fixed function, so that every entrance node with the

@@ -430,7 +430,7 @@ impl Target {
             address.failed_at.store(if connected.is_ok() { 0 } else { self.now() }, Relaxed);
         }
         let stream = connected?;
-        if is_own(&stream, &dial.own) {
+        if is_own(&stream, at.port(), &dial.own) {
             return Err(Failure::new("own_listener", format!("{at} is a listener of this daemon")));
         }
         Ok(stream)
@@ -465,16 +465,17 @@ impl Drop for Connect<'_> {
     }
 }
 
-/// Whether a connection of ours arrived at one of our own listeners.
-fn is_own(stream: &TcpStream, own: &[SocketAddr]) -> bool {
-    // Not what was dialled: 0.0.0.0 is this machine, and an IPv4 address may be written as one of IPv6.
+/// Whether a connection of ours to this port arrived at one of our own listeners.
+fn is_own(stream: &TcpStream, port: u16, own: &[SocketAddr]) -> bool {
+    let mut own = own.iter().filter(|own| own.port() == port).peekable();
+    if own.peek().is_none() {
+        return false;
+    }
+    // Not the address that was dialled: 0.0.0.0 is this machine, and an IPv4 address may be written as one of IPv6.
     let (Ok(local), Ok(peer)) = (stream.local_addr(), stream.peer_addr()) else { return false };
     let (here, there) = (local.ip().to_canonical(), peer.ip().to_canonical());
-    let listens = |own: &SocketAddr| {
-        own.is_ipv4() == there.is_ipv4()
-            && own.port() == peer.port()
-            && (own.ip() == there || own.ip().is_unspecified())
-    };
+    let listens =
+        |own: &SocketAddr| own.is_ipv4() == there.is_ipv4() && (own.ip() == there || own.ip().is_unspecified());
     // A host that connects to itself has that address at both ends.
-    own.iter().any(listens) && (there.is_loopback() || there == here)
+    own.any(listens) && (there.is_loopback() || there == here)
 }
