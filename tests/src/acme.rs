@@ -2,14 +2,12 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use crate::golang::go;
 use crate::netns::{CLIENT, ENTRANCE, Net, Process};
-use crate::{peers, target_dir, within};
+use crate::{PATIENCE, peers, target_dir, within};
 
 const VERSION: &str = "v2.8.0";
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Pebble; it ends when dropped.
 pub struct Pebble {

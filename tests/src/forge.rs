@@ -160,6 +160,13 @@ impl Forge {
     }
 }
 
+/// The HMAC-SHA256 by which a webhook's body is signed, in hex.
+pub fn signature(secret: &str, body: &str) -> String {
+    let mut command = Command::new("sh");
+    command.args(["-c", "printf %s \"$2\" | openssl dgst -sha256 -hmac \"$1\" | sed 's/.* //'", "sh", secret, body]);
+    String::from_utf8_lossy(&command.output().expect("openssl is needed").stdout).trim().to_owned()
+}
+
 #[track_caller]
 fn git(command: &mut Command) -> Output {
     run_git(command).unwrap_or_else(|said| panic!("{command:?}: {said}"))

@@ -11,11 +11,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Once};
-use std::time::Duration;
 
 use rustix::fd::AsFd;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::PATIENCE;
 
 /// The entrance node's public addresses.
 pub const ENTRANCE: [&str; 2] = ["198.51.100.1", "2001:db8:1::1"];
@@ -34,9 +35,6 @@ pub const BLACK_HOLE: &str = "100.64.0.66";
 pub const PODS: &str = "10.42.0.0/24";
 /// The cluster host's own address in it.
 const NODE: &str = "10.42.0.1";
-
-/// What a busy machine may take to answer a SYN that it got.
-const CONNECT_LIMIT: Duration = Duration::from_secs(20);
 
 const PREFIX: &str = "dp-test";
 const ROLES: [&str; 3] = ["client", "entrance", "cluster"];
@@ -93,9 +91,9 @@ impl Host {
         .unwrap_or_else(|e| panic!("listen on {addr}: {e}"))
     }
 
-    /// Connects within 20 s.
+    /// Connects within [`PATIENCE`].
     pub fn connect(&self, addr: SocketAddr) -> io::Result<TcpStream> {
-        self.run(|| TcpStream::connect_timeout(&addr, CONNECT_LIMIT))
+        self.run(|| TcpStream::connect_timeout(&addr, PATIENCE))
     }
 
     /// As [`connect`](Self::connect), from one of this host's addresses.
@@ -103,7 +101,7 @@ impl Host {
         self.run(|| {
             let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
             socket.bind(&SocketAddr::new(source, 0).into())?;
-            socket.connect_timeout(&addr.into(), CONNECT_LIMIT)?;
+            socket.connect_timeout(&addr.into(), PATIENCE)?;
             Ok(socket.into())
         })
     }

@@ -176,26 +176,24 @@ fn half_close(first: &TcpStream, second: &TcpStream, pattern: Pattern) {
 }
 
 fn a_reset_by_the_client_reaches_the_upstream_within_a_second(engine: &str) {
-    let _turn = beside_others();
-    let rig = Rig::new(&Config::new(engine));
-    let resets = heard_within_a_second(|| {
-        let (client, server) = rig.pair();
-        reset(client);
-        reset_within(&server, PATIENCE)
-    });
-    let labels = [("route", ROUTE), ("reason", "client_reset")];
-    rig.daemon.wait_metric("dataplane_connections_closed_total", &labels, resets);
+    heard_and_counted(engine, "client_reset", |client, server| (client, server));
 }
 
 fn a_reset_by_the_upstream_reaches_the_client_within_a_second(engine: &str) {
+    heard_and_counted(engine, "upstream_reset", |client, server| (server, client));
+}
+
+/// One of client and server resets, the other hears of it.
+fn heard_and_counted(engine: &str, reason: &str, roles: impl Fn(TcpStream, TcpStream) -> (TcpStream, TcpStream)) {
     let _turn = beside_others();
     let rig = Rig::new(&Config::new(engine));
     let resets = heard_within_a_second(|| {
         let (client, server) = rig.pair();
-        reset(server);
-        reset_within(&client, PATIENCE)
+        let (resets, hears) = roles(client, server);
+        reset(resets);
+        reset_within(&hears, PATIENCE)
     });
-    let labels = [("route", ROUTE), ("reason", "upstream_reset")];
+    let labels = [("route", ROUTE), ("reason", reason)];
     rig.daemon.wait_metric("dataplane_connections_closed_total", &labels, resets);
 }
 

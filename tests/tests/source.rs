@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use tests::daemon::Daemon;
-use tests::forge::{Forge, HTTP_PORT, SECRET, SSH_PORT};
+use tests::forge::{Forge, HTTP_PORT, SECRET, SSH_PORT, signature};
 use tests::netns::{CLIENT, CLUSTER, ENTRANCE, ENTRANCE_INSIDE, Host, Net};
 use tests::peers::{Peer, certificate};
 use tests::rig::PATIENCE;
@@ -80,28 +80,18 @@ fn running(daemon: &Daemon) -> String {
 
 /// POST on a host, by curl: the status.
 fn post(host: &Host, url: &str, headers: &[String], body: &str) -> String {
+    post_with(host, url, headers, body, &[])
+}
+
+/// The same, with more arguments.
+fn post_with(host: &Host, url: &str, headers: &[String], body: &str, more: &[&str]) -> String {
     let mut command = Command::new("curl");
-    command.args([
-        "--silent",
-        "--max-time",
-        "20",
-        "--noproxy",
-        "*",
-        "--output",
-        "/dev/null",
-        "--write-out",
-        "%{http_code}",
-    ]);
+    command.args(["--silent", "--max-time", "20", "--noproxy", "*", "--output", "/dev/null", "--write-out"]);
+    command.arg("%{http_code}").args(more);
     for header in headers {
         command.args(["-H", header]);
     }
     host.output(command.args(["--data-binary", body, url]))
-}
-
-fn signature(secret: &str, body: &str) -> String {
-    let mut command = Command::new("sh");
-    command.args(["-c", "printf %s \"$2\" | openssl dgst -sha256 -hmac \"$1\" | sed 's/.* //'", "sh", secret, body]);
-    String::from_utf8_lossy(&command.output().expect("openssl is needed").stdout).trim().to_owned()
 }
 
 /// `dataplane check` of a node with this `[source]`, with this folder for what is passing; whether it is content, and what it says.
@@ -281,20 +271,8 @@ fn a_webhook_comes_through_a_route_and_an_ingress_and_moves_without_a_restart() 
     let hook = |secret: &str| {
         let resolve = format!("hook.example:443:{}", CLIENT[0]);
         let signed = format!("X-Hub-Signature-256: sha256={}", signature(secret, body));
-        let mut command = Command::new("curl");
-        command.args([
-            "--silent",
-            "--max-time",
-            "10",
-            "--noproxy",
-            "*",
-            "--output",
-            "/dev/null",
-            "--write-out",
-            "%{http_code}",
-        ]);
-        command.args(["--resolve", &resolve, "-H", &signed, "--data-binary", body, "--cacert"]).arg(&pem);
-        net.entrance.output(command.arg("https://hook.example/hook"))
+        let more = ["--resolve", &resolve, "--cacert", pem.to_str().expect("a path of ours")];
+        post_with(&net.entrance, "https://hook.example/hook", &[signed], body, &more)
     };
     let two = forge.push(&[("dataplane.toml", &truth("hook.example").replace("8443", "8443\", \"127.0.0.2:8443"))]);
     assert_eq!(hook("guessed"), "401");

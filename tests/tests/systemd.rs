@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 use tests::daemon::HOST;
-use tests::forge::{Forge, HTTP_PORT, SECRET, SSH_PORT, TOKEN};
+use tests::forge::{Forge, HTTP_PORT, SECRET, SSH_PORT, TOKEN, signature};
 use tests::netns::{CLUSTER, Net};
 use tests::rig::{PATIENCE, accept, accept_within, hello, public};
 use tests::stream::{Pattern, client_hello, read_to_end};
@@ -325,9 +325,9 @@ fn secrets_are_the_services_own_credentials_by_http_by_ssh_and_for_the_webhook()
     machine.output(&["systemctl", "start", "dataplane"]);
     node.forwards(HOST);
     push("two.example.com");
-    let signed = "printf x | openssl dgst -sha256 -hmac \"$(cat /etc/dataplane/hook)\" | sed 's/.* //'";
-    let post = "curl --silent --show-error --fail --noproxy '*' --data-binary x http://127.0.0.1:9080/hook";
-    machine.output(&["sh", "-c", &format!("{post} -H \"X-Gitea-Signature: $({signed})\"")]);
+    let signed = format!("X-Gitea-Signature: {}", signature(SECRET, "x"));
+    let post = ["curl", "--silent", "--show-error", "--fail", "--noproxy", "*", "--data-binary", "x", "-H", &signed];
+    machine.output(&[&post[..], &["http://127.0.0.1:9080/hook"]].concat());
     arrives("two.example.com");
 
     let url = format!("ssh://git@{}:{SSH_PORT}{}", CLUSTER[0], forge.repository().display());

@@ -383,6 +383,13 @@ mod tests {
             Self { server, news, requests, pushed, in_force: "one.example".into(), folder, refuse: false }
         }
 
+        /// As an operator does.
+        async fn ask(&self) -> oneshot::Receiver<Result<String, String>> {
+            let (answer, outcome) = oneshot::channel();
+            self.requests.send(answer).await.unwrap();
+            outcome
+        }
+
         /// Adds a line to this machine's file.
         fn edit(&self) {
             append(&self.folder.path().join("dataplane.toml"));
@@ -458,13 +465,11 @@ mod tests {
         rig.server.push("two", &GOOD.replace("HOST", "two.example"));
         rig.pushed.notify_one();
         assert_eq!(rig.next(Duration::from_secs(1)).await, "load");
-        let (answer, outcome) = oneshot::channel();
-        rig.requests.send(answer).await.unwrap();
+        let outcome = rig.ask().await;
         assert_eq!(rig.next(Duration::from_secs(1)).await, "load", "asked, it loads what is there, changed or not");
         assert_eq!(outcome.await.unwrap(), Ok("in force".to_owned()));
         rig.server.go_away();
-        let (answer, outcome) = oneshot::channel();
-        rig.requests.send(answer).await.unwrap();
+        let outcome = rig.ask().await;
         assert_eq!(rig.next(Duration::from_secs(1)).await, "unreachable");
         assert!(outcome.await.unwrap().unwrap_err().contains("connection refused"));
     }
@@ -503,8 +508,7 @@ mod tests {
         rig.server.push("two", &GOOD.replace("HOST", "two.example"));
         assert_eq!(rig.next(INTERVAL).await, "load");
         assert_eq!(rig.in_force, "two.example");
-        let (answer, outcome) = oneshot::channel();
-        rig.requests.send(answer).await.unwrap();
+        let outcome = rig.ask().await;
         assert_eq!(rig.next(Duration::from_secs(1)).await, "broken");
         assert!(outcome.await.unwrap().is_err());
         assert_eq!(rig.next(INTERVAL).await, "unchanged");

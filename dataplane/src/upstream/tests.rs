@@ -19,7 +19,11 @@ fn config(targets: &[&str], more: &str) -> Config {
 }
 
 fn pool(targets: &[&str], more: &str) -> Arc<Pool> {
-    Arc::new(Pool::new(&config(targets, more).upstreams[0], None, &Metrics::new()))
+    pool_of(&config(targets, more))
+}
+
+fn pool_of(config: &Config) -> Arc<Pool> {
+    Arc::new(Pool::new(&config.upstreams[0], None, &Metrics::new()))
 }
 
 /// A server that accepts, and its address.
@@ -35,6 +39,17 @@ fn dial() -> Dial {
 
 async fn soon<T>(what: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, what).await.expect("it is done soon")
+}
+
+async fn looked_after_until_up(config: &Config, pool: &Arc<Pool>) {
+    let upkeep = Upkeep::start().unwrap();
+    upkeep.follow(config, std::slice::from_ref(pool));
+    soon(async {
+        while !pool.targets[0].is_up.load(Relaxed) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -149,34 +164,20 @@ async fn a_name_of_hundreds_of_addresses_is_checked_and_remembered_within_bounds
         &[&format!("laptop:{port}")],
         "health = { interval = \"1ms\", timeout = \"4s\", fall = 1000, rise = 1, tls = \"a.example.com\" }",
     );
-    let pool = Arc::new(Pool::new(&config.upstreams[0], None, &Metrics::new()));
+    let pool = pool_of(&config);
     let target = &pool.targets[0];
     target.resolved(Ok((1..=200).map(|n| [127, 0, 0, n].into()).collect()));
     assert!(target.addresses(false).unwrap().len() <= 16);
     target.apply(Event::CheckFailed { fall: 1, reason: "once".into() });
-    let upkeep = Upkeep::start().unwrap();
-    upkeep.follow(&config, std::slice::from_ref(&pool));
-    soon(async {
-        while !target.is_up.load(Relaxed) {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    })
-    .await;
+    looked_after_until_up(&config, &pool).await;
 }
 
 #[tokio::test]
 async fn a_check_that_ends_while_a_reload_takes_it_out_of_the_configuration_is_forgotten() {
     let (_server, at) = server();
     let config = config(&[&at.to_string()], "");
-    let pool = Arc::new(Pool::new(&config.upstreams[0], None, &Metrics::new()));
+    let pool = pool_of(&config);
     let target = &pool.targets[0];
     target.apply(Event::CheckFailed { fall: 1, reason: "too late".into() });
-    let upkeep = Upkeep::start().unwrap();
-    upkeep.follow(&config, std::slice::from_ref(&pool));
-    soon(async {
-        while !target.is_up.load(Relaxed) {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    })
-    .await;
+    looked_after_until_up(&config, &pool).await;
 }
