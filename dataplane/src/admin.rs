@@ -213,6 +213,7 @@ fn status(shared: &Shared) -> Value {
             "hello_timeout": limits.hello_timeout.as_secs_f64(),
             "hello_max_bytes": limits.hello_max_bytes,
             "idle_timeout": limits.idle_timeout.as_secs_f64(),
+            "half_closed_timeout": limits.half_closed_timeout.as_secs_f64(),
             "dead_peer_timeout": limits.dead_peer_timeout.as_secs_f64(),
             "drain_timeout": limits.drain_timeout.as_secs_f64(),
             "kernel_memory": limits.kernel_memory,

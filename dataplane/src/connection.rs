@@ -51,19 +51,25 @@ pub async fn serve(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
     // In a box of its own: what is needed only to get here is freed before the connection's long life begins.
     let established = Box::pin(establish(shared, generation, accepted)).await;
     let Some(Established { engine, pair, timeouts, entry, places, mut lease }) = established else { return };
-    let traffic = &entry.record.traffic;
-    let forward = async {
-        match &engine {
-            Some(engine) => engine::forward(engine, pair, timeouts, traffic).await,
-            None => Box::pin(answer::run(pair, timeouts, traffic)).await,
+    let traffic = entry.record.traffic.clone();
+    let end = {
+        let forward = async {
+            match &engine {
+                Some(engine) => engine::forward(engine, pair, timeouts, &traffic).await,
+                None => Box::pin(answer::run(pair, timeouts, &traffic)).await,
+            }
+        };
+        let mut forward = std::pin::pin!(forward);
+        loop {
+            tokio::select! {
+                biased;
+                end = &mut forward => break end,
+                // Both sockets are dropped with the engine's work, and so reset.
+                () = lease.lost() => break End::TargetDown,
+                () = entry.record.removal.due() => break End::RouteRemoved,
+                () = traffic.target_closed() => lease.give_up_place(),
+            }
         }
-    };
-    let end = tokio::select! {
-        biased;
-        end = forward => end,
-        // Both sockets are dropped with the engine's work, and so reset.
-        () = lease.lost() => End::TargetDown,
-        () = entry.record.removal.due() => End::RouteRemoved,
     };
     // What the port for challenges does says nothing of the target.
     if engine.is_some() && end == End::Reset(Side::Upstream) && traffic.look().to_client == [0, 0] {
@@ -208,7 +214,11 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
     Some(Established {
         engine: port.is_none().then(|| generation.engine.clone()),
         pair: Pair { client: stream, upstream: dialled.stream, first },
-        timeouts: Timeouts { idle: limits.idle_timeout, dead_peer: limits.dead_peer_timeout },
+        timeouts: Timeouts {
+            idle: limits.idle_timeout,
+            half_closed: limits.half_closed_timeout,
+            dead_peer: limits.dead_peer_timeout,
+        },
         entry,
         places: (place, client_place),
         lease: dialled.lease,

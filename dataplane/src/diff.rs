@@ -200,11 +200,12 @@ fn settings(old: &Config, new: &Config, text: &mut String) {
     changed("admin.socket", old.admin.socket.display().to_string(), new.admin.socket.display().to_string());
 }
 
-fn limits(limits: &Limits) -> [(&'static str, String); 8] {
+fn limits(limits: &Limits) -> [(&'static str, String); 9] {
     [
         ("hello_timeout", format_duration(limits.hello_timeout)),
         ("hello_max_bytes", format_size(limits.hello_max_bytes as u64)),
         ("idle_timeout", format_duration(limits.idle_timeout)),
+        ("half_closed_timeout", format_duration(limits.half_closed_timeout)),
         ("dead_peer_timeout", format_duration(limits.dead_peer_timeout)),
         ("drain_timeout", format_duration(limits.drain_timeout)),
         ("max_connections", limits.max_connections.to_string()),

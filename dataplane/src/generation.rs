@@ -12,6 +12,7 @@ use crate::engine::Effective;
 use crate::metrics::{ListenerMetrics, Metrics, RouteMetrics};
 use crate::route::{Pattern, Table};
 use crate::upstream::Pool;
+use crate::upstream::inventory::Inventory;
 
 /// See the module.
 pub struct Generation {
@@ -23,6 +24,8 @@ pub struct Generation {
     pub table: Table,
     /// By index of the upstream.
     pub pools: Vec<Arc<Pool>>,
+    /// Handed on from one generation to the next.
+    inventory: Arc<Inventory>,
     /// By index of the listener.
     pub listener_metrics: Vec<Arc<ListenerMetrics>>,
     /// By index of the route.
@@ -61,10 +64,12 @@ impl Generation {
     pub fn new(config: Config, engine: Effective, previous: Option<&Self>, metrics: &Metrics) -> Self {
         let known: HashMap<&str, &Pool> =
             previous.iter().flat_map(|p| &p.pools).map(|pool| (&*pool.config.name, &**pool)).collect();
+        let inventory = previous.map_or_else(Arc::default, |p| p.inventory.clone());
+        inventory.retain(previous.map(|p| &p.config).into_iter().chain([&config]));
         let pools = config
             .upstreams
             .iter()
-            .map(|upstream| Arc::new(Pool::new(upstream, known.get(&*upstream.name).copied(), metrics)))
+            .map(|upstream| Arc::new(Pool::new(upstream, known.get(&*upstream.name).copied(), &inventory, metrics)))
             .collect();
         let mut own: Vec<SocketAddr> = config.listeners.iter().flat_map(|l| &l.bind).map(|b| b.addr).collect();
         let by_bind =
@@ -73,6 +78,7 @@ impl Generation {
         Self {
             table: Table::new(&config),
             pools,
+            inventory,
             listener_metrics: config.listeners.iter().map(|l| metrics.listener(&l.name)).collect(),
             route_metrics: config.routes.iter().map(|r| metrics.route(&r.name)).collect(),
             tcp_metrics: config

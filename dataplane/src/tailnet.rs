@@ -88,6 +88,22 @@ impl Way {
     }
 }
 
+#[cfg(test)]
+impl View {
+    /// Of peers by name and address.
+    pub fn of(suffix: &str, peers: &[(&str, IpAddr)]) -> Self {
+        let peer = |(name, address): &(&str, IpAddr)| Peer {
+            name: format!("{name}.{suffix}"),
+            addresses: vec![*address],
+            online: true,
+            path: Way::Unknown,
+            via: None,
+            last_handshake: None,
+        };
+        Self { suffix: suffix.to_owned(), magic_dns: false, peers: peers.iter().map(peer).collect() }
+    }
+}
+
 impl View {
     /// The peer with this address.
     pub fn by_address(&self, address: IpAddr) -> Option<&Peer> {

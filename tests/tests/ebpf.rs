@@ -192,7 +192,7 @@ fn a_connection_of_which_only_one_socket_can_be_inserted_goes_on_with_the_relay(
     client.write_all(b"before").expect("connected");
     let abilities = Abilities { splice: Ok(()), sockmap: Err("not asked".to_owned()) };
     let traffic = Traffic::new(&Effective::choose(EngineChoice::Copy, &abilities));
-    let timeouts = Timeouts { idle: LIMIT, dead_peer: LIMIT };
+    let timeouts = Timeouts { idle: LIMIT, half_closed: LIMIT, dead_peer: LIMIT };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let (client_near, upstream_near) = runtime.block_on(async {
         let tokio_stream = |stream: TcpStream| {

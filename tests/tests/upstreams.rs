@@ -151,3 +151,58 @@ fn a_target_is_reached_over_ipv6_and_by_name() {
         assert_eq!(preamble.hello, hello(), "{target}");
     }
 }
+
+#[test]
+fn a_target_that_has_closed_gives_its_place_to_the_next_connection() {
+    let _turn = beside_others();
+    for engine in ["copy", "splice", "sockmap", "auto"] {
+        let config = Config::new(engine).upstream("max_connections_per_target = 1\nconnect_timeout = \"60s\"");
+        let rig = Rig::new(&config);
+        let (client, mut server) = rig.pair();
+        server.write_all(b"bye").expect("sent");
+        drop(server);
+        assert_eq!(read_to_end(&client, PATIENCE), (b"bye".to_vec(), End::Fin), "{engine}");
+        // The first client keeps its end open, for as long as it likes.
+        let (_second, _server) = rig.pair();
+        assert_eq!(rig.daemon.metric("dataplane_connections_closed_total", &[]), 0.0, "{engine}: the first one goes on");
+        drop(client);
+    }
+}
+
+#[test]
+fn a_half_closed_connection_on_which_nothing_moves_has_a_deadline_of_its_own() {
+    let _turn = beside_others();
+    for engine in ["copy", "splice", "sockmap", "auto"] {
+        let rig = Rig::new(&Config::new(engine).limits("half_closed_timeout = \"1s\""));
+        let open = rig.pair();
+        for client_closes in [true, false] {
+            let (client, server) = rig.pair();
+            let (closes, stays) = if client_closes { (&client, &server) } else { (&server, &client) };
+            closes.shutdown(std::net::Shutdown::Write).expect("sent");
+            assert_eq!(read_to_end(stays, PATIENCE), (Vec::new(), End::Fin), "{engine}");
+            assert_eq!(read_to_end(closes, PATIENCE).1, End::Reset, "{engine}: it ends without a FIN that nobody sent");
+        }
+        rig.daemon.wait_metric("dataplane_connections_closed_total", &[("reason", "idle")], 2.0);
+        let pattern = Pattern::new(3);
+        pattern.send(&open.0, 0, 5000).expect("sent");
+        pattern.receive_exactly(&open.1, 0, 5000);
+    }
+}
+
+#[test]
+fn one_refused_dial_resets_no_established_connection() {
+    let _turn = beside_others();
+    let rig = Rig::new(&Config::new("auto").upstream("on_down = \"reset\""));
+    let (client, server) = rig.pair();
+    let Rig { daemon, upstream, net } = rig;
+    // An ingress that starts again: its old connections go on.
+    drop(upstream);
+    let mut refused = net.client.connect(public()).expect("accepted");
+    refused.write_all(&hello()).expect("sent");
+    daemon.wait_metric("dataplane_upstream_connect_failures_total", &[("reason", "refused")], 1.0);
+    let _upstream = net.cluster.listen(FIRST);
+    daemon.wait_metric("dataplane_upstream_target_up", &[("target", FIRST)], 1.0);
+    let pattern = Pattern::new(4);
+    pattern.send(&client, 0, 5000).expect("sent");
+    pattern.receive_exactly(&server, 0, 5000);
+}

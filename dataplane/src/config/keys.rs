@@ -48,6 +48,7 @@ pub const LIMITS: &[&str] = &[
     "hello_timeout",
     "hello_max_bytes",
     "idle_timeout",
+    "half_closed_timeout",
     "dead_peer_timeout",
     "drain_timeout",
     "max_connections",

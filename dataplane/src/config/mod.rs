@@ -335,6 +335,8 @@ pub struct Limits {
     pub hello_max_bytes: usize,
     /// No byte either way.
     pub idle_timeout: Duration,
+    /// The same for a connection of which one side has sent its FIN.
+    pub half_closed_timeout: Duration,
     /// A peer that vanished.
     pub dead_peer_timeout: Duration,
     /// How long a stopping daemon waits for its connections.
@@ -353,6 +355,7 @@ impl Default for Limits {
             hello_timeout: Duration::from_secs(5),
             hello_max_bytes: 16384,
             idle_timeout: Duration::from_secs(3600),
+            half_closed_timeout: Duration::from_secs(300),
             dead_peer_timeout: Duration::from_secs(60),
             drain_timeout: Duration::from_secs(30),
             max_connections: 0,

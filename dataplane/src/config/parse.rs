@@ -624,9 +624,10 @@ impl Parser {
             return limits;
         };
         let reader = &mut self.reader;
-        let durations: [(&str, &mut Duration, &RangeInclusive<Duration>); 4] = [
+        let durations: [(&str, &mut Duration, &RangeInclusive<Duration>); 5] = [
             ("hello_timeout", &mut limits.hello_timeout, &DEADLINE),
             ("idle_timeout", &mut limits.idle_timeout, &IDLE),
+            ("half_closed_timeout", &mut limits.half_closed_timeout, &IDLE),
             ("dead_peer_timeout", &mut limits.dead_peer_timeout, &DEAD_PEER),
             ("drain_timeout", &mut limits.drain_timeout, &DRAIN),
         ];

@@ -165,7 +165,7 @@ fn every_key_is_read_into_its_place() {
 #[test]
 fn limits_that_are_given_replace_the_defaults() {
     let limits = read(&format!(
-        "{SMALL}[limits]\nhello_timeout = \"500ms\"\nhello_max_bytes = \"8KiB\"\nidle_timeout = \"1h30m\"\ndead_peer_timeout = \"5s\"\n\
+        "{SMALL}[limits]\nhello_timeout = \"500ms\"\nhello_max_bytes = \"8KiB\"\nidle_timeout = \"1h30m\"\nhalf_closed_timeout = \"2m\"\ndead_peer_timeout = \"5s\"\n\
          drain_timeout = \"0s\"\nmax_connections = 10_000\nmax_connections_per_client = 0x10\nkernel_memory = \"10MB\"\n"
     ))
     .0
@@ -174,6 +174,7 @@ fn limits_that_are_given_replace_the_defaults() {
         hello_timeout: Duration::from_millis(500),
         hello_max_bytes: 8192,
         idle_timeout: Duration::from_secs(5400),
+        half_closed_timeout: Duration::from_secs(120),
         dead_peer_timeout: Duration::from_secs(5),
         drain_timeout: Duration::ZERO,
         max_connections: 10_000,

@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use prometheus::IntCounter;
 use tokio::net::TcpStream;
+use tokio::sync::Notify;
 
 use crate::config::EngineChoice;
 use promotion::Promotion;
@@ -212,6 +213,8 @@ pub enum StreamState {
 pub struct Timeouts {
     /// No byte either way for so long: [`End::Idle`].
     pub idle: Duration,
+    /// The same, once one side has sent FIN and that was passed on.
+    pub half_closed: Duration,
     /// A peer that acknowledges nothing for so long: [`End::Vanished`].
     pub dead_peer: Duration,
 }
@@ -319,6 +322,8 @@ pub struct Traffic {
     engaged: Mutex<Option<Arc<Engaged>>>,
     /// It ever was.
     promoted: AtomicBool,
+    /// The target has sent its last byte, and the client has it or will get it.
+    target_closed: Notify,
 }
 
 impl Traffic {
@@ -337,6 +342,7 @@ impl Traffic {
             relay,
             engaged: Mutex::default(),
             promoted: AtomicBool::new(false),
+            target_closed: Notify::new(),
         }
     }
 
@@ -356,6 +362,17 @@ impl Traffic {
     /// Notes that bytes moved just now.
     pub fn touch(&self, now: Instant) {
         self.last_bytes.store(now.saturating_duration_since(self.begun).as_millis() as u64, Relaxed);
+    }
+
+    /// Notes that the target's FIN was passed on.
+    pub fn note_target_closed(&self) {
+        // Kept for whoever does not wait yet.
+        self.target_closed.notify_one();
+    }
+
+    /// Waits until the target has closed its side, once.
+    pub async fn target_closed(&self) {
+        self.target_closed.notified().await;
     }
 
     /// What is known now.

@@ -68,6 +68,7 @@ async fn forward(
     let mut down = Direction::new(kind, Side::Upstream, First::default(), *to_client);
     let mut watch = Watch::new(timeouts);
     let mut timer = pin!(sleep_until(watch.deadline()));
+    let mut target_closed = false;
     // A side that resets while nothing is read from it or written to it, because the other side is stalled, is noticed here.
     let mut client_error = pin!(client.ready(Interest::ERROR));
     let mut upstream_error = pin!(upstream.ready(Interest::ERROR));
@@ -82,6 +83,12 @@ async fn forward(
         let down_done = down.poll(cx, upstream, client, &traffic.to_client, &mut promotion, up.is_finished());
         if let Poll::Ready(Err(broken)) = down_done {
             return Poll::Ready(Some(broken.end(Side::Upstream, Side::Client)));
+        }
+        if (up.is_finished() || down.is_finished()) && watch.half_closed() {
+            timer.as_mut().reset(watch.deadline());
+        }
+        if down.is_finished() && !std::mem::replace(&mut target_closed, true) {
+            traffic.note_target_closed();
         }
         // The kernel gives up soon on a closed socket whose reader is slow, so it is kept until the last byte could be sent.
         let finished = up.is_finished() && down.is_finished();

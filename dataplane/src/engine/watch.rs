@@ -27,6 +27,8 @@ pub struct Watch {
     keep_alive: bool,
     /// Nobody tells when bytes move: look all the time.
     unattended: bool,
+    /// One side has sent FIN.
+    half_closed: bool,
 }
 
 impl Watch {
@@ -41,6 +43,7 @@ impl Watch {
             acknowledged: [None; 2],
             keep_alive: false,
             unattended: false,
+            half_closed: false,
         }
     }
 
@@ -51,8 +54,17 @@ impl Watch {
 
     /// When to call [`look`](Self::look).
     pub fn deadline(&self) -> Instant {
-        let idle = self.last_bytes + self.timeouts.idle;
+        let idle = self.last_bytes + self.idle_timeout();
         self.next_look.map_or(idle, |look| look.min(idle))
+    }
+
+    /// Notes that one side has sent FIN, and the other has been told; true when the timer has to be set anew.
+    pub fn half_closed(&mut self) -> bool {
+        !std::mem::replace(&mut self.half_closed, true)
+    }
+
+    fn idle_timeout(&self) -> Duration {
+        if self.half_closed { self.timeouts.half_closed.min(self.timeouts.idle) } else { self.timeouts.idle }
     }
 
     /// Notes that bytes moved; true when the timer has to be set anew.
@@ -84,7 +96,7 @@ impl Watch {
                 self.last_bytes = now;
             }
         }
-        if now >= self.last_bytes + self.timeouts.idle {
+        if now >= self.last_bytes + self.idle_timeout() {
             return Some(End::Idle);
         }
         if self.next_look.is_none_or(|look| look > now) {

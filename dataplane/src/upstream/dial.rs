@@ -150,14 +150,14 @@ struct Overdue(Arc<Target>);
 
 impl Overdue {
     fn new(target: &Arc<Target>) -> Self {
-        target.overdue.fetch_add(1, Relaxed);
+        target.endpoint.overdue.fetch_add(1, Relaxed);
         Self(target.clone())
     }
 }
 
 impl Drop for Overdue {
     fn drop(&mut self) {
-        self.0.overdue.fetch_sub(1, Relaxed);
+        self.0.endpoint.overdue.fetch_sub(1, Relaxed);
     }
 }
 
@@ -436,16 +436,20 @@ impl Target {
         Ok(stream)
     }
 
-    /// The addresses. Waits for the resolver's first answer, if there was none yet.
+    /// The addresses. Waits for the resolver's first answer, if there was none yet, and for another one where it had none: this client has nowhere else to go.
     async fn addresses_by(&self, dial: &Dial, deadline: Instant) -> Result<Vec<Arc<Address>>, Failure> {
-        let ipv6_first = dial.client.is_ipv6();
-        if let Err(None) = self.addresses(ipv6_first) {
-            let mut resolution = self.resolution.subscribe();
-            let answered = resolution.wait_for(|known| !matches!(known, Resolution::Pending));
-            let _ = timeout_at(deadline.into(), answered).await;
+        let mut resolution = self.resolution.subscribe();
+        match &*resolution.borrow_and_update() {
+            Resolution::Known(known) => return Ok(self.in_turn(known, dial.client.is_ipv6())),
+            Resolution::Pending => {}
+            Resolution::Unknown(_) => self.wanted.notify_one(),
         }
-        self.addresses(ipv6_first)
-            .map_err(|reason| Failure::new("resolve", reason.as_deref().unwrap_or("the resolver has not answered yet")))
+        let _ = timeout_at(deadline.into(), resolution.changed()).await;
+        match &*resolution.borrow() {
+            Resolution::Known(known) => Ok(self.in_turn(known, dial.client.is_ipv6())),
+            Resolution::Pending => Err(Failure::new("resolve", "the resolver has not answered yet")),
+            Resolution::Unknown(reason) => Err(Failure::new("resolve", &**reason)),
+        }
     }
 }
 

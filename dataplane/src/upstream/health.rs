@@ -29,6 +29,8 @@ pub enum Event {
         fall: u32,
         /// For people.
         reason: String,
+        /// It answered, if not as it should.
+        answers: bool,
     },
     /// The configuration has no check any more.
     NoCheck,
@@ -116,7 +118,20 @@ struct Aside {
     reason: String,
     /// It answered, if only with a reset.
     answers: bool,
+    /// A second sign says the same: a trial, or the check. One failed dial may be a full accept queue, or an ingress that starts again.
+    confirmed: bool,
     passes: u32,
+}
+
+impl Event {
+    /// What it tells of the machine, whatever upstream it was met in. What is answered depends on the PROXY header and the check, which are the upstream's.
+    pub fn of_the_machine(&self) -> Option<Self> {
+        match self {
+            Self::DialFailed { .. } => Some(self.clone()),
+            Self::DialPassed | Self::TrialPassed => Some(Self::DialPassed),
+            _ => None,
+        }
+    }
 }
 
 impl Health {
@@ -137,11 +152,14 @@ impl Health {
                     }
                 }
             }
-            Event::CheckFailed { fall, reason } => {
+            Event::CheckFailed { fall, reason, answers } => {
                 self.check.passes = 0;
                 self.check.failures = self.check.failures.saturating_add(1);
                 if self.check.failures >= fall || self.check.down.is_some() {
                     self.check.down = Some(reason);
+                }
+                if !answers {
+                    self.confirm();
                 }
             }
             Event::NoCheck => self.check = Check::default(),
@@ -158,6 +176,7 @@ impl Health {
             Event::TrialFailed { reason, answers } => {
                 if self.aside.is_some() {
                     self.set_aside(reason, answers, now);
+                    self.confirm();
                 }
             }
             Event::Tailnet { online } => self.offline = online == Some(false),
@@ -204,7 +223,18 @@ impl Health {
     }
 
     fn is_lost(&self) -> bool {
-        self.offline || self.check.down.is_some() || self.aside.as_ref().is_some_and(|aside| !aside.answers)
+        self.offline || self.check.down.is_some() || self.aside.as_ref().is_some_and(|aside| aside.confirmed)
+    }
+
+    /// Why nothing answers there, by the word of connections.
+    pub fn unreachable(&self) -> Option<&str> {
+        self.aside.as_ref().filter(|aside| !aside.answers).map(|aside| &*aside.reason)
+    }
+
+    fn confirm(&mut self) {
+        if let Some(aside) = &mut self.aside {
+            aside.confirmed = !aside.answers;
+        }
     }
 
     fn put_aside(&mut self, started: Instant, reason: String, answers: bool, now: Instant) {
@@ -216,6 +246,7 @@ impl Health {
         if let Some(aside) = &mut self.aside {
             // It was tried because all others were down, too. That is no reason to keep it away longer.
             (aside.reason, aside.answers) = (reason, answers);
+            aside.confirmed &= !answers;
             return;
         }
         if self.back_since.is_some_and(|at| now.duration_since(at) > ASIDE_MAX) {
@@ -227,7 +258,7 @@ impl Health {
     fn set_aside(&mut self, reason: String, answers: bool, now: Instant) {
         let time = (ASIDE_FIRST * 2u32.saturating_pow(self.times_aside.min(10))).min(ASIDE_MAX);
         self.times_aside += 1;
-        self.aside = Some(Aside { until: now + time, reason, answers, passes: 0 });
+        self.aside = Some(Aside { until: now + time, reason, answers, confirmed: false, passes: 0 });
     }
 
     fn come_back(&mut self, now: Instant) {
@@ -244,10 +275,15 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
     const NOTHING: Outcome = Outcome { up: None, lost: false };
     const UP: Outcome = Outcome { up: Some(true), lost: false };
+    const DOWN: Outcome = Outcome { up: Some(false), lost: false };
     const LOST: Outcome = Outcome { up: Some(false), lost: true };
 
     fn check(passed: bool) -> Event {
-        if passed { Event::CheckPassed { rise: 2 } } else { Event::CheckFailed { fall: 3, reason: "check".into() } }
+        if passed {
+            Event::CheckPassed { rise: 2 }
+        } else {
+            Event::CheckFailed { fall: 3, reason: "check".into(), answers: false }
+        }
     }
 
     fn refused(started: Instant) -> Event {
@@ -272,14 +308,35 @@ mod tests {
     #[test]
     fn one_failed_dial_puts_it_aside_for_a_time_that_doubles_up_to_a_limit() {
         let (mut health, mut now) = (Health::default(), Instant::now());
-        assert_eq!(health.apply(refused(now), now), LOST);
+        assert_eq!(health.apply(refused(now), now), DOWN);
         for seconds in [1, 2, 4, 8, 16, 30, 30] {
             assert_eq!(health.trial(), Some(now + SECOND * seconds));
             now += SECOND * seconds;
-            assert_eq!(health.apply(Event::TrialFailed { reason: "refused".into(), answers: false }, now), NOTHING);
+            let first = seconds == 1;
+            let outcome = health.apply(Event::TrialFailed { reason: "refused".into(), answers: false }, now);
+            assert_eq!(outcome, Outcome { up: None, lost: first }, "the second sign counts, once");
         }
         assert_eq!(health.apply(Event::TrialPassed, now), UP);
         assert_eq!(health.trial(), None);
+    }
+
+    #[test]
+    fn one_refused_dial_says_nothing_of_established_connections_until_a_second_sign_does() {
+        let signs = [
+            Event::TrialFailed { reason: "refused".into(), answers: false },
+            check(false),
+            Event::Tailnet { online: Some(false) },
+        ];
+        for sign in signs {
+            let (mut health, now) = (Health::default(), Instant::now());
+            assert_eq!(health.apply(refused(now), now), DOWN);
+            assert_eq!(health.apply(refused(now + SECOND), now + SECOND), NOTHING, "the same again is no other sign");
+            assert_eq!(health.apply(sign.clone(), now + SECOND), Outcome { up: None, lost: true }, "{sign:?}");
+        }
+        let (mut health, now) = (Health::default(), Instant::now());
+        health.apply(refused(now), now);
+        let wrong = Event::CheckFailed { fall: 3, reason: "check".into(), answers: true };
+        assert_eq!(health.apply(wrong, now), NOTHING, "a wrong answer is an answer");
     }
 
     #[test]
@@ -302,7 +359,7 @@ mod tests {
         health.apply(refused(now), now + SECOND);
         health.apply(Event::TrialPassed, now + 2 * SECOND);
         assert_eq!(health.apply(refused(now + SECOND / 2), now + 3 * SECOND), NOTHING);
-        assert_eq!(health.apply(refused(now + 3 * SECOND), now + 3 * SECOND), LOST);
+        assert_eq!(health.apply(refused(now + 3 * SECOND), now + 3 * SECOND), DOWN);
     }
 
     #[test]

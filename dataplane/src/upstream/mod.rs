@@ -7,6 +7,7 @@
 pub mod balance;
 pub mod dial;
 pub mod health;
+pub mod inventory;
 pub mod names;
 pub mod probe;
 #[cfg(test)]
@@ -16,7 +17,7 @@ pub mod upkeep;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 use prometheus::{Histogram, IntCounterVec, IntGauge, IntGaugeVec};
@@ -30,6 +31,7 @@ use crate::tailnet::{Peer, Way};
 use balance::Standing;
 use dial::Queue;
 use health::{Change, Event, Health};
+use inventory::{Endpoint, Inventory};
 
 /// How long an address of several is tried last after a failed connect.
 const ADDRESS_ASIDE: Duration = Duration::from_secs(30);
@@ -56,9 +58,12 @@ pub struct Target {
     upstream: Arc<str>,
     address: config::Target,
     active: AtomicU32,
-    /// Dials that have waited for longer than `hedge_delay`.
-    overdue: AtomicU32,
+    /// Shared with the targets of other upstreams that have the same host and port.
+    endpoint: Arc<Endpoint>,
+    inventory: Arc<Inventory>,
     turn: AtomicUsize,
+    /// Somebody needs an answer of the resolver now.
+    wanted: Notify,
     drained: AtomicBool,
     health: Mutex<Health>,
     /// These two follow `health`, for the choice without a lock.
@@ -115,6 +120,8 @@ pub struct Lease {
     target: Arc<Target>,
     /// Who waits for it, if there is a cap.
     queue: Option<Arc<Queue>>,
+    /// It counts among the target's connections.
+    has_place: bool,
     /// With `on_down = "reset"`: changes when the target is lost.
     lost: Option<watch::Receiver<()>>,
     since: Instant,
@@ -129,6 +136,7 @@ impl Lease {
         Some(Self {
             target: target.clone(),
             queue: (cap > 0).then(|| pool.queue.clone()),
+            has_place: true,
             lost: (pool.config.on_down == OnDown::Reset).then(|| target.lost.subscribe()),
             since: Instant::now(),
         })
@@ -148,6 +156,16 @@ impl Lease {
         &self.target.address.text
     }
 
+    /// The target has closed its side: it has nothing left of the connection, and another one may have the place.
+    pub fn give_up_place(&mut self) {
+        if std::mem::take(&mut self.has_place) {
+            self.target.active.fetch_sub(1, Relaxed);
+            if let Some(queue) = &self.queue {
+                queue.released();
+            }
+        }
+    }
+
     /// Ends when the connection is to be reset because its target went down; never where the configuration keeps such connections.
     pub async fn lost(&mut self) {
         if let Some(lost) = &mut self.lost {
@@ -165,10 +183,7 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.target.active.fetch_sub(1, Relaxed);
-        if let Some(queue) = &self.queue {
-            queue.released();
-        }
+        self.give_up_place();
     }
 }
 
@@ -189,13 +204,20 @@ pub struct TargetStatus {
 
 impl Pool {
     /// Builds the pool; targets that `previous` had too keep their state.
-    pub fn new(config: &config::Upstream, previous: Option<&Self>, metrics: &Metrics) -> Self {
+    pub fn new(
+        config: &config::Upstream,
+        previous: Option<&Self>,
+        inventory: &Arc<Inventory>,
+        metrics: &Metrics,
+    ) -> Self {
         let mut known: HashMap<&str, &Arc<Target>> =
             previous.iter().flat_map(|p| &p.targets).map(|t| (&**t.text(), t)).collect();
         let targets: Vec<Arc<Target>> = config
             .targets
             .iter()
-            .map(|t| known.remove(&*t.text).cloned().unwrap_or_else(|| Arc::new(Target::new(&config.name, t, metrics))))
+            .map(|t| {
+                known.remove(&*t.text).cloned().unwrap_or_else(|| Target::new(&config.name, t, inventory, metrics))
+            })
             .collect();
         let queue = previous.map_or_else(|| Arc::new(Queue::new(metrics.queued(&config.name))), |p| p.queue.clone());
         Self {
@@ -215,19 +237,23 @@ impl Pool {
 }
 
 impl Target {
-    fn new(upstream: &Arc<str>, address: &config::Target, metrics: &Metrics) -> Self {
+    fn new(upstream: &Arc<str>, address: &config::Target, inventory: &Arc<Inventory>, metrics: &Metrics) -> Arc<Self> {
         let up = metrics.target_up(upstream, &address.text);
         up.set(1);
-        let resolution = match address.host {
-            TargetHost::Ip(ip) => Resolution::Known([Address::new((ip, address.port).into())].into()),
-            TargetHost::Name(_) => Resolution::Pending,
+        let known =
+            |ips: &[IpAddr]| Resolution::Known(ips.iter().map(|ip| Address::new((*ip, address.port).into())).collect());
+        let resolution = match &address.host {
+            TargetHost::Ip(ip) => known(&[*ip]),
+            TargetHost::Name(name) => inventory.last_answer(name).map_or(Resolution::Pending, |answer| known(&answer)),
         };
-        Self {
+        let target = Arc::new(Self {
             upstream: upstream.clone(),
             address: address.clone(),
             active: AtomicU32::new(0),
-            overdue: AtomicU32::new(0),
+            endpoint: inventory.endpoint(address),
+            inventory: inventory.clone(),
             turn: AtomicUsize::new(0),
+            wanted: Notify::new(),
             drained: AtomicBool::new(false),
             health: Mutex::default(),
             is_up: AtomicBool::new(true),
@@ -240,7 +266,19 @@ impl Target {
             epoch: Instant::now(),
             up,
             paths: metrics.tailnet_path.clone(),
+        });
+        // What is known of the machine already.
+        let others = target.endpoint.others(&target);
+        let failure = others.iter().find_map(|other| other.health().unreachable().map(str::to_owned));
+        target.endpoint.join(&target);
+        if let Some(reason) = failure {
+            target.note(Event::DialFailed { started: Instant::now(), reason });
         }
+        target
+    }
+
+    fn health(&self) -> MutexGuard<'_, Health> {
+        self.health.lock().expect("no panic while held")
     }
 
     /// As written in the configuration.
@@ -264,7 +302,10 @@ impl Target {
             active: self.active.load(Relaxed),
             path: peer.as_ref().map(|peer| peer.path),
             drained: self.drained.load(Relaxed),
-            addresses: self.addresses(false).map_or_else(|_| Vec::new(), |all| all.iter().map(|a| a.at).collect()),
+            addresses: match &*self.resolution.borrow() {
+                Resolution::Known(known) => known.iter().map(|address| address.at).collect(),
+                _ => Vec::new(),
+            },
             tailnet: peer,
             history: health.history(),
         }
@@ -273,7 +314,7 @@ impl Target {
     fn standing(&self, prefer_direct: bool) -> Standing {
         if !self.is_up.load(Relaxed) {
             if self.only_resets.load(Relaxed) { Standing::Resetting } else { Standing::Down }
-        } else if self.overdue.load(Relaxed) > 0 {
+        } else if self.endpoint.overdue.load(Relaxed) > 0 {
             Standing::Overdue
         } else if prefer_direct && self.relayed.load(Relaxed) {
             Standing::Relayed
@@ -285,14 +326,30 @@ impl Target {
     /// Tells the target's health of something that happened just now, and everybody of what that changed.
     fn apply(&self, event: Event) {
         // Almost every connection: nothing changes, and no lock is needed to know.
-        if event == Event::DialPassed && self.is_up.load(Relaxed) {
+        if event == Event::DialPassed && self.is_up.load(Relaxed) && self.endpoint.down.load(Relaxed) == 0 {
             return;
         }
-        let mut health = self.health.lock().expect("no panic while held");
+        let of_the_machine = event.of_the_machine();
+        self.note(event);
+        if let Some(event) = of_the_machine {
+            for other in self.endpoint.others(self) {
+                other.note(event.clone());
+            }
+        }
+    }
+
+    /// What [`apply`](Self::apply) does for this target alone.
+    fn note(&self, event: Event) {
+        let mut health = self.health();
         let outcome = health.apply(event, Instant::now());
         self.only_resets.store(health.only_resets(), Relaxed);
         if let Some(up) = outcome.up {
             self.is_up.store(up, Relaxed);
+            if up {
+                self.endpoint.down.fetch_sub(1, Relaxed);
+            } else {
+                self.endpoint.down.fetch_add(1, Relaxed);
+            }
             self.up.set(i64::from(up));
             health.remember(up, SystemTime::now());
             let (upstream, target) = (&*self.upstream, &*self.address.text);
@@ -351,7 +408,11 @@ impl Target {
             (Ok(found), known) => {
                 let known = known.as_deref().unwrap_or_default();
                 let at = |ip| SocketAddr::new(ip, self.address.port);
-                let found: Vec<SocketAddr> = found.into_iter().take(MOST_ADDRESSES).map(at).collect();
+                let found: Vec<IpAddr> = found.into_iter().take(MOST_ADDRESSES).collect();
+                if let TargetHost::Name(name) = &self.address.host {
+                    self.inventory.remember(name, &found);
+                }
+                let found: Vec<SocketAddr> = found.into_iter().map(at).collect();
                 if known.iter().map(|a| a.at).ne(found.iter().copied()) {
                     tracing::info!(
                         upstream = &*self.upstream,
@@ -378,26 +439,27 @@ impl Target {
         self.apply(event);
     }
 
-    /// Where to connect: what has not failed lately first, then the client's address family, then in turn. The error says why there is nothing.
-    fn addresses(&self, ipv6_first: bool) -> Result<Vec<Arc<Address>>, Option<Arc<str>>> {
-        let known = match &*self.resolution.borrow() {
-            Resolution::Known(known) => known.clone(),
-            Resolution::Pending => return Err(None),
-            Resolution::Unknown(reason) => return Err(Some(reason.clone())),
-        };
-        let mut addresses: Vec<_> = known.to_vec();
-        if let [_, _, ..] = &addresses[..] {
-            let count = addresses.len();
-            addresses.rotate_left(self.turn.fetch_add(1, Relaxed) % count);
-            let now = self.now();
-            // Others connect meanwhile: each is looked at once, and may have failed after `now`.
-            addresses.sort_by_cached_key(|a| {
-                let failed_at = a.failed_at.load(Relaxed);
-                let failed = failed_at != 0 && now.saturating_sub(failed_at) < ADDRESS_ASIDE.as_millis() as u64;
-                (failed, a.at.is_ipv6() != ipv6_first)
-            });
+    /// Where to connect: what has not failed lately first, then the client's address family, then in turn. Each call takes a turn.
+    fn in_turn(&self, known: &[Arc<Address>], ipv6_first: bool) -> Vec<Arc<Address>> {
+        if known.len() < 2 {
+            return known.to_vec();
         }
-        Ok(addresses)
+        let now = self.now();
+        // Others connect meanwhile: each is looked at once, and may have failed after `now`.
+        let mut ranked: Vec<_> = known
+            .iter()
+            .map(|address| {
+                let failed_at = address.failed_at.load(Relaxed);
+                let failed = failed_at != 0 && now.saturating_sub(failed_at) < ADDRESS_ASIDE.as_millis() as u64;
+                ((failed, address.at.is_ipv6() != ipv6_first), address.clone())
+            })
+            .collect();
+        ranked.sort_by_key(|(rank, _)| *rank);
+        // Among those that are as good as the first: else the others' places would be the first one's, too.
+        let first = ranked[0].0;
+        let equals = ranked.iter().take_while(|(rank, _)| *rank == first).count();
+        ranked[..equals].rotate_left(self.turn.fetch_add(1, Relaxed) % equals);
+        ranked.into_iter().map(|(_, address)| address).collect()
     }
 
     /// Milliseconds after the epoch, never 0.

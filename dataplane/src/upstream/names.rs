@@ -3,16 +3,18 @@
 //! hickory-resolver asks, because the system's `getaddrinfo` tells no TTL. What the tailnet itself says of a name of its own comes first. The last good answer is used
 //! for as long as there is no other.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
-use hickory_resolver::TokioResolver;
 use hickory_resolver::config::{ConnectionConfig, LookupIpStrategy, NameServerConfig, ResolverConfig, ResolverOpts};
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
-use tokio::sync::watch;
-use tokio::time::timeout;
+use hickory_resolver::proto::op::Query;
+use hickory_resolver::proto::rr::{Name, RecordType};
+use hickory_resolver::{Hosts, TokioResolver};
+use tokio::sync::{Notify, watch};
+use tokio::time::sleep;
 
 use crate::config;
 use crate::tailnet::View;
@@ -35,6 +37,7 @@ const FILES: [&str; 2] = ["/etc/resolv.conf", "/etc/hosts"];
 pub struct Names {
     config: config::Resolver,
     system: Mutex<Option<(Fingerprint, TokioResolver)>>,
+    hosts: Mutex<Option<(Option<SystemTime>, Arc<Hosts>)>>,
     magic: Option<TokioResolver>,
 }
 
@@ -43,14 +46,26 @@ type Fingerprint = [Option<SystemTime>; 2];
 impl Names {
     /// Nothing is asked yet.
     pub fn new(config: config::Resolver) -> Self {
-        Self { config, system: Mutex::default(), magic: build(of_servers(&[MAGIC_DNS]), options()) }
+        Self {
+            config,
+            system: Mutex::default(),
+            hosts: Mutex::default(),
+            magic: build(of_servers(&[MAGIC_DNS]), options()),
+        }
     }
 
-    /// The addresses of a name, and how long they hold.
+    /// The addresses of a name, and how long they hold. This machine's own word comes first, then the tailnet's, then DNS: whoever names a machine of the
+    /// tailnet must not capture a name that its owner did not give away.
     ///
     /// # Errors
     /// What the resolver said, for people.
     pub async fn look_up(&self, name: &str, view: Option<&View>) -> Result<(Vec<IpAddr>, Duration), String> {
+        if is_localhost(name) {
+            return Ok((vec![Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()], LONGEST));
+        }
+        if let Some(addresses) = self.of_hosts_file(name) {
+            return Ok((addresses, LONGEST));
+        }
         if let Some(view) = view {
             if let Some(peer) = view.by_name(name).filter(|peer| !peer.addresses.is_empty()) {
                 return Ok((peer.addresses.clone(), LONGEST));
@@ -63,6 +78,47 @@ impl Names {
         }
         let resolver = self.system()?;
         ask(&resolver, name).await
+    }
+
+    /// Whether the tailnet has a machine of this name while DNS knows other addresses for it: then the owner of that machine decides where the name leads.
+    pub async fn is_ambiguous(&self, name: &str, view: &View) -> bool {
+        if name.contains('.') || is_localhost(name) || self.of_hosts_file(name).is_some() {
+            return false;
+        }
+        let Some(peer) = view.by_name(name) else { return false };
+        let Ok(resolver) = self.system() else { return false };
+        ask(&resolver, name).await.is_ok_and(|(found, _)| found.iter().any(|ip| !peer.addresses.contains(ip)))
+    }
+
+    /// What /etc/hosts says.
+    fn of_hosts_file(&self, name: &str) -> Option<Vec<IpAddr>> {
+        let hosts = self.hosts_file()?;
+        let name = Name::from_ascii(name.trim_end_matches('.')).ok()?;
+        let of = |kind| hosts.lookup_static_host(&Query::query(name.clone(), kind));
+        let found = [of(RecordType::A), of(RecordType::AAAA)];
+        let mut addresses: Vec<IpAddr> = found
+            .iter()
+            .flatten()
+            .flat_map(|lookup| lookup.answers())
+            .filter_map(|record| record.data.ip_addr())
+            .collect();
+        addresses.sort_unstable();
+        addresses.dedup();
+        (!addresses.is_empty()).then_some(addresses)
+    }
+
+    /// Read again when it has changed.
+    fn hosts_file(&self) -> Option<Arc<Hosts>> {
+        let changed = Path::new(FILES[1]).metadata().and_then(|m| m.modified()).ok();
+        let mut known = self.hosts.lock().expect("no panic while held");
+        if let Some((of, hosts)) = &*known
+            && *of == changed
+        {
+            return Some(hosts.clone());
+        }
+        let hosts = Arc::new(Hosts::from_system().ok()?);
+        *known = Some((changed, hosts.clone()));
+        Some(hosts)
     }
 
     /// The system's, or the configured one; made anew when the files have changed that it is made of.
@@ -88,6 +144,13 @@ impl Names {
         *system = Some((fingerprint, resolver.clone()));
         Ok(resolver)
     }
+}
+
+/// RFC 6761 section 6.3: these are loopback, whatever anybody says.
+fn is_localhost(name: &str) -> bool {
+    let name = name.trim_end_matches('.');
+    let last = name.rsplit('.').next().unwrap_or(name);
+    last.eq_ignore_ascii_case("localhost")
 }
 
 fn of_servers(servers: &[SocketAddr]) -> ResolverConfig {
@@ -130,11 +193,13 @@ async fn ask(resolver: &TokioResolver, name: &str) -> Result<(Vec<IpAddr>, Durat
     Ok((addresses, answer.valid_until().saturating_duration_since(Instant::now())))
 }
 
-/// Looks a name up again and again, and tells `tell` of each outcome. What the tailnet tells is looked at at once.
+/// Looks a name up again and again, and tells `tell` of each outcome. What the tailnet tells is looked at at once, and so is the name when somebody wants
+/// it and it has no answer; but never more often than once in [`SHORTEST`].
 pub async fn follow(
     names: Arc<Names>,
     name: &str,
     mut view: watch::Receiver<Option<Arc<View>>>,
+    wanted: &Notify,
     mut tell: impl FnMut(Result<Vec<IpAddr>, String>),
 ) {
     let mut failures = 0;
@@ -157,10 +222,51 @@ pub async fn follow(
             view.as_ref()?.by_name(name).map(|peer| peer.addresses.clone())
         };
         let before = addresses_in(&now);
-        // Of most that changes in a tailnet a name takes no notice.
-        let news = view.wait_for(|view| addresses_in(view) != before);
-        if let Ok(Err(_)) = timeout(pause, news).await {
-            return;
+        let asked = async {
+            sleep(SHORTEST).await;
+            wanted.notified().await;
+        };
+        tokio::select! {
+            // Of most that changes in a tailnet a name takes no notice.
+            news = view.wait_for(|view| addresses_in(view) != before) => {
+                if news.is_err() {
+                    return;
+                }
+            }
+            () = asked, if failures > 0 => {}
+            () = sleep(pause) => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A resolver that reaches no server.
+    fn names() -> Names {
+        Names::new(config::Resolver { servers: vec![([127, 0, 0, 1], 1).into()] })
+    }
+
+    #[tokio::test]
+    async fn whoever_names_a_machine_of_the_tailnet_captures_no_name_of_this_machine() {
+        let stranger: IpAddr = [100, 64, 0, 66].into();
+        let view = View::of("tailnet.example", &[("localhost", stranger), ("thinkpad", stranger)]);
+        let names = names();
+        for name in ["localhost", "LOCALHOST.", "a.localhost"] {
+            let (found, _) = names.look_up(name, Some(&view)).await.unwrap();
+            assert!(found.iter().all(IpAddr::is_loopback), "{name}: {found:?}");
+        }
+        let mut own = Hosts::default();
+        let name = Name::from_ascii("thinkpad.").unwrap();
+        let written = hickory_resolver::proto::rr::RData::A(Ipv4Addr::new(192, 0, 2, 7).into());
+        let record = hickory_resolver::proto::rr::Record::from_rdata(name.clone(), 60, written);
+        let query = Query::query(name.clone(), RecordType::A);
+        own.insert(name, RecordType::A, hickory_resolver::lookup::Lookup::new_with_max_ttl(query, [record]));
+        assert_eq!(names.look_up("thinkpad", Some(&view)).await.unwrap().0, [stranger], "it knows no other");
+        let modified = Path::new(FILES[1]).metadata().and_then(|m| m.modified()).ok();
+        *names.hosts.lock().unwrap() = Some((modified, Arc::new(own)));
+        let here: IpAddr = [192, 0, 2, 7].into();
+        assert_eq!(names.look_up("Thinkpad", Some(&view)).await.unwrap().0, [here], "/etc/hosts is this machine's owner's");
     }
 }

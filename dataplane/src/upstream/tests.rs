@@ -23,7 +23,20 @@ fn pool(targets: &[&str], more: &str) -> Arc<Pool> {
 }
 
 fn pool_of(config: &Config) -> Arc<Pool> {
-    Arc::new(Pool::new(&config.upstreams[0], None, &Metrics::new()))
+    pool_with(config, &Arc::default())
+}
+
+fn pool_with(config: &Config, inventory: &Arc<Inventory>) -> Arc<Pool> {
+    Arc::new(Pool::new(&config.upstreams[0], None, inventory, &Metrics::new()))
+}
+
+fn refused() -> Event {
+    Event::DialFailed { started: Instant::now(), reason: "refused".into() }
+}
+
+/// The second sign.
+fn still_refused() -> Event {
+    Event::TrialFailed { reason: "refused".into(), answers: false }
 }
 
 /// A server that accepts, and its address.
@@ -102,15 +115,94 @@ async fn a_connection_made_after_its_target_was_lost_is_not_lost() {
     let comes_back = async {
         tokio::task::yield_now().await;
         assert_eq!(target.active.load(Relaxed), 1, "the dial is under way");
-        target.apply(Event::DialFailed { started: Instant::now(), reason: "refused".into() });
+        target.apply(refused());
+        target.apply(still_refused());
         target.resolved(Ok(vec![at.ip()]));
     };
     let (dialled, ()) = soon(async { tokio::join!(pool.dial(dial()), comes_back) }).await;
     let mut lease = dialled.unwrap().lease;
     let lost = async |lease: &mut Lease| tokio::time::timeout(Duration::ZERO, lease.lost()).await.is_ok();
     assert!(!lost(&mut lease).await);
-    target.apply(Event::DialFailed { started: Instant::now(), reason: "refused".into() });
+    target.apply(refused());
+    assert!(!lost(&mut lease).await, "one refused dial may be a full accept queue");
+    target.apply(still_refused());
     assert!(lost(&mut lease).await, "but it is when that happens later");
+}
+
+#[tokio::test]
+async fn each_address_of_a_name_gets_its_share() {
+    let server = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+    let port = server.local_addr().unwrap().port();
+    std::thread::spawn(move || server.incoming().for_each(drop));
+    let v6 = |n: u16| IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, n]);
+    for count in 1..=5_u8 {
+        for others in [vec![], vec![v6(1), v6(2), v6(3)]] {
+            let pool = pool(&[&format!("laptop:{port}")], "");
+            // In another order than their families'.
+            let own = (1..=count).map(|n| [127, 0, 0, n].into());
+            pool.targets[0].resolved(Ok(others.into_iter().chain(own).collect()));
+            let mut shares = HashMap::<IpAddr, u32>::new();
+            for _ in 0..12 * count {
+                let dialled = soon(pool.dial(dial())).await.unwrap();
+                *shares.entry(dialled.stream.peer_addr().unwrap().ip()).or_default() += 1;
+                // Looking on takes no turn.
+                let _ = pool.targets[0].status();
+            }
+            assert!(shares.len() == usize::from(count) && shares.values().all(|n| *n == 12), "{count}: {shares:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_one_upstream_learns_of_a_machine_the_other_knows() {
+    let inventory = Arc::default();
+    let first = pool_with(&config(&["192.0.2.1:443", "192.0.2.2:443"], ""), &inventory);
+    let second = pool_with(&config(&["[::ffff:192.0.2.1]:443", "192.0.2.1:80"], ""), &inventory);
+    let is_up = |pool: &Pool| pool.targets.iter().map(|target| target.is_up.load(Relaxed)).collect::<Vec<_>>();
+    first.targets[0].apply(refused());
+    assert_eq!((is_up(&first), is_up(&second)), (vec![false, true], vec![false, true]), "and nothing of another port");
+    let third = pool_with(&config(&["192.0.2.1:443"], ""), &inventory);
+    assert_eq!(is_up(&third), [false], "one that comes later knows it, too");
+    second.targets[0].apply(Event::DialPassed);
+    assert_eq!((is_up(&first), is_up(&second), is_up(&third)), (vec![true; 2], vec![true; 2], vec![true]));
+    // How it takes the PROXY header is each upstream's own affair.
+    first.targets[0].apply(Event::ResetEarly { started: Instant::now() });
+    assert_eq!((is_up(&first), is_up(&second)), (vec![false, true], vec![true; 2]));
+    second.targets[0].apply(Event::DialPassed);
+    assert_eq!(is_up(&first), [false, true], "a connection that is made says nothing of resets");
+}
+
+#[tokio::test]
+async fn the_last_good_answer_belongs_to_the_name_and_outlives_reloads() {
+    let inventory = Arc::default();
+    let before = config(&["Laptop.example:443"], "");
+    let pool = pool_with(&before, &inventory);
+    pool.targets[0].resolved(Ok(vec![[192, 0, 2, 1].into()]));
+    drop(pool);
+    for target in ["laptop.example:443", "laptop.example:8443", "laptop.example.:443"] {
+        let after = config(&[target], "");
+        inventory.retain([&before, &after]);
+        let pool = pool_with(&after, &inventory);
+        pool.targets[0].resolved(Err("SERVFAIL".to_owned()));
+        assert!(pool.targets[0].is_up.load(Relaxed), "{target}");
+        assert!(matches!(&*pool.targets[0].resolution.borrow(), Resolution::Known(all) if all.len() == 1), "{target}");
+    }
+    inventory.retain([&config(&["other.example:443"], "")]);
+    assert!(inventory.last_answer("laptop.example").is_none(), "what nobody asks for is not kept");
+}
+
+#[tokio::test]
+async fn a_client_that_has_nowhere_else_to_go_has_the_name_looked_up() {
+    let (_server, at) = server();
+    let pool = pool(&[&format!("laptop:{}", at.port())], "connect_timeout = \"60s\"");
+    let target = &pool.targets[0];
+    target.resolved(Err("SERVFAIL".to_owned()));
+    let answers = async {
+        target.wanted.notified().await;
+        target.resolved(Ok(vec![at.ip()]));
+    };
+    let (dialled, ()) = soon(async { tokio::join!(pool.dial(dial()), answers) }).await;
+    assert!(dialled.is_ok());
 }
 
 #[tokio::test]
@@ -142,7 +234,7 @@ async fn addresses_that_fail_while_they_are_put_in_order_do_no_harm() {
     let Resolution::Known(all) = &*target.resolution.borrow() else { unreachable!("it was told") };
     // Another thread's clock is read after ours.
     all[3].failed_at.store(target.now() + 1000, Relaxed);
-    assert_eq!(target.addresses(false).unwrap().last().unwrap().at, all[3].at);
+    assert_eq!(target.in_turn(all, false).last().unwrap().at, all[3].at);
 }
 
 #[tokio::test]
@@ -167,8 +259,8 @@ async fn a_name_of_hundreds_of_addresses_is_checked_and_remembered_within_bounds
     let pool = pool_of(&config);
     let target = &pool.targets[0];
     target.resolved(Ok((1..=200).map(|n| [127, 0, 0, n].into()).collect()));
-    assert!(target.addresses(false).unwrap().len() <= 16);
-    target.apply(Event::CheckFailed { fall: 1, reason: "once".into() });
+    assert!(matches!(&*target.resolution.borrow(), Resolution::Known(all) if all.len() <= 16));
+    target.apply(Event::CheckFailed { fall: 1, reason: "once".into(), answers: false });
     looked_after_until_up(&config, &pool).await;
 }
 
@@ -178,6 +270,6 @@ async fn a_check_that_ends_while_a_reload_takes_it_out_of_the_configuration_is_f
     let config = config(&[&at.to_string()], "");
     let pool = pool_of(&config);
     let target = &pool.targets[0];
-    target.apply(Event::CheckFailed { fall: 1, reason: "too late".into() });
+    target.apply(Event::CheckFailed { fall: 1, reason: "too late".into(), answers: false });
     looked_after_until_up(&config, &pool).await;
 }

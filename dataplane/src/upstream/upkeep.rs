@@ -87,7 +87,7 @@ async fn resolve(target: Arc<Target>, name: String, names: Arc<Names>, mut view:
     if view.borrow().is_none() {
         let _ = timeout(TAILNET_FIRST, view.changed()).await;
     }
-    names::follow(names, &name, view, |answer| target.resolved(answer)).await;
+    names::follow(names, &name, view, &target.wanted, |answer| target.resolved(answer)).await;
 }
 
 /// Tells the targets what the tailnet says of them.
@@ -142,7 +142,9 @@ async fn attend(pool: Arc<Pool>, target: Arc<Target>) {
             next_check = Some(begun + check.interval.mul_f64(0.9 + 0.2 * fastrand::f64()));
             target.apply(match &failure {
                 None => Event::CheckPassed { rise: check.rise },
-                Some((reason, _)) => Event::CheckFailed { fall: check.fall, reason: format!("check: {reason}") },
+                Some((reason, answers)) => {
+                    Event::CheckFailed { fall: check.fall, reason: format!("check: {reason}"), answers: *answers }
+                }
             });
         }
         if trial.is_some_and(|due| due <= begun) {

@@ -68,7 +68,7 @@ fn all(table: &Arc<Table>) -> Result<(), String> {
             let failed = |error: io::Error| format!("the self-test failed: {what}: {error}");
             let traffic = Arc::new(Traffic::new(&engine));
             let (circuit, pair) = Circuit::new(table, &traffic).map_err(failed)?;
-            let timeouts = Timeouts { idle: LIMIT, dead_peer: LIMIT };
+            let timeouts = Timeouts { idle: LIMIT, half_closed: LIMIT, dead_peer: LIMIT };
             let forwarding = {
                 let engine = engine.clone();
                 tokio::spawn(async move { engine::forward(&engine, pair, timeouts, &traffic).await })
