@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Instant, SystemTime};
 
-use bytes::BufMut;
 use ipnet::IpNet;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
@@ -33,6 +32,9 @@ use crate::upstream::dial::Dial;
 
 /// Room for a PROXY header and the usual hello behind it.
 const FIRST_READ: usize = 2048;
+
+/// What of the offered protocols is kept and logged, bytes: browsers offer `h2,http/1.1`.
+const ALPN_TEXT: usize = 100;
 
 /// A connection as it comes from the listener. SO_LINGER {on, 0} is set on it, inherited.
 pub struct Accepted {
@@ -97,8 +99,10 @@ struct Client {
     server_name: Option<ServerName>,
     /// Of the proxy in front of us, if it sent one.
     unique_id: Option<Vec<u8>>,
-    /// Wire format of the offered list's entries.
-    alpn: Vec<Box<[u8]>>,
+    /// The first protocol that it offers, as it came.
+    alpn: Option<Box<[u8]>>,
+    /// The first few of them, for people.
+    alpn_text: Option<Box<str>>,
     /// Bytes read and not yet passed on.
     read: Vec<u8>,
 }
@@ -123,7 +127,8 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
         server: stream.local_addr().unwrap_or(listener.bind[0].addr),
         server_name: None,
         unique_id: None,
-        alpn: Vec::new(),
+        alpn: None,
+        alpn_text: None,
         read: Vec::new(),
     };
     let preread = async {
@@ -155,7 +160,7 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
     let (purpose, client_place) = match routed {
         Ok(routed) => routed,
         Err(reason) => {
-            reject(&generation, index, &stream, client.address, client.server_name.as_deref(), reason, start);
+            reject(&shared, &generation, index, &stream, client.address, client.server_name.as_deref(), reason, start);
             return None;
         }
     };
@@ -164,7 +169,9 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
         Purpose::Challenge(destination, listed, port) => (destination, listed, Some(port)),
         Purpose::Redirect(answer) => {
             generation.listener_metrics[index].redirected.inc();
-            log_redirect(listener, &client, start);
+            if shared.rejections.admits(None) {
+                log_redirect(listener, &client, start);
+            }
             // Whether the client takes its answer is its own affair; it has as long as it had for its request.
             let _ = timeout_at(deadline, redirect(&stream, &answer)).await;
             return None;
@@ -183,7 +190,7 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
     let dialled = match dialled {
         Ok(dialled) => dialled,
         Err(reason) => {
-            reject(&generation, index, &stream, client.address, client.server_name.as_deref(), reason, start);
+            reject(&shared, &generation, index, &stream, client.address, client.server_name.as_deref(), reason, start);
             return None;
         }
     };
@@ -194,7 +201,7 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
         client: client.address,
         listener: listener.name.clone(),
         server_name: client.server_name.as_deref().map(Into::into),
-        alpn: (!client.alpn.is_empty()).then(|| printable(&client.alpn).into()),
+        alpn: client.alpn_text.take(),
         route,
         upstream: pool.config.name.clone(),
         target: dialled.lease.target().clone(),
@@ -241,8 +248,12 @@ async fn proxy_header(stream: &TcpStream, client: &mut Client) -> Result<(), Rea
             }
             Decoded::Invalid(_) => return Err(Reason::ProxyHeader),
         }
-        client.read.reserve(FIRST_READ);
-        match read_some(stream, &mut client.read).await {
+        let read = &mut client.read;
+        let some = read_some(stream, || {
+            read.reserve(FIRST_READ);
+            stream.try_read_buf(read)
+        });
+        match some.await {
             Ok(n) if n > 0 => {}
             _ if client.read.is_empty() => return Err(Reason::ClosedEarly),
             _ => return Err(Reason::ProxyHeader),
@@ -268,12 +279,14 @@ async fn hello_route(
             Progress::Hello(hello) => {
                 shared.metrics.hello_duration.observe(accepted.elapsed().as_secs_f64());
                 client.server_name = hello.server_name;
-                client.alpn = hello.alpn.clone().map(Into::into).collect();
-                let found = generation.table.find(listener, hello.server_name.as_deref(), hello.alpn)?;
+                // Nothing of a stranger's list is copied before its name is found.
+                let found = generation.table.find(listener, hello.server_name.as_deref(), hello.alpn.clone())?;
+                client.alpn = hello.alpn.clone().next().map(Into::into);
+                client.alpn_text = printable(hello.alpn);
                 break (found.route, found.by.into());
             }
         }
-        let read = read_some(stream, &mut machine.buffer_mut()).await;
+        let read = read_some(stream, || stream.try_read_buf(&mut machine.buffer_mut())).await;
         machine.input(if matches!(read, Ok(n) if n > 0) { Input::Bytes(&[]) } else { Input::Closed });
     };
     client.read = machine.into_bytes();
@@ -296,7 +309,7 @@ async fn http_request(
             http::Progress::Reject(reason) => return Err(reason),
             http::Progress::Request(request) => break request,
         }
-        let read = read_some(stream, &mut machine.buffer_mut()).await;
+        let read = read_some(stream, || stream.try_read_buf(&mut machine.buffer_mut())).await;
         machine.input(if matches!(read, Ok(n) if n > 0) { http::Input::Bytes(&[]) } else { http::Input::Closed });
     };
     client.server_name = request.host;
@@ -325,11 +338,11 @@ async fn redirect(stream: &TcpStream, mut answer: &[u8]) -> io::Result<()> {
     socket::discard(stream).await
 }
 
-/// Waits for bytes and reads them into the buffer; 0 is the end of the stream.
-async fn read_some(stream: &TcpStream, buffer: &mut impl BufMut) -> io::Result<usize> {
+/// Waits for bytes, then reads them; 0 is the end of the stream. Memory for them is taken by `read`, when they are there.
+async fn read_some(stream: &TcpStream, mut read: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
     loop {
         stream.readable().await?;
-        match stream.try_read_buf(buffer) {
+        match read() {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             result => return result,
         }
@@ -350,7 +363,7 @@ fn first_bytes(shared: &Shared, send_proxy: SendProxy, client: &Client) -> First
                 server: client.server,
                 authority: client.server_name.as_deref(),
                 // The header has room for one protocol. What the ends will agree on is not known yet: this is what the client prefers.
-                alpn: client.alpn.first().map(|p| &**p),
+                alpn: client.alpn.as_deref(),
                 unique_id: client.unique_id.as_deref().unwrap_or(&own_id),
             };
             proxy_protocol::encode_v2(&mut bytes, &header);
@@ -362,20 +375,44 @@ fn first_bytes(shared: &Shared, send_proxy: SendProxy, client: &Client) -> First
 }
 
 fn contains(networks: &[IpNet], ip: IpAddr) -> bool {
+    // A PROXY header may write an IPv4 address as one of IPv6.
+    let ip = ip.to_canonical();
     networks.iter().any(|network| network.contains(&ip))
 }
 
-fn printable(alpn: &[Box<[u8]>]) -> String {
-    alpn.iter().map(|protocol| protocol.escape_ascii().to_string()).collect::<Vec<_>>().join(",")
+/// The first protocols, escaped and separated by commas, in at most [`ALPN_TEXT`] bytes and `...`.
+fn printable<'a>(alpn: impl Iterator<Item = &'a [u8]>) -> Option<Box<str>> {
+    let mut text = String::new();
+    for (n, protocol) in alpn.enumerate() {
+        let separator = if n == 0 { &b""[..] } else { b"," };
+        for byte in separator.iter().chain(protocol) {
+            let escaped = byte.escape_ascii();
+            if text.len() + escaped.len() > ALPN_TEXT {
+                text += "...";
+                return Some(text.into());
+            }
+            text.extend(escaped.map(char::from));
+        }
+    }
+    (!text.is_empty()).then(|| text.into())
 }
 
 /// Refuses a connection of which nothing was read.
-pub fn refuse(generation: &Generation, listener: usize, stream: &TcpStream, peer: SocketAddr, reason: Reason) {
-    reject(generation, listener, stream, peer, None, reason, (SystemTime::now(), Instant::now()));
+pub fn refuse(
+    shared: &Shared,
+    generation: &Generation,
+    listener: usize,
+    stream: &TcpStream,
+    peer: SocketAddr,
+    reason: Reason,
+) {
+    reject(shared, generation, listener, stream, peer, None, reason, (SystemTime::now(), Instant::now()));
 }
 
 /// Counts, logs, answers, closes.
+#[expect(clippy::too_many_arguments, reason = "all that is known of a connection that never was")]
 fn reject(
+    shared: &Shared,
     generation: &Generation,
     listener: usize,
     stream: &TcpStream,
@@ -386,7 +423,13 @@ fn reject(
 ) {
     generation.listener_metrics[listener].rejected(reason).inc();
     let listener = &generation.config.listeners[listener];
-    log_rejection(listener, client, server_name, reason, start);
+    // Health checkers connect and go, all day long.
+    let debug = reason == Reason::ClosedEarly;
+    if (debug && tracing::enabled!(target: "access", tracing::Level::DEBUG))
+        || (!debug && shared.rejections.admits(Some(reason)))
+    {
+        log_rejection(listener, client, server_name, reason, start);
+    }
     close_rejected(stream, if listener.mode == Mode::Tls { reason.alert() } else { None });
 }
 
@@ -427,7 +470,6 @@ fn log_rejection(
             )
         };
     }
-    // Health checkers connect and go, all day long.
     if reason == Reason::ClosedEarly { log!(tracing::Level::DEBUG) } else { log!(tracing::Level::INFO) }
 }
 

@@ -19,6 +19,7 @@ pub mod engine;
 pub mod admission;
 pub mod registry;
 pub mod reject;
+pub mod rejection_log;
 
 pub mod config;
 pub mod diff;

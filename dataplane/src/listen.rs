@@ -4,13 +4,15 @@
 //! another. What a connection is for is not known here; it goes to [`crate::connection`] as it comes.
 
 use std::fs::File;
+use std::future::poll_fn;
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdListener};
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 
 use crate::connection;
@@ -62,48 +64,81 @@ pub fn is_no_ipv6(addr: SocketAddr, error: &io::Error) -> bool {
     addr.is_ipv6() && addr.ip().is_unspecified() && missing
 }
 
-/// Accepts until `stop` is sent or dropped, and whatever the kernel had completed by then.
-pub async fn accept(shared: Arc<Shared>, bound: SocketAddr, listener: TcpListener, mut stop: oneshot::Receiver<()>) {
+/// Accepts until `stop` is sent or dropped, and then what the kernel had completed by then.
+pub async fn accept(shared: Arc<Shared>, bound: SocketAddr, listener: TcpListener, stop: oneshot::Receiver<()>) {
     let mut spare = Spare::new();
-    loop {
-        let accepted = tokio::select! {
-            // In this order, so that the queue is empty when the socket closes: the kernel resets what is left in it.
-            biased;
-            accepted = listener.accept() => accepted,
-            _ = &mut stop => return,
-        };
-        match accepted {
-            Ok((stream, peer)) => {
-                let generation = shared.generation.load_full();
-                let Some(index) = generation.listener(bound) else { continue };
-                generation.listener_metrics[index].accepted.inc();
-                let place = if spare.is_spent() { None } else { shared.admission.enter() };
-                if let Some(place) = place {
-                    let accepted = connection::Accepted { stream, peer, listener: index, place };
-                    tokio::spawn(connection::serve(shared.clone(), generation, accepted));
-                } else {
-                    connection::refuse(&generation, index, &stream, peer, Reason::TotalLimit);
-                    drop(stream);
-                }
-                spare.restore();
+    let mut turn = Turn::Open(stop);
+    while let Some(accepted) = turn.next(|context| listener.poll_accept(context)).await {
+        take(&shared, bound, &mut spare, accepted).await;
+    }
+}
+
+/// How long a listener goes on.
+enum Turn {
+    /// Until this is sent or dropped.
+    Open(oneshot::Receiver<()>),
+    /// For so many connections that are there at once: the kernel resets what is left in the queue of a socket that closes, but clients that keep coming
+    /// fill it again for ever.
+    Draining(i32),
+}
+
+impl Turn {
+    /// What `poll` gives next; `None`: it was the last.
+    async fn next<T>(&mut self, mut poll: impl FnMut(&mut Context<'_>) -> Poll<T>) -> Option<T> {
+        if let Self::Open(stop) = self {
+            tokio::select! {
+                biased;
+                _ = stop => *self = Self::Draining(BACKLOG + 1),
+                accepted = poll_fn(&mut poll) => return Some(accepted),
             }
-            Err(error) => match error.raw_os_error() {
-                Some(libc::EMFILE | libc::ENFILE) => {
-                    shared.metrics.accept_errors.inc();
-                    // The connection stays in the queue and the socket stays readable. With the spare descriptor it is taken out and refused.
-                    if !spare.spend() {
-                        tokio::time::sleep(BREATHER).await;
-                        spare.restore();
-                    }
-                }
-                Some(libc::ENOBUFS | libc::ENOMEM) => {
-                    shared.metrics.accept_errors.inc();
-                    tokio::time::sleep(BREATHER).await;
-                }
-                // accept(2): errors of the connection that was in the queue; the next one is not concerned.
-                _ => tracing::debug!(%error, "accept"),
-            },
         }
+        let Self::Draining(left) = self else { unreachable!("set above") };
+        *left -= 1;
+        let at_once = poll_fn(|context| Poll::Ready(poll(context)));
+        match tokio::task::coop::unconstrained(at_once).await {
+            Poll::Ready(accepted) if *left >= 0 => Some(accepted),
+            _ => None,
+        }
+    }
+}
+
+async fn take(
+    shared: &Arc<Shared>,
+    bound: SocketAddr,
+    spare: &mut Spare,
+    accepted: io::Result<(TcpStream, SocketAddr)>,
+) {
+    match accepted {
+        Ok((stream, peer)) => {
+            let generation = shared.generation.load_full();
+            let Some(index) = generation.listener(bound) else { return };
+            generation.listener_metrics[index].accepted.inc();
+            let place = if spare.is_spent() { None } else { shared.admission.enter() };
+            if let Some(place) = place {
+                let accepted = connection::Accepted { stream, peer, listener: index, place };
+                tokio::spawn(connection::serve(shared.clone(), generation, accepted));
+            } else {
+                connection::refuse(shared, &generation, index, &stream, peer, Reason::TotalLimit);
+                drop(stream);
+            }
+            spare.restore();
+        }
+        Err(error) => match error.raw_os_error() {
+            Some(libc::EMFILE | libc::ENFILE) => {
+                shared.metrics.accept_errors.inc();
+                // The connection stays in the queue and the socket stays readable. With the spare descriptor it is taken out and refused.
+                if !spare.spend() {
+                    tokio::time::sleep(BREATHER).await;
+                    spare.restore();
+                }
+            }
+            Some(libc::ENOBUFS | libc::ENOMEM) => {
+                shared.metrics.accept_errors.inc();
+                tokio::time::sleep(BREATHER).await;
+            }
+            // accept(2): errors of the connection that was in the queue; the next one is not concerned.
+            _ => tracing::debug!(%error, "accept"),
+        },
     }
 }
 
@@ -127,5 +162,25 @@ impl Spare {
         if self.0.is_none() {
             *self = Self::new();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn clients_that_keep_coming_do_not_keep_a_listener_open() {
+        let (stop, stopped) = oneshot::channel::<()>();
+        let (mut turn, mut taken) = (Turn::Open(stopped), 0);
+        let mut stop = Some(stop);
+        while turn.next(|_| Poll::Ready(())).await.is_some() {
+            taken += 1;
+            if taken == 10 {
+                stop = None;
+            }
+            assert!(taken <= 10 + BACKLOG + 1, "it takes what the kernel may have completed, and no more");
+        }
+        assert!(stop.is_none() && taken == 10 + BACKLOG + 1);
     }
 }

@@ -10,6 +10,7 @@ use crate::admission::Admission;
 use crate::generation::Generation;
 use crate::metrics::Metrics;
 use crate::registry::Registry;
+use crate::rejection_log::RejectionLog;
 
 /// See the module.
 pub struct Shared {
@@ -21,6 +22,8 @@ pub struct Shared {
     pub registry: Arc<Registry>,
     /// Limits on their number.
     pub admission: Arc<Admission>,
+    /// Which refusals are logged.
+    pub rejections: Arc<RejectionLog>,
     /// Connections are accepted.
     pub ready: AtomicBool,
     /// How the configuration and its source are.

@@ -73,11 +73,17 @@ async fn work(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) 
                 Err(error) => tracing::error!(%addr, %error, "a listener could not be registered with epoll"),
             },
             Command::Close(addr, closed) => {
-                if let Some((stop, accepting)) = listening.remove(&addr) {
+                let accepting = listening.remove(&addr).map(|(stop, accepting)| {
                     drop(stop);
-                    let _ = accepting.await;
-                }
-                let _ = closed.send(());
+                    accepting
+                });
+                // In a task of its own: the next command does not wait for clients that keep coming.
+                tokio::spawn(async move {
+                    if let Some(accepting) = accepting {
+                        let _ = accepting.await;
+                    }
+                    let _ = closed.send(());
+                });
             }
             Command::Ping(pong) => drop(pong.send(())),
             Command::End => break,

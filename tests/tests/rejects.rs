@@ -328,3 +328,74 @@ fn a_listener_of_mode_tcp_forwards_what_is_no_tls() {
     assert_eq!(String::from_utf8_lossy(&header), line);
     assert_eq!(server.peer_addr().expect("connected").ip().to_string(), ENTRANCE_INSIDE[0]);
 }
+
+#[test]
+fn networks_of_ipv4_addresses_match_however_they_are_written() {
+    let _turn = beside_others();
+    for rules in ["deny = [\"::ffff:198.51.100.0/120\"]", "allow = [\"::ffff:203.0.113.0/120\"]"] {
+        let rig = rig(&Config::new("auto").listener(rules));
+        closed_without_a_word(&rig.connect());
+        rig.daemon.wait_metric("dataplane_connections_rejected_total", &[("reason", "client_denied")], 1.0);
+    }
+    let rig =
+        rig(&Config::new("auto").listener("accept_proxy = [\"::ffff:198.51.100.0/120\"]\ndeny = [\"203.0.113.0/24\"]"));
+    let mut client = rig.connect();
+    client.write_all(&hello()).expect("sent");
+    closed_without_a_word(&client);
+    rig.daemon.wait_metric("dataplane_connections_rejected_total", &[("reason", "proxy_header")], 1.0);
+    // And so do addresses that a PROXY header writes as IPv6.
+    let mut client = rig.connect();
+    client.write_all(b"PROXY TCP6 ::ffff:203.0.113.9 ::ffff:198.51.100.1 1 443\r\n").expect("sent");
+    closed_without_a_word(&client);
+    rig.daemon.wait_metric("dataplane_connections_rejected_total", &[("reason", "client_denied")], 1.0);
+}
+
+#[test]
+fn what_is_kept_and_logged_of_an_endless_list_of_protocols_is_bounded() {
+    let _turn = beside_others();
+    let rig = rig(&Config::new("auto").limits("hello_max_bytes = 65536"));
+    let long = "\u{1}".repeat(255);
+    let few: Vec<&str> = vec![&long; 62];
+    let many: Vec<&str> = vec!["x"; 7_000];
+    for (n, protocols) in [few, many].iter().enumerate() {
+        let mut client = rig.connect();
+        let hello = client_hello(Some(HOST), protocols);
+        client.write_all(&hello).expect("sent");
+        let (server, preamble) = accept(&rig.upstream, false);
+        assert_eq!(preamble.hello, hello, "it is forwarded as it came");
+        let shown = &rig.daemon.json(&["connections", "--json"])[0]["alpn"];
+        let shown = shown.as_str().expect("what it offers");
+        assert!(shown.len() <= 110 && shown.ends_with("..."), "{shown}");
+        drop((client, server));
+        rig.daemon.wait_metric("dataplane_connections_closed_total", &[], n as f64 + 1.0);
+    }
+    for line in rig.daemon.wait_log(&["\"target\":\"access\""]) {
+        assert!(line.len() < 1500, "{} bytes of log", line.len());
+    }
+}
+
+#[test]
+fn strangers_cannot_fill_the_log_with_refusals_and_none_goes_uncounted() {
+    let _turn = beside_others();
+    let rig = rig(&Config::new("auto"));
+    let stranger = client_hello(Some("wiki.example.com"), &[]);
+    const MANY: usize = 1000;
+    for _ in 0..MANY {
+        let mut client = rig.connect();
+        client.write_all(&stranger).expect("sent");
+        assert_eq!(read_to_end(&client, PATIENCE).1, End::Fin);
+    }
+    rig.daemon.wait_metric("dataplane_connections_rejected_total", &[("reason", "unknown_host")], MANY as f64);
+    // However many windows that took, each line and each that was left out is told once.
+    tests::eventually(PATIENCE * 3, "the log tells of all", || {
+        let lines = rig.daemon.access_log();
+        let one_by_one = lines.iter().filter(|line| line.contains("\"rejected\":\"unknown_host\"")).count();
+        let told: usize = lines
+            .iter()
+            .filter_map(|line| line.split_once("\"left_out\":\"unknown_host ")?.1.split_once('"'))
+            .map(|(count, _)| count.parse::<usize>().expect("a number"))
+            .sum();
+        assert!(one_by_one < MANY, "{one_by_one} lines");
+        (one_by_one + told == MANY).then_some(())
+    });
+}

@@ -164,7 +164,11 @@ fn a_target_that_has_closed_gives_its_place_to_the_next_connection() {
         assert_eq!(read_to_end(&client, PATIENCE), (b"bye".to_vec(), End::Fin), "{engine}");
         // The first client keeps its end open, for as long as it likes.
         let (_second, _server) = rig.pair();
-        assert_eq!(rig.daemon.metric("dataplane_connections_closed_total", &[]), 0.0, "{engine}: the first one goes on");
+        assert_eq!(
+            rig.daemon.metric("dataplane_connections_closed_total", &[]),
+            0.0,
+            "{engine}: the first one goes on"
+        );
         drop(client);
     }
 }

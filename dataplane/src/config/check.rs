@@ -3,6 +3,8 @@
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 
+use ipnet::IpNet;
+
 use super::{Bind, Config, Diagnostic, HostPattern, Mode, Route, Span, TargetHost};
 
 /// Where things stand that the model does not keep: by index, as the lists of [`Config`].
@@ -27,6 +29,7 @@ pub(super) fn conflicts(config: &Config, places: &Places) -> Vec<Diagnostic> {
 /// Warnings of what nothing leads to, or nothing good. Only for a configuration without errors: else what leads to it may be what is wrong.
 pub(super) fn unused(config: &Config, places: &Places) -> Vec<Diagnostic> {
     let mut found = unreached_listeners(config, places);
+    found.extend(trusts_everybody(config, places));
     found.extend(challenges_to_ourselves(config));
     found.extend(unused_upstreams(config, places));
     found
@@ -194,6 +197,27 @@ fn unreached_listeners(config: &Config, places: &Places) -> Vec<Diagnostic> {
                 "add a `[[routes]]` with `hosts` and `upstream`, or remove the listener",
             ));
         }
+    }
+    found
+}
+
+/// Listeners that believe the PROXY header of whoever connects.
+fn trusts_everybody(config: &Config, places: &Places) -> Vec<Diagnostic> {
+    let mut found = Vec::new();
+    for (listener, span) in config.listeners.iter().zip(&places.listeners) {
+        if !IpNet::aggregate(&listener.accept_proxy).iter().any(|net| net.prefix_len() == 0) {
+            continue;
+        }
+        let name = &listener.name;
+        let message = if listener.allow.is_empty() && listener.deny.is_empty() {
+            format!("listener \"{name}\" believes everybody's PROXY header: any client can claim any address")
+        } else {
+            format!(
+                "`allow` and `deny` of listener \"{name}\" PROTECT NOTHING: `accept_proxy` covers everybody, so any client can claim an address that passes"
+            )
+        };
+        let remedy = "name only the proxies in front of this listener: accept_proxy = [\"10.0.0.0/8\"]";
+        found.push(Diagnostic::warning(span.clone(), message, remedy));
     }
     found
 }

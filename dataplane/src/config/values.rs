@@ -189,11 +189,11 @@ pub fn parse_bind(text: &str) -> Result<SocketAddr, Refused> {
     }
 }
 
-/// `"10.0.0.0/8"`, `"fd00::/8"`, `"192.0.2.7"`.
+/// `"10.0.0.0/8"`, `"fd00::/8"`, `"192.0.2.7"`. What is IPv4 written as IPv6 (`::ffff:10.0.0.0/104`) is read as IPv4.
 pub fn parse_net(text: &str) -> Result<IpNet, Refused> {
     const EXAMPLES: &str = "write a network such as \"10.0.0.0/8\" or \"fd7a:115c:a1e0::/48\", or a single address";
     if let Ok(ip) = text.parse::<IpAddr>() {
-        return Ok(ip.into());
+        return Ok(ip.to_canonical().into());
     }
     let Some((ip, prefix)) = text.split_once('/') else {
         return refuse(format!("`{text}` is not a network"), EXAMPLES);
@@ -220,6 +220,13 @@ pub fn parse_net(text: &str) -> Result<IpNet, Refused> {
             format!("write \"{}\" for the network, or \"{ip}\" for this address alone", net.trunc()),
         );
     }
+    // Clients are compared by their IPv4 address, however it is written: so it is here.
+    if let IpNet::V6(v6) = net
+        && let (Some(v4), Some(prefix)) = (v6.addr().to_ipv4_mapped(), v6.prefix_len().checked_sub(96))
+        && let Ok(v4) = IpNet::new(v4.into(), prefix)
+    {
+        return Ok(v4);
+    }
     Ok(net)
 }
 
@@ -227,6 +234,21 @@ pub fn parse_net(text: &str) -> Result<IpNet, Refused> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_network_of_ipv4_addresses_is_one_however_it_is_written() {
+        for (written, meant) in [
+            ("::ffff:203.0.113.0/120", "203.0.113.0/24"),
+            ("::ffff:0:0/96", "0.0.0.0/0"),
+            ("::ffff:203.0.113.7", "203.0.113.7/32"),
+            ("::ffff:203.0.113.7/128", "203.0.113.7/32"),
+            ("2001:db8::/32", "2001:db8::/32"),
+            ("::/0", "::/0"),
+        ] {
+            assert_eq!(parse_net(written).map(|net| net.to_string()), Ok(meant.to_owned()), "{written}");
+        }
+        assert!(parse_net("::ffff:0:0/90").is_err(), "no IPv4 network is that wide");
+    }
 
     #[test]
     fn durations_are_read_as_written() {

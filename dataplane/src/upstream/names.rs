@@ -267,6 +267,10 @@ mod tests {
         let modified = Path::new(FILES[1]).metadata().and_then(|m| m.modified()).ok();
         *names.hosts.lock().unwrap() = Some((modified, Arc::new(own)));
         let here: IpAddr = [192, 0, 2, 7].into();
-        assert_eq!(names.look_up("Thinkpad", Some(&view)).await.unwrap().0, [here], "/etc/hosts is this machine's owner's");
+        assert_eq!(
+            names.look_up("Thinkpad", Some(&view)).await.unwrap().0,
+            [here],
+            "/etc/hosts is this machine's owner's"
+        );
     }
 }
