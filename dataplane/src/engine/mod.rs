@@ -494,3 +494,26 @@ pub async fn forward(engine: &Effective, pair: Pair, timeouts: Timeouts, traffic
         };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_run_here_is_not_offered_by_name() {
+        let abilities = Abilities {
+            splice: Ok(()),
+            sockmap: Err("needs CAP_BPF".to_owned()),
+            known_bugs: Err("an old kernel".to_owned()),
+        };
+        for choice in [EngineChoice::Auto, EngineChoice::Sockmap] {
+            let engine = Effective::choose(choice, &abilities);
+            assert_eq!((engine.name(), engine.reasons), ("splice", vec!["sockmap: needs CAP_BPF".to_owned()]));
+            assert!(engine.warnings.is_empty(), "{:?}", engine.warnings);
+        }
+        for choice in [EngineChoice::Splice, EngineChoice::Copy] {
+            let engine = Effective::choose(choice, &abilities);
+            assert!(engine.reasons.is_empty() && engine.warnings.is_empty(), "{engine:?}");
+        }
+    }
+}
