@@ -11,7 +11,6 @@
 //!   path of `sk_msg` programs.
 //! - CVE-2025-38166, CVE-2026-64025: kTLS on a socket of the map.
 //! - CVE-2026-43016, CVE-2026-53033: `AF_UNIX`. CVE-2023-52523: redirects of `sk_msg` to other protocols than TCP.
-//! - CVE-2023-52735: children of a listener in the map.
 //! - CVE-2024-35895: a program that deletes from a map while it holds an interrupt's lock.
 //! - CVE-2024-56664: an element is replaced while its socket closes. A key of ours is used again only after its socket was closed or taken out (`table::Place`).
 //! - 76be5fae32fe (bpf, sockmap: Fix psock incorrectly pointing to sk): a socket is taken out and put back while the kernel's worker still has something to
@@ -121,6 +120,14 @@ const BUGS: &[Bug] = &[
         name: "CVE-2023-53836",
         mainline: Version(6, 6, 0),
         stable: &[Version(5, 15, 189), Version(6, 1, 54), Version(6, 5, 4)],
+        spared: &[Version(5, 10, 0)],
+    },
+    Bug {
+        what: "a socket of the map that closes can overflow the kernel's stack",
+        // 5b4a79ba65a1 (bpf, sockmap: Don't let sock_map_{close,destroy,unhash} call itself).
+        name: "CVE-2023-52735",
+        mainline: Version(6, 2, 0),
+        stable: &[Version(5, 15, 95), Version(6, 1, 13)],
         spared: &[Version(5, 10, 0)],
     },
     Bug {
