@@ -171,6 +171,7 @@ fn status(shared: &Shared) -> Value {
             "configured": generation.engine.configured,
             "effective": generation.engine.name(),
             "reasons": generation.engine.reasons,
+            "warnings": generation.engine.warnings,
         },
         "config": {
             "hash": config.hash,

@@ -79,9 +79,7 @@ pub fn run(path: &Path) -> Result<()> {
     let metrics = Metrics::new();
     let abilities = Abilities::test(descriptors as usize / 2, metrics.sockmap_spills());
     let engine = Effective::choose(config.engine, &abilities);
-    for reason in &engine.reasons {
-        tracing::warn!(configured = ?engine.configured, effective = engine.name(), reason, "engine");
-    }
+    engine.tell();
 
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
     let listening = bind_all(&config, &[], workers)?;
@@ -276,6 +274,9 @@ impl Daemon {
             text += "note: [admin] takes effect at the next start\n";
         }
         let engine = Effective::choose(config.engine, &self.abilities);
+        if engine.configured != before.engine.configured {
+            engine.tell();
+        }
         self.shared.metrics.set_engine(&kernel_release(), &engine);
         let generation = Arc::new(Generation::new(config, engine, Some(&before), &self.shared.metrics));
         forget_targets(&before, &generation, &self.shared.metrics);

@@ -343,6 +343,9 @@ fn describe_status(status: &Value) -> String {
         text(engine, "configured"),
         words(&engine["reasons"])
     );
+    for warning in items(&engine["warnings"]).iter().filter_map(Value::as_str) {
+        let _ = writeln!(out, "          warning: {warning}");
+    }
     let _ = writeln!(out, "config    {} {}", text(config, "hash"), text(config, "path"));
     if let Some(commit) = config["commit"].as_str() {
         let _ = writeln!(out, "commit    {commit} of {}", text(&config["repository"], "git"));

@@ -190,7 +190,7 @@ impl Metrics {
             &["direction"]
         ));
         let engine_refused = register!(IntGaugeVec::new(
-            opts("engine_refused", "Engines that were wanted and cannot run on this machine: 1, with the reason."),
+            opts("engine_refused", "Engines that were wanted and do not run on this machine: 1, with the reason."),
             &["reason"]
         ));
         Self {

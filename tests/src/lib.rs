@@ -21,6 +21,13 @@ pub mod stream;
 pub mod systemd;
 pub mod tailnet;
 
+/// Has this thread, and the programs that it starts from now on, see the kernel as a 2.6: uname(2) says so to what has this personality(2).
+pub fn see_an_old_kernel() {
+    // SAFETY: a bare system call that changes what uname(2) says to this thread, and to threads and processes that it begins.
+    let before = unsafe { libc::personality(libc::UNAME26 as libc::c_ulong) };
+    assert!(before >= 0, "personality(2): {}", std::io::Error::last_os_error());
+}
+
 /// How long what is healthy may take on a busy machine: a connection to show up, a counter to be counted.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 

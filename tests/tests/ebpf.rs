@@ -190,7 +190,7 @@ fn a_connection_of_which_only_one_socket_can_be_inserted_goes_on_with_the_relay(
     let ((mut client, client_near), (mut server, upstream_near)) = (connected_pair(), connected_pair());
     server.set_read_timeout(Some(LIMIT)).expect("a timeout");
     client.write_all(b"before").expect("connected");
-    let abilities = Abilities { splice: Ok(()), sockmap: Err("not asked".to_owned()) };
+    let abilities = Abilities { splice: Ok(()), sockmap: Err("not asked".to_owned()), known_bugs: Ok(()) };
     let traffic = Traffic::new(&Effective::choose(EngineChoice::Copy, &abilities));
     let timeouts = Timeouts { idle: LIMIT, half_closed: LIMIT, dead_peer: LIMIT };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");

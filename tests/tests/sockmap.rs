@@ -15,7 +15,7 @@ use tests::netns::{CLIENT, ENTRANCE, Net};
 use tests::peers::{Peer, certificate, curl};
 use tests::rig::{PATIENCE, Rig, Server, hello, public};
 use tests::stream::{End, Pattern, client_hello, never_hang, reset, reset_within};
-use tests::{alone, beside_others, eventually};
+use tests::{alone, beside_others, eventually, see_an_old_kernel};
 
 const UP: Pattern = Pattern::new(31);
 const DOWN: Pattern = Pattern::new(32);
@@ -678,6 +678,45 @@ fn where_the_kernel_does_not_let_it_splice_serves_and_the_reason_is_told() {
     daemon.wait_log(&["needs CAP_BPF"]);
     let doctor = daemon.json(&["doctor", "--json"]);
     assert_eq!(doctor["engines"]["sockmap"]["usable"], true, "the test itself may");
+}
+
+#[test]
+fn a_kernel_without_the_fixes_gets_the_sockmap_only_by_name() {
+    let _turn = beside_others();
+    see_an_old_kernel();
+    let rig = Rig::new(&Config::new("auto"));
+    let engine = |rig: &Rig| rig.daemon.json(&["status", "--json"])["engine"].clone();
+    let of = |rig: &Rig, list: &str| -> Vec<String> {
+        let lines = engine(rig)[list].as_array().expect("a list").clone();
+        lines.iter().map(|line| line.as_str().expect("a text").to_owned()).collect()
+    };
+    assert_eq!(engine(&rig)["effective"], "splice");
+    let [reason] = &of(&rig, "reasons")[..] else { panic!("one reason: {}", engine(&rig)) };
+    assert!(reason.starts_with("sockmap: kernel 2.6."), "{reason}");
+    assert!(reason.contains("is not known to have the fix") && reason.contains("6.12.35"), "{reason}");
+    assert!(reason.contains("`engine = \"sockmap\"` runs it all the same"), "{reason}");
+    assert!(of(&rig, "warnings").is_empty(), "{}", engine(&rig));
+    assert_eq!(rig.daemon.metric("dataplane_engine_refused", &[]) as u64, 1);
+    rig.daemon.wait_log(&["is not known to have the fix", "CVE-2025-38165"]);
+    let doctor = rig.daemon.json(&["doctor", "--json"]);
+    assert_eq!(
+        (&doctor["engine"]["effective"], &doctor["engines"]["sockmap"]["usable"]),
+        (&"splice".into(), &false.into())
+    );
+    assert_eq!(doctor["engine"]["reasons"][0], **reason);
+    let text = String::from_utf8(rig.daemon.cli(&["doctor"]).stdout).expect("text");
+    assert!(text.contains("passed its self-test, but kernel 2.6."), "{text}");
+
+    // The remedy that was named.
+    rig.daemon.rewrite(&Config::new("sockmap"));
+    assert!(rig.daemon.cli(&["reload"]).status.success());
+    assert_eq!(engine(&rig)["effective"], "sockmap");
+    assert!(of(&rig, "reasons").is_empty(), "{}", engine(&rig));
+    assert!(of(&rig, "warnings")[0].contains("is not known to have the fix"), "{}", engine(&rig));
+    rig.daemon.wait_log(&["because the configuration names it", "CVE-2025-38165"]);
+    assert_eq!(rig.daemon.metric("dataplane_engine_refused", &[]) as u64, 0);
+    assert!(rig.daemon.cli(&["doctor"]).status.success(), "what is configured runs");
+    Talk::new(rig.pair()).exchange_until(&rig, "sockmap");
 }
 
 #[test]

@@ -52,11 +52,17 @@ impl Findings {
         self.engine.as_configured()
     }
 
+    /// Whether `auto` may use it.
+    fn sockmap(&self) -> Result<(), String> {
+        self.abilities.sockmap.as_ref().map_err(Clone::clone)?;
+        self.abilities.known_bugs.as_ref().map_err(|why| format!("passed its self-test, but {why}")).copied()
+    }
+
     fn engines(&self) -> [(&'static str, Result<(), String>); 4] {
         [
             ("copy", Ok(())),
             ("splice", self.abilities.splice.clone()),
-            ("sockmap", self.abilities.sockmap.as_ref().map(drop).map_err(Clone::clone)),
+            ("sockmap", self.sockmap()),
             ("translate", Err("not in this version".to_owned())),
         ]
     }
@@ -83,6 +89,7 @@ impl Findings {
                 "configured": self.engine.configured,
                 "effective": self.engine.name(),
                 "reasons": self.engine.reasons,
+                "warnings": self.engine.warnings,
                 "as_configured": self.is_good(),
             },
             "config": {
@@ -131,6 +138,9 @@ impl Findings {
         );
         for reason in &self.engine.reasons {
             let _ = writeln!(out, "  because {reason}");
+        }
+        for warning in &self.engine.warnings {
+            let _ = writeln!(out, "  warning: {warning}");
         }
         let _ = writeln!(out, "\nnote: {SECURITY_NOTE}");
         out

@@ -52,13 +52,15 @@ impl Kind {
     }
 }
 
-/// What a machine can do, as the self-tests found it; the error says why not.
+/// What a machine can do; the error says why not.
 #[derive(Debug, Clone)]
 pub struct Abilities {
-    /// splice(2)
+    /// splice(2), as its self-test found it.
     pub splice: Result<(), String>,
-    /// The programs in the kernel, and how the kernel behaves with them.
+    /// The programs in the kernel, and how the kernel behaves with them in the self-test.
     pub sockmap: Result<Arc<Table>, String>,
+    /// Whether the kernel is known to be rid of what no self-test finds: see [`sockmap::known_bugs`].
+    pub known_bugs: Result<(), String>,
 }
 
 impl Abilities {
@@ -70,7 +72,10 @@ impl Abilities {
             // Those of the self-test are nobody's.
             table.spills.iter().for_each(IntCounter::reset);
         }
-        Self { splice: splice::self_test(), sockmap }
+        let kernel = rustix::system::uname();
+        let known_bugs =
+            sockmap::known_bugs::judge(&kernel.release().to_string_lossy(), &kernel.version().to_string_lossy());
+        Self { splice: splice::self_test(), sockmap, known_bugs }
     }
 }
 
@@ -85,6 +90,8 @@ pub struct Effective {
     sockmap: Option<Arc<Table>>,
     /// One line for each engine that was passed over.
     pub reasons: Vec<String>,
+    /// What speaks against an engine that runs because the configuration names it.
+    pub warnings: Vec<String>,
 }
 
 impl Effective {
@@ -101,14 +108,30 @@ impl Effective {
         if choice == EngineChoice::Translate {
             able("translate", Err(&"this version has no packet-level engine".to_owned()));
         }
+        let mut warnings = Vec::new();
         let wants_sockmap = matches!(choice, EngineChoice::Auto | EngineChoice::Sockmap);
-        let sockmap = wants_sockmap && able("sockmap", abilities.sockmap.as_ref().map(drop));
+        let mut sockmap = wants_sockmap && able("sockmap", abilities.sockmap.as_ref().map(drop));
+        match &abilities.known_bugs {
+            Err(why) if sockmap && choice == EngineChoice::Auto => {
+                sockmap = able("sockmap", Err(&format!("{why}; `engine = \"sockmap\"` runs it all the same")));
+            }
+            Err(why) if sockmap => warnings.push(format!("sockmap runs because the configuration names it: {why}")),
+            _ => (),
+        }
         let splice = choice != EngineChoice::Copy && able("splice", abilities.splice.as_ref().map(drop));
         Self {
             configured: choice,
             relay: if splice { Kind::Splice } else { Kind::Copy },
             sockmap: abilities.sockmap.as_ref().ok().filter(|_| sockmap).cloned(),
             reasons,
+            warnings,
+        }
+    }
+
+    /// Tells the log what does not run, and what should not.
+    pub fn tell(&self) {
+        for reason in self.reasons.iter().chain(&self.warnings) {
+            tracing::warn!(configured = ?self.configured, effective = self.name(), reason, "engine");
         }
     }
 
@@ -486,5 +509,28 @@ pub async fn forward(engine: &Effective, pair: Pair, timeouts: Timeouts, traffic
             Left::Bulk | Left::Refused => promotion.after_return(),
             Left::Ending => Promotion::Never,
         };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_run_here_is_not_offered_by_name() {
+        let abilities = Abilities {
+            splice: Ok(()),
+            sockmap: Err("needs CAP_BPF".to_owned()),
+            known_bugs: Err("an old kernel".to_owned()),
+        };
+        for choice in [EngineChoice::Auto, EngineChoice::Sockmap] {
+            let engine = Effective::choose(choice, &abilities);
+            assert_eq!((engine.name(), engine.reasons), ("splice", vec!["sockmap: needs CAP_BPF".to_owned()]));
+            assert!(engine.warnings.is_empty(), "{:?}", engine.warnings);
+        }
+        for choice in [EngineChoice::Splice, EngineChoice::Copy] {
+            let engine = Effective::choose(choice, &abilities);
+            assert!(engine.reasons.is_empty() && engine.warnings.is_empty(), "{engine:?}");
+        }
     }
 }

@@ -62,6 +62,7 @@ fn all(table: &Arc<Table>) -> Result<(), String> {
         relay: Kind::Copy,
         sockmap: Some(table.clone()),
         reasons: Vec::new(),
+        warnings: Vec::new(),
     });
     runtime.block_on(async {
         for (what, check, expected) in CHECKS {
