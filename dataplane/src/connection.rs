@@ -21,17 +21,21 @@ use crate::generation::{Destination, Generation, Listed};
 use crate::hello::{Input, Machine, Progress, ServerName};
 use crate::http;
 use crate::logging::unix_seconds;
+use crate::loops;
 use crate::proxy_protocol::{self, Decoded, Header};
 use crate::registry::{Entry, Record, Removal};
 use crate::reject::Reason;
 use crate::route::Pattern;
 use crate::shared::Shared;
 use crate::socket;
-use crate::upstream::Lease;
 use crate::upstream::dial::Dial;
+use crate::upstream::{Lease, Pool, Target};
 
 /// Room for a PROXY header and the usual hello behind it.
 const FIRST_READ: usize = 2048;
+
+/// Connections on a listener of mode `tcp` that may come from the address of one of its own targets at a time. NAT that changes ports hides whether they are ours.
+const FROM_A_TARGET: usize = 64;
 
 /// What of the offered protocols is kept and logged, bytes: browsers offer `h2,http/1.1`.
 const ALPN_TEXT: usize = 100;
@@ -87,7 +91,7 @@ struct Established {
     pair: Pair,
     timeouts: Timeouts,
     entry: Entry,
-    places: (Place, Option<ClientPlace>),
+    places: (Place, Option<ClientPlace>, Option<loops::Guard>),
     lease: Lease,
 }
 
@@ -105,6 +109,8 @@ struct Client {
     alpn_text: Option<Box<str>>,
     /// Bytes read and not yet passed on.
     read: Vec<u8>,
+    /// Its hello, while the connection lasts.
+    in_flight: Option<loops::Guard>,
 }
 
 /// What a connection is for.
@@ -130,6 +136,7 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
         alpn: None,
         alpn_text: None,
         read: Vec::new(),
+        in_flight: None,
     };
     let preread = async {
         let mut client_place = None;
@@ -146,12 +153,19 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
             client_place = Some(entered.ok_or(Reason::ClientLimit)?);
         }
         let purpose = match listener.mode {
-            Mode::Tcp { .. } => Purpose::Forward(generation.by_tcp_listener(index), Listed::ByListener),
+            Mode::Tcp { .. } => {
+                let destination = generation.by_tcp_listener(index);
+                refuse_own(&shared, &destination.pool, &listener.name, peer)?;
+                Purpose::Forward(destination, Listed::ByListener)
+            }
             Mode::Tls => {
-                let (route, pattern) = hello_route(&stream, &mut client, &generation, index, start.1, &shared).await?;
+                let (route, pattern) =
+                    hello_route(&stream, &mut client, &generation, index, (peer, start.1), &shared).await?;
                 Purpose::Forward(generation.by_route(route), Listed::ByRoute(pattern))
             }
-            Mode::Http { acme_port } => http_request(&stream, &mut client, &generation, index, acme_port).await?,
+            Mode::Http { acme_port } => {
+                http_request(&stream, &mut client, &generation, index, acme_port, (peer, &shared)).await?
+            }
         };
         Ok((purpose, client_place))
     };
@@ -195,6 +209,15 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
         }
     };
 
+    let traffic = Arc::new(match port {
+        None => Traffic::new(&generation.engine),
+        Some(_) => Traffic::by(Kind::Copy),
+    });
+    if let Some(in_flight) = &client.in_flight {
+        in_flight.sent(dialled.lease.of(), &traffic);
+    }
+    let is_tcp = matches!(listener.mode, Mode::Tcp { .. });
+    let dialled_from = if is_tcp { dialled.stream.local_addr().ok().map(|local| local.port()) } else { None };
     let record = Record {
         start: start.0,
         accepted: start.1,
@@ -206,10 +229,8 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
         upstream: pool.config.name.clone(),
         target: dialled.lease.target().clone(),
         listed,
-        traffic: Arc::new(match port {
-            None => Traffic::new(&generation.engine),
-            Some(_) => Traffic::by(Kind::Copy),
-        }),
+        legs: (peer.ip().to_canonical(), dialled_from),
+        traffic,
         removal: Removal::default(),
     };
     let entry = shared.registry.enter(record, metrics);
@@ -227,9 +248,23 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
             dead_peer: limits.dead_peer_timeout,
         },
         entry,
-        places: (place, client_place),
+        places: (place, client_place, client.in_flight),
         lease: dialled.lease,
     })
+}
+
+fn came_back(target: Arc<Target>) -> Reason {
+    target.note_loop();
+    Reason::Loop
+}
+
+/// Refuses a connection without a hello that may be one of our own which came back: it comes from an address of a target and from a port that we have dialled
+/// from, as 1:1 NAT leaves it, or is one of many from there.
+fn refuse_own(shared: &Shared, pool: &Pool, listener: &str, peer: SocketAddr) -> Result<(), Reason> {
+    let ip = peer.ip().to_canonical();
+    let Some(target) = pool.targets().iter().find(|target| target.has_address(ip)) else { return Ok(()) };
+    let (count, ours) = shared.registry.from(listener, ip, peer.port());
+    if ours || count >= FROM_A_TARGET { Err(came_back(target.clone())) } else { Ok(()) }
 }
 
 /// Reads a PROXY header; what follows it stays in `client.read`.
@@ -267,7 +302,7 @@ async fn hello_route(
     client: &mut Client,
     generation: &Generation,
     listener: usize,
-    accepted: Instant,
+    (peer, accepted): (SocketAddr, Instant),
     shared: &Shared,
 ) -> Result<(usize, Pattern), Reason> {
     let mut machine = Machine::new(generation.config.limits.hello_max_bytes);
@@ -281,6 +316,8 @@ async fn hello_route(
                 client.server_name = hello.server_name;
                 // Nothing of a stranger's list is copied before its name is found.
                 let found = generation.table.find(listener, hello.server_name.as_deref(), hello.alpn.clone())?;
+                let id = shared.next_id.fetch_add(1, Relaxed);
+                client.in_flight = Some(shared.in_flight.hello(hello.random, peer.ip(), id).map_err(came_back)?);
                 client.alpn = hello.alpn.clone().next().map(Into::into);
                 client.alpn_text = printable(hello.alpn);
                 break (found.route, found.by.into());
@@ -300,6 +337,7 @@ async fn http_request(
     generation: &Generation,
     listener: usize,
     acme_port: u16,
+    (peer, shared): (SocketAddr, &Shared),
 ) -> Result<Purpose, Reason> {
     let mut machine = http::Machine::new(generation.config.limits.hello_max_bytes);
     machine.input(http::Input::Bytes(&std::mem::take(&mut client.read)));
@@ -316,6 +354,8 @@ async fn http_request(
     let found = generation.table.find_plain(listener, request.host.as_deref())?;
     let listed = Listed::ByRoute(found.by.into());
     if let Some(challenge) = request.challenge() {
+        let id = shared.next_id.fetch_add(1, Relaxed);
+        client.in_flight = Some(shared.in_flight.challenge(challenge, peer.ip(), id).map_err(came_back)?);
         client.read = challenge.to_vec();
         return Ok(Purpose::Challenge(generation.by_route(found.route), listed, acme_port));
     }

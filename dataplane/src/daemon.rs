@@ -94,6 +94,7 @@ pub fn run(path: &Path) -> Result<()> {
         metrics,
         registry: Arc::new(Registry::default()),
         admission: Arc::new(Admission::default()),
+        in_flight: Arc::default(),
         rejections: Arc::default(),
         ready: AtomicBool::new(false),
         load: std::sync::Mutex::new(LoadStatus { last_success: Some(SystemTime::now()), last_error: None }),

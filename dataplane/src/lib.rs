@@ -17,6 +17,7 @@ pub mod tailnet;
 pub mod engine;
 
 pub mod admission;
+pub mod loops;
 pub mod registry;
 pub mod reject;
 pub mod rejection_log;

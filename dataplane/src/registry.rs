@@ -4,7 +4,7 @@
 //! somebody asks. Nothing here knows how bytes move.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
@@ -59,6 +59,8 @@ pub struct Record {
     pub target: Arc<str>,
     /// What let it through.
     pub listed: Listed,
+    /// Who connected, as TCP says; and from which port the target was dialled, where that is known.
+    pub legs: (IpAddr, Option<u16>),
     /// What forwards it, and payload so far.
     pub traffic: Arc<Traffic>,
     /// Whether its route is still there.
@@ -209,6 +211,14 @@ impl Registry {
         }
         // Sockets are asked when the lock is free again.
         records.iter().map(|record| record.traffic.backlog()).sum()
+    }
+
+    /// Connections on a listener that came from an address, and whether the target of one of all was dialled from this port.
+    pub fn from(&self, listener: &str, peer: IpAddr, port: u16) -> (usize, bool) {
+        let live = self.live();
+        let records = || live.values().map(|live| &live.record);
+        let count = records().filter(|record| *record.listener == *listener && record.legs.0 == peer).count();
+        (count, records().any(|record| record.legs.1 == Some(port)))
     }
 
     /// Has connections end whose routes a new configuration no longer has; how many they are.

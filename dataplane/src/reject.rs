@@ -37,11 +37,13 @@ pub enum Reason {
     NoUpstream,
     /// `kernel_memory` is used up.
     MemoryLimit,
+    /// It is a connection of our own that came back.
+    Loop,
 }
 
 impl Reason {
     /// Every reason, for metrics that start at zero.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::NoSni,
         Self::UnknownHost,
         Self::NotTls,
@@ -57,6 +59,7 @@ impl Reason {
         Self::ProxyHeader,
         Self::NoUpstream,
         Self::MemoryLimit,
+        Self::Loop,
     ];
 
     /// The label of `dataplane_connections_rejected_total`.
@@ -77,6 +80,7 @@ impl Reason {
             Self::ProxyHeader => "proxy_header",
             Self::NoUpstream => "no_upstream",
             Self::MemoryLimit => "memory_limit",
+            Self::Loop => "loop",
         }
     }
 
@@ -84,9 +88,9 @@ impl Reason {
     /// hello was seen.
     pub const fn alert(self) -> Option<u8> {
         match self {
-            Self::NoSni | Self::UnknownHost => Some(112),     // unrecognized_name
-            Self::AlpnMismatch => Some(120),                  // no_application_protocol
-            Self::NoUpstream | Self::MemoryLimit => Some(80), // internal_error
+            Self::NoSni | Self::UnknownHost => Some(112), // unrecognized_name
+            Self::AlpnMismatch => Some(120),              // no_application_protocol
+            Self::NoUpstream | Self::MemoryLimit | Self::Loop => Some(80), // internal_error
             Self::NotTls
             | Self::Malformed
             | Self::TooLarge

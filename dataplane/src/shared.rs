@@ -8,6 +8,7 @@ use arc_swap::ArcSwap;
 
 use crate::admission::Admission;
 use crate::generation::Generation;
+use crate::loops::InFlight;
 use crate::metrics::Metrics;
 use crate::registry::Registry;
 use crate::rejection_log::RejectionLog;
@@ -22,6 +23,8 @@ pub struct Shared {
     pub registry: Arc<Registry>,
     /// Limits on their number.
     pub admission: Arc<Admission>,
+    /// Hellos of the connections that there are.
+    pub in_flight: Arc<InFlight>,
     /// Which refusals are logged.
     pub rejections: Arc<RejectionLog>,
     /// Connections are accepted.

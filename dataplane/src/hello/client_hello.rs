@@ -23,13 +23,15 @@ pub(super) struct Outline {
     /// Pairs of bytes, at least one.
     pub(super) versions: Range<usize>,
     pub(super) ech: bool,
+    /// 32 bytes.
+    pub(super) random: Range<usize>,
 }
 
 /// `None`: malformed.
 pub(super) fn parse(body: &[u8]) -> Option<Outline> {
     let mut rest = Reader { body, at: 0, end: body.len() };
     let legacy_version = rest.take(2)?;
-    let _random = rest.take(32)?;
+    let random = rest.take(32)?;
     if rest.block_u8()?.len() > 32 {
         return None;
     }
@@ -69,7 +71,7 @@ pub(super) fn parse(body: &[u8]) -> Option<Outline> {
             }
         }
     }
-    Some(Outline { server_name, alpn: alpn.unwrap_or(0..0), versions: versions.unwrap_or(legacy_version), ech })
+    Some(Outline { server_name, alpn: alpn.unwrap_or(0..0), versions: versions.unwrap_or(legacy_version), ech, random })
 }
 
 /// RFC 6066 section 3. The list was made for several names; no client sends more than one, and a second one would be a guess which of them counts.

@@ -67,6 +67,8 @@ pub struct Hello<'a> {
     /// An encrypted hello is inside (RFC 9849), or one is pretended (GREASE): the two are made to look alike. `server_name` is then the name of the
     /// service that can decrypt it.
     pub ech: bool,
+    /// What the client's random number generator gave (RFC 8446 section 4.1.2).
+    pub random: [u8; 32],
     /// Bytes on the wire, record headers included. What [`Machine::bytes`] has beyond them came after the hello.
     pub len: usize,
 }
@@ -147,6 +149,7 @@ impl Machine {
                     alpn: Alpn { list: &body[outline.alpn.clone()] },
                     versions: Versions { list: &body[outline.versions.clone()] },
                     ech: outline.ech,
+                    random: body[outline.random.clone()].try_into().expect("32 bytes were taken"),
                     len: self.record_end,
                 })
             }

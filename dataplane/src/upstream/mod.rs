@@ -26,6 +26,7 @@ use tokio::net::TcpStream;
 use tokio::sync::{Notify, watch};
 
 use crate::config::{self, OnDown, TargetHost};
+use crate::logging::unix_seconds;
 use crate::metrics::Metrics;
 use crate::tailnet::{Peer, Way};
 use balance::Standing;
@@ -35,6 +36,8 @@ use inventory::{Endpoint, Inventory};
 
 /// How long an address of several is tried last after a failed connect.
 const ADDRESS_ASIDE: Duration = Duration::from_secs(30);
+/// How long the log is silent about a target that connections come back from, after it was told.
+const LOOP_TOLD: Duration = Duration::from_secs(60);
 /// More addresses of one name are not used: each of them is another connect where none answers.
 const MOST_ADDRESSES: usize = 16;
 /// How long a target counts as relayed after the last packet that proved it: without traffic the tailnet cannot tell, and without a time limit there would be none.
@@ -61,6 +64,7 @@ pub struct Target {
     /// Shared with the targets of other upstreams that have the same host and port.
     endpoint: Arc<Endpoint>,
     inventory: Arc<Inventory>,
+    loops: Mutex<Option<(u64, SystemTime)>>,
     turn: AtomicUsize,
     /// Somebody needs an answer of the resolver now.
     wanted: Notify,
@@ -156,6 +160,11 @@ impl Lease {
         &self.target.address.text
     }
 
+    /// Whose connection it is.
+    pub fn of(&self) -> &Arc<Target> {
+        &self.target
+    }
+
     /// The target has closed its side: it has nothing left of the connection, and another one may have the place.
     pub fn give_up_place(&mut self) {
         if std::mem::take(&mut self.has_place) {
@@ -200,6 +209,8 @@ pub struct TargetStatus {
     addresses: Vec<SocketAddr>,
     tailnet: Option<Peer>,
     history: Vec<Change>,
+    /// Connections to it that came back to us, and when the last one did (Unix time, seconds).
+    loops: Option<(u64, f64)>,
 }
 
 impl Pool {
@@ -252,6 +263,7 @@ impl Target {
             active: AtomicU32::new(0),
             endpoint: inventory.endpoint(address),
             inventory: inventory.clone(),
+            loops: Mutex::default(),
             turn: AtomicUsize::new(0),
             wanted: Notify::new(),
             drained: AtomicBool::new(false),
@@ -275,6 +287,34 @@ impl Target {
             target.note(Event::DialFailed { started: Instant::now(), reason });
         }
         target
+    }
+
+    /// A connection to it came back to us. That is no verdict: whoever knows a client's hello could bring it about.
+    pub fn note_loop(&self) {
+        let now = SystemTime::now();
+        let mut loops = self.loops.lock().expect("no panic while held");
+        let told = loops.and_then(|(_, at)| now.duration_since(at).ok()).is_some_and(|ago| ago < LOOP_TOLD);
+        let count = loops.map_or(0, |(count, _)| count) + 1;
+        *loops = Some((count, now));
+        drop(loops);
+        if !told {
+            tracing::warn!(
+                upstream = &*self.upstream,
+                target_name = &*self.address.text,
+                "connections to this target come back to this node: it is this node itself behind NAT, or another one that forwards them here; \
+                 name the address where the service itself listens"
+            );
+        }
+    }
+
+    fn loops(&self) -> Option<(u64, SystemTime)> {
+        *self.loops.lock().expect("no panic while held")
+    }
+
+    /// Whether this is one of its addresses.
+    pub fn has_address(&self, ip: IpAddr) -> bool {
+        let is = |address: &Arc<Address>| address.at.ip().to_canonical() == ip;
+        matches!(&*self.resolution.borrow(), Resolution::Known(all) if all.iter().any(is))
     }
 
     fn health(&self) -> MutexGuard<'_, Health> {
@@ -308,6 +348,7 @@ impl Target {
             },
             tailnet: peer,
             history: health.history(),
+            loops: self.loops().map(|(count, at)| (count, unix_seconds(at))),
         }
     }
 
