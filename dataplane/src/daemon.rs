@@ -70,19 +70,16 @@ struct Daemon {
 
 /// Runs until SIGTERM or SIGINT.
 pub fn run(path: &Path) -> Result<()> {
-    let (Loaded { config, warnings, snapshot }, not_kept) = source::at_start(path)?;
+    let workers = std::thread::available_parallelism().map_or(1, usize::from);
+    let Beginning { loaded: Loaded { config, warnings, snapshot }, listening, missing } =
+        Beginning::find(path, workers)?;
     tell(&config, &warnings);
-    if let Some(why) = not_kept {
-        tracing::info!(why, "the repository was asked");
-    }
     let descriptors = raise_descriptor_limit().saturating_sub(open_descriptors() + DESCRIPTORS_FOR_US);
     let metrics = Metrics::new();
     let abilities = Abilities::test(descriptors as usize / 2, metrics.sockmap_spills());
     let engine = Effective::choose(config.engine, &abilities);
     engine.tell();
 
-    let workers = std::thread::available_parallelism().map_or(1, usize::from);
-    let listening = bind_all(&config, &[], workers)?;
     let sockets = bind_admin(&config)?;
     let control_socket = sockets.unix.is_some().then(|| config.admin.socket.clone());
     let webhook = bind_webhook(&config, None)?;
@@ -97,7 +94,14 @@ pub fn run(path: &Path) -> Result<()> {
         in_flight: Arc::default(),
         rejections: Arc::default(),
         ready: AtomicBool::new(false),
-        load: std::sync::Mutex::new(LoadStatus { last_success: Some(SystemTime::now()), last_error: None }),
+        load: std::sync::Mutex::new(LoadStatus {
+            last_success: missing.is_none().then(SystemTime::now),
+            last_error: missing.clone().map(|text| LoadFailure {
+                text,
+                at: SystemTime::now(),
+                is_of_repository: false,
+            }),
+        }),
         started: Instant::now(),
         next_id: AtomicU64::new(0),
         id_prefix: random_prefix(),
@@ -116,9 +120,14 @@ pub fn run(path: &Path) -> Result<()> {
     let mut daemon =
         Daemon { shared, workers, abilities, descriptors, control_socket, bound, upkeep, webhook: None, webhooks };
     daemon.take_effect(listening);
+    if missing.is_some() {
+        daemon.shared.metrics.reload_success.set(0);
+    }
     daemon.serve_webhook(webhook);
     let (news, inbox) = mpsc::channel(1);
-    let follower = Following { path: path.to_owned(), news, requests: reload_requests, webhooks: served, snapshot };
+    let in_part = missing.is_some();
+    let follower =
+        Following { path: path.to_owned(), news, requests: reload_requests, webhooks: served, snapshot, in_part };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(daemon.control(follower, inbox, reload))
 }
@@ -131,6 +140,52 @@ struct Following {
     webhooks: mpsc::UnboundedReceiver<Option<webhook::Served>>,
     /// Not yet kept, perhaps.
     snapshot: Option<Snapshot>,
+    /// Some of its addresses are not listened on.
+    in_part: bool,
+}
+
+/// What the daemon starts with.
+struct Beginning {
+    loaded: Loaded,
+    listening: HashMap<SocketAddr, Vec<TcpListener>>,
+    /// Why some of the addresses are not listened on.
+    missing: Option<String>,
+}
+
+impl Beginning {
+    /// The commit that is kept, or else the newest. One of which some addresses cannot be bound is served with the others: what mends it is in the repository, which
+    /// is looked at from then on. One of which none can be bound gives way to the newest.
+    fn find(path: &Path, workers: usize) -> Result<Self> {
+        let (loaded, not_kept) = source::at_start(path)?;
+        if let Some(why) = &not_kept {
+            tracing::info!(why, "the repository was asked");
+        }
+        let (listening, errors) = bind_each(&loaded.config, &[], workers);
+        if errors.is_empty() {
+            return Ok(Self { loaded, listening, missing: None });
+        }
+        if loaded.snapshot.is_none() {
+            bail!(errors);
+        }
+        if !listening.is_empty() {
+            tracing::error!(
+                errors,
+                "the configuration is in force in part; the repository is looked at for a better one"
+            );
+            return Ok(Self { loaded, listening, missing: Some(errors) });
+        }
+        if not_kept.is_some() {
+            bail!(errors);
+        }
+        tracing::error!(errors, "the commit that is kept cannot be put in force: the newest is fetched");
+        let loaded = source::newest(path, |_| ()).with_context(|| errors.clone())?;
+        let (listening, errors) = bind_each(&loaded.config, &[], workers);
+        if listening.is_empty() {
+            bail!(errors);
+        }
+        let missing = (!errors.is_empty()).then_some(errors);
+        Ok(Self { loaded, listening, missing })
+    }
 }
 
 impl Following {
@@ -143,7 +198,8 @@ impl Following {
             runtime.block_on(async {
                 let pushed = Arc::new(Notify::new());
                 tokio::spawn(webhook::serve(self.webhooks, pushed.clone()));
-                Follower::new(self.path, follow::Git, self.news, &config).run(self.requests, pushed).await;
+                let follower = Follower::new(self.path, follow::Git, self.news, &config, self.in_part);
+                follower.run(self.requests, pushed).await;
             });
         })?;
         Ok(())
@@ -410,6 +466,12 @@ fn tell(config: &Config, warnings: &[Diagnostic]) {
 
 /// Binds the addresses of `config` that are not bound already; all or none, with every failure told.
 fn bind_all(config: &Config, bound: &[SocketAddr], workers: usize) -> Result<HashMap<SocketAddr, Vec<TcpListener>>> {
+    let (sockets, errors) = bind_each(config, bound, workers);
+    if errors.is_empty() { Ok(sockets) } else { bail!(errors) }
+}
+
+/// Binds those of the addresses that can be, and says of each of the others why it cannot.
+fn bind_each(config: &Config, bound: &[SocketAddr], workers: usize) -> (HashMap<SocketAddr, Vec<TcpListener>>, String) {
     let mut sockets = HashMap::new();
     let mut errors = String::new();
     let beside_own = |addr: SocketAddr| bound.iter().any(|b| b.port() == addr.port() && b.is_ipv4() == addr.is_ipv4());
@@ -426,7 +488,7 @@ fn bind_all(config: &Config, bound: &[SocketAddr], workers: usize) -> Result<Has
             }
         }
     }
-    if errors.is_empty() { Ok(sockets) } else { bail!(errors) }
+    (sockets, errors)
 }
 
 fn bind_admin(config: &Config) -> Result<Sockets> {

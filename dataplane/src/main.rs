@@ -39,6 +39,15 @@ enum Command {
         /// For people, or one JSON document with file, line and column of everything that is wrong.
         #[arg(long, value_enum, default_value = "text")]
         format: Format,
+        /// Check the content of a repository instead, which lies in this folder: without a network, without a file outside of it, and as strictly as a node does.
+        #[arg(long, value_name = "DIR")]
+        repository: Option<PathBuf>,
+        /// The file in the repository, as `path` in [source].
+        #[arg(long, value_name = "FILE", default_value = "dataplane.toml", requires = "repository")]
+        path: PathBuf,
+        /// A node's own file, of which `allow_hosts`, `allow_listeners` and `allow_targets` in [source] count; their defaults when left out.
+        #[arg(long, value_name = "FILE", requires = "repository")]
+        node: Option<PathBuf>,
     },
     /// Say in words what a change of the configuration does to the routing table.
     Diff {
@@ -140,12 +149,15 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             let _flush = logging::init(*log_format);
             daemon::run(path)?;
         }
-        Command::Check { format: Format::Text } => {
-            let config = shown_warnings(source::newest(path)?);
-            write!(out, "{}", config::routing_table(&config))?;
-        }
-        Command::Check { format: Format::Json } => {
-            let outcome = source::newest(path);
+        Command::Check { format, repository, path: inside, node } => {
+            let outcome = match repository {
+                Some(folder) => source::content(folder, inside, node.as_deref()),
+                None => source::newest(path, say_where_to),
+            };
+            if matches!(format, Format::Text) {
+                write!(out, "{}", config::routing_table(&shown_warnings(outcome?)))?;
+                return Ok(ExitCode::SUCCESS);
+            }
             writeln!(out, "{:#}", checked(&outcome))?;
             return Ok(if outcome.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
@@ -201,6 +213,13 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Who reads a file that somebody else has written learns where its token goes before it does.
+fn say_where_to(repository: &config::Repository) {
+    let with = repository.token_file.as_ref().or(repository.ssh_key_file.as_ref());
+    let with = with.map(|file| format!(" with {}", file.display())).unwrap_or_default();
+    let _ = writeln!(std::io::stderr(), "fetching {}{with}", config::redacted(&repository.git));
+}
+
 /// Shows the warnings, on stderr.
 fn shown_warnings(Loaded { config, warnings, .. }: Loaded) -> Config {
     for warning in &warnings {
@@ -237,12 +256,12 @@ fn ask(path: &Path, method: Method, request: &str) -> Result<String> {
 }
 
 /// Where the daemon listens for commands. A configuration that is invalid just now must not keep its owner from the daemon that runs on the old one,
-/// so this looks at nothing else in it; only where the file leaves it to its repository, the whole is asked.
+/// so this looks at nothing else in it; only where it may be in a file that is included, the whole is asked.
 fn control_socket(path: &Path) -> PathBuf {
     let text = std::fs::read_to_string(path).unwrap_or_default();
     let document: toml::Table = text.parse().unwrap_or_default();
     let socket = document.get("admin").and_then(|admin| admin.get("socket")).and_then(toml::Value::as_str);
-    if let (None, true) = (socket, document.contains_key("source") || document.contains_key("include"))
+    if let (None, true) = (socket, document.contains_key("include"))
         && let Ok(loaded) = source::kept(path)
     {
         return loaded.config.admin.socket;

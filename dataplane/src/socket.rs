@@ -1,6 +1,7 @@
 //! Options of the sockets of both legs, set before they connect or, on a listener, inherited by what it accepts; and how a socket is left.
 
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
@@ -9,6 +10,17 @@ use tokio::net::TcpStream;
 
 /// More than a client sends that has its answer already.
 const DISCARDED: usize = 256 * 1024;
+
+/// Whether an address is one of this machine: then the kernel answers it from itself. Nothing is sent.
+pub fn is_of_this_machine(ip: IpAddr) -> bool {
+    let any: IpAddr = if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let from = UdpSocket::bind((any, 0)).and_then(|socket| {
+        // A port of the sort that is never dialled (RFC 863); any will do.
+        socket.connect((ip, 9))?;
+        socket.local_addr()
+    });
+    from.is_ok_and(|from| from.ip() == ip)
+}
 
 /// Options of both legs.
 pub fn prepare(socket: impl AsFd) -> io::Result<()> {

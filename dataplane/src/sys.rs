@@ -267,9 +267,12 @@ pub fn own_network() -> io::Result<()> {
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Has a child give up the privileges that it would inherit (capabilities(7), ambient set) and write no file larger than this, nor its children.
+/// Has a child keep no capability, whoever started us (capabilities(7)), and get none by any program that it runs (`PR_SET_NO_NEW_PRIVS`; without it, root's
+/// children would get all of them back); and write no file larger than this, nor its children.
 pub fn confine(command: &mut std::process::Command, largest_file: u64) {
     use std::os::unix::process::CommandExt;
+
+    use rustix::thread::{self, CapabilitySet, CapabilitySets};
 
     let confine = move || {
         let limit = rustix::process::Rlimit { current: Some(largest_file), maximum: Some(largest_file) };
@@ -277,13 +280,14 @@ pub fn confine(command: &mut std::process::Command, largest_file: u64) {
         // A write beyond it then fails with EFBIG, and says so, instead of ending the program without a word.
         // SAFETY: no handler is installed, so none can run.
         unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
-        match rustix::thread::clear_ambient_capability_set() {
-            // Before Linux 4.3.
-            Ok(()) | Err(rustix::io::Errno::INVAL) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
+        let none = CapabilitySet::empty();
+        thread::set_no_new_privs(true)?;
+        // The ambient set follows: it is never more than the other two have in common.
+        thread::set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })?;
+        Ok(())
     };
-    // SAFETY: between fork and exec only bare system calls are made, setrlimit(2), rt_sigaction(2) and prctl(2); nothing is allocated and no lock is taken.
+    // SAFETY: between fork and exec only bare system calls are made, setrlimit(2), rt_sigaction(2), prctl(2) and capset(2); nothing is allocated and no lock is
+    // taken.
     unsafe { command.pre_exec(confine) };
 }
 

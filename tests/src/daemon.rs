@@ -185,6 +185,7 @@ impl Daemon {
             .args(["run", "--log-format", "json", "--config"])
             .arg(&file)
             .env("NOTIFY_SOCKET", &notify_path)
+            .env("GIT_SSL_CAINFO", crate::forge::authority(net.dir()))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
@@ -342,7 +343,12 @@ impl Daemon {
     /// One command of its command line, with its configuration.
     pub fn cli(&self, args: &[&str]) -> Output {
         self.host
-            .run(|| Command::new(binary()).args(args).arg("--config").arg(self.config_path()).output())
+            .run(|| {
+                let mut command = Command::new(binary());
+                let net = self.dir.parent().expect("a folder of the net's");
+                command.env("GIT_SSL_CAINFO", crate::forge::authority(net));
+                command.args(args).arg("--config").arg(self.config_path()).output()
+            })
             .expect("the daemon's binary can be run")
     }
 

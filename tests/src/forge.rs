@@ -1,4 +1,5 @@
-//! A forge: a bare repository on a host, served by git's own http-backend behind lighttpd and by OpenSSH's sshd, and a clone to push from.
+//! A forge: a bare repository on a host, served by git's own http-backend behind lighttpd, which nginx serves as https, and by OpenSSH's sshd, and a clone to
+//! push from.
 //!
 //! A push tells the webhooks of it, signed as forges sign, from git's post-receive hook.
 
@@ -8,15 +9,18 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-use crate::netns::{Host, Net, Process};
+use crate::netns::{CLUSTER, ENTRANCE, ENTRANCE_INSIDE, Host, Net, Process};
+use crate::peers::Peer;
 use crate::{eventually, target_dir};
 
 /// What HTTP asks for; the user is anyone.
 pub const TOKEN: &str = "s3cret-token";
 /// What webhooks are signed with.
 pub const SECRET: &str = "It's a Secret to Everybody";
-/// Where lighttpd and sshd listen.
+/// Where lighttpd, nginx and sshd listen.
 pub const HTTP_PORT: u16 = 8080;
+/// See [`HTTP_PORT`].
+pub const HTTPS_PORT: u16 = 8443;
 /// See [`HTTP_PORT`].
 pub const SSH_PORT: u16 = 2222;
 
@@ -25,6 +29,7 @@ pub struct Forge {
     dir: PathBuf,
     host: Host,
     http: Option<Process>,
+    _https: Peer,
     _sshd: Process,
 }
 
@@ -35,7 +40,8 @@ impl Forge {
         let dir = net.dir().join("forge");
         std::fs::create_dir(&dir).expect("one forge for a test");
         std::fs::set_permissions(&dir, PermissionsExt::from_mode(0o755)).expect("chmod");
-        let forge = Self { http: None, _sshd: start_sshd(host, &dir), dir, host: host.clone() };
+        let _https = serve_tls(net, host, &dir);
+        let forge = Self { http: None, _https, _sshd: start_sshd(host, &dir), dir, host: host.clone() };
         git(Command::new("git").args(["init", "--quiet", "--bare", "--initial-branch=main"]).arg(forge.repository()));
         git(Command::new("git").args(["init", "--quiet", "--initial-branch=main"]).arg(forge.clone_dir()));
         let mut forge = forge;
@@ -69,6 +75,12 @@ impl Forge {
         let file = self.dir.join("secret");
         std::fs::write(&file, format!("{SECRET}\n")).expect("written");
         file
+    }
+
+    /// The lines of `[source]` that lead to it by https, with its token.
+    pub fn by_https(&self, address: &str) -> String {
+        let token = self.token_file();
+        format!("git = \"https://{address}:{HTTPS_PORT}/git/entrance.git\"\ntoken_file = \"{}\"\n", token.display())
     }
 
     /// Starts the web server.
@@ -241,4 +253,32 @@ fn listening(host: &Host, command: &mut Command, port: u16, log: &Path) -> Proce
         (!host.output(Command::new("ss").args(["-ltnH", &filter])).is_empty()).then_some(())
     });
     process
+}
+
+/// What a forge's certificate is signed with, for whoever runs git below the test's folder.
+pub fn authority(dir: &Path) -> PathBuf {
+    dir.join("forge.pem")
+}
+
+fn serve_tls(net: &Net, host: &Host, dir: &Path) -> Peer {
+    let (key, certificate) = (dir.join("tls.key"), authority(net.dir()));
+    let addresses = [ENTRANCE[0], ENTRANCE_INSIDE[0], CLUSTER[0]].map(|address| format!("IP:{address}")).join(",");
+    let out = Command::new("openssl")
+        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"])
+        .args(["-subj", "/CN=forge", "-addext", &format!("subjectAltName={addresses}"), "-keyout"])
+        .arg(&key)
+        .arg("-out")
+        .arg(&certificate)
+        .output()
+        .expect("openssl makes the certificate: apt-get install openssl");
+    assert!(out.status.success(), "openssl: {}", String::from_utf8_lossy(&out.stderr));
+    let (key, certificate) = (key.display(), certificate.display());
+    Peer::nginx(
+        net,
+        host,
+        &format!(
+            "http {{ server {{ listen {HTTPS_PORT} ssl; ssl_certificate {certificate}; ssl_certificate_key {key}; \
+             client_max_body_size 64m; location / {{ proxy_pass http://127.0.0.1:{HTTP_PORT}; }} }} }}"
+        ),
+    )
 }

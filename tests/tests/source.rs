@@ -23,7 +23,7 @@ fn truth(host: &str) -> String {
 fn node(dir: &Path, source: &str) -> String {
     let d = dir.display();
     format!(
-        "[source]\nref = \"main\"\nstate_directory = \"{d}/state\"\n{source}\n\
+        "[source]\nref = \"main\"\nstate_directory = \"{d}/state\"\nallow_targets = [\"127.0.0.0/8\"]\n{source}\n\
          [admin]\nbind = \"127.0.0.1:9443\"\nsocket = \"{d}/admin.sock\"\n"
     )
 }
@@ -48,11 +48,7 @@ impl Nodes {
 
     #[track_caller]
     fn both(net: &Net, forge: &Forge, lines: &str) -> [Daemon; 2] {
-        let by_http = format!(
-            "git = \"http://{}:{HTTP_PORT}/git/entrance.git\"\ntoken_file = \"{}\"\n{lines}",
-            ENTRANCE[0],
-            forge.token_file().display()
-        );
+        let by_http = forge.by_https(ENTRANCE[0]) + lines;
         let by_ssh = format!(
             "git = \"ssh://git@{}:{SSH_PORT}{}\"\nssh_key_file = \"{}\"\n{lines}",
             ENTRANCE_INSIDE[0],
@@ -99,6 +95,7 @@ fn check(net: &Net, source: &str, tmp: &Path) -> (bool, String) {
     let file = net.file("node.toml", node(net.dir(), source));
     let mut command = Command::new(tests::daemon::binary());
     command.args(["check", "--config"]).arg(&file).env("TMPDIR", tmp);
+    command.env("GIT_SSL_CAINFO", tests::forge::authority(net.dir()));
     let out = net.client.run(|| command.output()).expect("the daemon's binary can be run");
     (out.status.success(), String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned())
 }
@@ -262,9 +259,11 @@ fn a_webhook_comes_through_a_route_and_an_ingress_and_moves_without_a_restart() 
     );
     let _ingress = Peer::nginx(&net, &net.client, &format!("http {{ server {{ {server} }} }}"));
     let source = |port: u16, secret: &Path| {
-        let git = format!("git = \"http://{}:{HTTP_PORT}/git/entrance.git\"\ninterval = \"1h\"\n", ENTRANCE[0]);
-        let token = format!("token_file = \"{}\"\n", forge.token_file().display());
-        format!("{git}{token}webhook = {{ bind = \"127.0.0.1:{port}\", secret_file = \"{}\" }}", secret.display())
+        let git = forge.by_https(ENTRANCE[0]);
+        format!(
+            "{git}interval = \"1h\"\nwebhook = {{ bind = \"127.0.0.1:{port}\", secret_file = \"{}\" }}",
+            secret.display()
+        )
     };
     let daemon = Daemon::start_on(&net, &net.client, |dir| node(dir, &source(9080, &forge.secret_file())));
     let body = "{}";
@@ -313,7 +312,8 @@ fn a_hook_of_the_repository_refuses_what_the_nodes_would() {
     let net = Net::new();
     let forge = Forge::start(&net, &net.entrance);
     forge.guard(&tests::daemon::binary());
-    let include = format!("include = [\"routes.d/*.toml\"]\n{}", truth("one.example"));
+    let truth = truth("one.example").replace("127.0.0.1", "100.64.0.9");
+    let include = format!("include = [\"routes.d/*.toml\"]\n{truth}");
     let more = "[[routes]]\nhosts = [\"more.example\"]\nupstream = \"cluster\"\n";
     forge.push(&[("dataplane.toml", &include), ("routes.d/more.toml", more)]);
     let wrong = more.replace("cluster", "clutser");
@@ -353,19 +353,23 @@ fn a_repository_above_runs_nothing_and_a_redirect_gets_no_token() {
     // A server that sends elsewhere, and one that writes down what it is sent.
     let heard = net.dir().join("heard");
     let to = ENTRANCE[0];
+    let (certificate, key) = (tests::forge::authority(net.dir()), net.dir().join("forge/tls.key"));
+    let (certificate, key) = (certificate.display(), key.display());
+    let by_https = by_http(8082).replace("http:", "https:");
     let servers = format!(
         "log_format sent \"$request_uri $http_authorization\"; \
-         server {{ listen {to}:8082; return 302 http://{to}:8083$request_uri; }} \
+         server {{ listen {to}:8082 ssl; ssl_certificate {certificate}; ssl_certificate_key {key}; \
+         return 302 http://{to}:8083$request_uri; }} \
          server {{ listen {to}:8083; access_log {} sent; return 404; }}",
         heard.display()
     );
     let _nginx = Peer::nginx(&net, &net.entrance, &format!("http {{ {servers} }}"));
     let heard = || std::fs::read_to_string(&heard).unwrap_or_default();
-    let (good, said) = check(&net, &format!("{}\n{token}", by_http(8082)), &inside);
+    let (good, said) = check(&net, &format!("{by_https}\n{token}"), &inside);
     assert!(!good && said.contains("write `git` as the URL where the repository is now"), "{said}");
     assert_eq!(heard(), "");
     // Without a token there is nothing to lose.
-    let (good, said) = check(&net, &by_http(8082), &inside);
+    let (good, said) = check(&net, &by_https, &inside);
     assert!(!good, "{said}");
     eventually(PATIENCE, "the redirection is followed", || {
         heard().contains("/git/entrance.git/info/refs").then_some(())
@@ -404,7 +408,7 @@ fn what_is_too_large_too_slow_or_a_link_is_not_fetched_and_no_secret_is_an_argum
     assert!(start.elapsed() < PATIENCE);
     // Meanwhile a token is looked for in what every user can see.
     let by_token = format!(
-        "git = \"http://{}:8081/x.git\"\ntimeout = \"4s\"\ntoken_file = \"{}\"",
+        "git = \"https://{}:8081/x.git\"\ntimeout = \"4s\"\ntoken_file = \"{}\"",
         ENTRANCE[0],
         forge.token_file().display()
     );

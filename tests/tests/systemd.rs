@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 use tests::daemon::HOST;
-use tests::forge::{Forge, HTTP_PORT, SECRET, SSH_PORT, TOKEN, signature};
+use tests::forge::{Forge, HTTPS_PORT, SECRET, SSH_PORT, TOKEN, signature};
 use tests::netns::{CLUSTER, Net};
 use tests::rig::{PATIENCE, accept, accept_within, hello, public};
 use tests::stream::{Pattern, client_hello, read_to_end};
@@ -310,6 +310,9 @@ fn secrets_are_the_services_own_credentials_by_http_by_ssh_and_for_the_webhook()
         machine.output(&["chmod", "600", &format!("{folder}/{name}")]);
         unit += &format!("LoadCredential={name}:{folder}/{name}\n");
     }
+    let authority = std::fs::read_to_string(tests::forge::authority(node.net.dir())).expect("it is there");
+    machine.write("/etc/dataplane/forge.pem", &authority);
+    unit += "Environment=GIT_SSL_CAINFO=/etc/dataplane/forge.pem\n";
     machine.write("/etc/systemd/system/dataplane.service.d/secrets.conf", &unit);
     machine.output(&["systemctl", "daemon-reload"]);
     let credentials = "/run/credentials/dataplane.service";
@@ -320,7 +323,7 @@ fn secrets_are_the_services_own_credentials_by_http_by_ssh_and_for_the_webhook()
     let status = || machine.output(&["dataplane", "status"]);
     let arrives = |host: &str| eventually(PATIENCE, "it is in force", || status().contains(host).then_some(()));
 
-    let url = format!("http://{}:{HTTP_PORT}/git/entrance.git", CLUSTER[0]);
+    let url = format!("https://{}:{HTTPS_PORT}/git/entrance.git", CLUSTER[0]);
     machine.write(CONFIG, &source(&format!("git = \"{url}\"\ntoken_file = \"{credentials}/token\"")));
     machine.output(&["systemctl", "start", "dataplane"]);
     node.forwards(HOST);

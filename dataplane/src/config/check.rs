@@ -7,6 +7,9 @@ use ipnet::IpNet;
 
 use super::{Bind, Config, Diagnostic, HostPattern, Mode, Route, Span, TargetHost};
 
+/// Each is compared with the others.
+const MOST_ROUTES_OF_A_HOST: usize = 64;
+
 /// Where things stand that the model does not keep: by index, as the lists of [`Config`].
 #[derive(Default)]
 pub(super) struct Places {
@@ -86,6 +89,12 @@ fn overlapping_routes(config: &Config, places: &Places) -> Vec<Diagnostic> {
     for (index, (route, spans)) in config.routes.iter().zip(&places.hosts).enumerate() {
         for (host, span) in route.hosts.iter().zip(spans) {
             let earlier = seen.entry(host).or_default();
+            if earlier.len() == MOST_ROUTES_OF_A_HOST {
+                let message = format!("host `{host}` has more than {MOST_ROUTES_OF_A_HOST} routes");
+                let remedy = "give the protocols and listeners that lead to one upstream one route";
+                found.push(Diagnostic::error(span.clone(), message, remedy));
+                continue;
+            }
             let first = earlier.iter().find(|(other, _)| *other == index || overlap(&config.routes[*other], route));
             if let Some((other, first)) = first {
                 let (message, remedy) = if *other == index {
@@ -150,6 +159,9 @@ fn challenges_to_ourselves(config: &Config) -> Vec<Diagnostic> {
     let mut found = Vec::new();
     for (index, listener) in config.listeners.iter().enumerate() {
         let Mode::Http { acme_port } = listener.mode else { continue };
+        let taken = config.listeners.iter().flat_map(|l| &l.bind).find(|bind| {
+            bind.addr.port() == acme_port && (bind.addr.ip().is_unspecified() || bind.addr.ip().is_loopback())
+        });
         let routes = config.routes.iter().filter(|r| r.listeners.is_empty() || r.listeners.contains(&index));
         let mut upstreams: Vec<usize> = routes.map(|route| route.upstream).collect();
         upstreams.sort_unstable();
@@ -159,9 +171,6 @@ fn challenges_to_ourselves(config: &Config) -> Vec<Diagnostic> {
                 TargetHost::Ip(ip) => ip.is_loopback(),
                 TargetHost::Name(name) => is_localhost(name),
             };
-            let taken = config.listeners.iter().flat_map(|l| &l.bind).find(|bind| {
-                bind.addr.port() == acme_port && (bind.addr.ip().is_unspecified() || bind.addr.ip().is_loopback())
-            });
             if let (true, Some(bind)) = (here, taken) {
                 let message = format!(
                     "ACME challenges for `{}` cannot be passed on: port {acme_port} of that host is this dataplane",
@@ -181,7 +190,7 @@ fn challenges_to_ourselves(config: &Config) -> Vec<Diagnostic> {
 }
 
 /// RFC 6761 section 6.3.
-fn is_localhost(name: &str) -> bool {
+pub(super) fn is_localhost(name: &str) -> bool {
     let name = name.trim_end_matches('.');
     name == "localhost" || name.ends_with(".localhost")
 }

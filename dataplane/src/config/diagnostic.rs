@@ -11,6 +11,15 @@ use super::{Source, Span};
 /// Lines longer than this many columns are quoted in part: a generated file may be a single line.
 const QUOTE_WIDTH: usize = 160;
 
+/// Errors, and warnings, that are shown of one configuration: more than anybody corrects at once. What comes after them is counted.
+const MOST_SHOWN: usize = 100;
+
+/// Errors, and warnings, that each stage of reading keeps for the choice of those.
+pub(super) const MOST_KEPT: usize = 3 * MOST_SHOWN;
+
+/// Characters of a message or a remedy, which may quote what somebody wrote.
+const LONGEST_TEXT: usize = 1000;
+
 /// One finding about a configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Diagnostic {
@@ -39,7 +48,7 @@ pub enum Severity {
 impl Diagnostic {
     /// The configuration is refused because of `message`.
     pub fn error(span: Span, message: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { severity: Severity::Error, span, message: message.into(), remedy: remedy.into(), note: None }
+        Self { severity: Severity::Error, span, message: fit(message.into()), remedy: fit(remedy.into()), note: None }
     }
 
     /// The configuration is used, but its owner should know `message`.
@@ -50,7 +59,7 @@ impl Diagnostic {
     /// Shows a second place.
     #[must_use]
     pub fn note(mut self, span: Span, message: impl Into<String>) -> Self {
-        self.note = Some((span, message.into()));
+        self.note = Some((span, fit(message.into())));
         self
     }
 
@@ -86,6 +95,70 @@ impl Diagnostic {
     }
 }
 
+/// In the order of the files; what is beyond [`MOST_SHOWN`], and the errors and warnings that were `left_out` before, as a number.
+pub(super) fn shown_part(mut all: Vec<Diagnostic>, left_out: [usize; 2]) -> Vec<Diagnostic> {
+    all.sort_by_key(|diagnostic| (diagnostic.span.start, diagnostic.span.end));
+    let mut seen = [0, 0];
+    let mut last = [None, None];
+    all.retain(|diagnostic| {
+        let kind = usize::from(!diagnostic.is_error());
+        seen[kind] += 1;
+        let is_shown = seen[kind] <= MOST_SHOWN;
+        if is_shown {
+            last[kind] = Some(diagnostic.span.clone());
+        }
+        is_shown
+    });
+    for (kind, what) in ["errors", "warnings"].iter().enumerate() {
+        let more = left_out[kind] + seen[kind].saturating_sub(MOST_SHOWN);
+        if let (true, Some(span)) = (more > 0, &last[kind]) {
+            let message = format!("{more} more {what} are not shown");
+            let severity = if kind == 0 { Severity::Error } else { Severity::Warning };
+            all.push(Diagnostic { severity, ..Diagnostic::error(span.clone(), message, "correct those above first") });
+        }
+    }
+    all
+}
+
+/// Short enough to be shown, and without passwords of URLs.
+fn fit(text: String) -> String {
+    let text = if text.contains('@') { redacted(&text) } else { text };
+    match text.char_indices().nth(LONGEST_TEXT) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
+}
+
+/// A text with each word that looks like a URL, or like scp's form, and has a name and a password in it, without these.
+pub fn redacted(text: &str) -> String {
+    let is_between = |c: char| c.is_whitespace() || matches!(c, '"' | '\'' | '`');
+    let words = text.split_inclusive(is_between);
+    words.map(|word| secret_of(word).map_or_else(|| word.into(), |hidden| masked(word, &hidden))).collect()
+}
+
+/// A quoted line without passwords of URLs; as wide as before. More is hidden than in a message: nobody knows where a password ends that is not quoted well.
+fn redacted_line(line: &str) -> String {
+    secret_of(line).map_or_else(|| line.into(), |hidden| masked(line, &hidden))
+}
+
+/// Where the name and the password of a URL are in a text, if there are any: up to the last `@`, however that is written.
+fn secret_of(text: &str) -> Option<Span> {
+    let end = ["@", "\\u0040", "\\U00000040", "\\x40"].iter().filter_map(|at| text.rfind(at)).max()?;
+    let (start, is_ssh) = match text[..end].find("://") {
+        Some(scheme) => (scheme + 3, text[..scheme].ends_with("ssh")),
+        None => (text[..end].find(':')? + 1, false),
+    };
+    let name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    // `ssh://git@host` tells nothing, and is what most people write.
+    let is_secret = start < end && !(is_ssh && text[start..end].chars().all(name));
+    is_secret.then_some(start..end)
+}
+
+fn masked(text: &str, hidden: &Span) -> String {
+    let stars = "*".repeat(text[hidden.clone()].chars().count());
+    format!("{}{stars}{}", &text[..hidden.start], &text[hidden.end..])
+}
+
 struct Rendered<'a> {
     diagnostic: &'a Diagnostic,
     source: &'a Source,
@@ -110,14 +183,14 @@ fn quote(f: &mut fmt::Formatter<'_>, source: &Source, span: &Span, severity: &st
     let (path, line, column) = source.position(span.start);
     writeln!(f, "{}:{line}:{column}: {severity}: {}", path.display(), printable(message))?;
 
-    let text = source.line_at(span.start);
+    let text = &*redacted_line(source.line_at(span.start));
     // Where the window into a long line begins, in characters.
     let skip = if text.chars().count() > QUOTE_WIDTH { column.saturating_sub(QUOTE_WIDTH / 4) } else { 0 };
     let before: String = text.chars().take(column - 1).skip(skip).map(shown).collect();
     let start = source.floor(span.start);
     let marked_end = source.floor(span.end).max(start).min(source.line_start(start) + text.len()).max(start);
-    let marked: String =
-        source.text[start..marked_end].chars().take(QUOTE_WIDTH - QUOTE_WIDTH / 4).map(shown).collect();
+    let marked = source.text[start..marked_end].chars().count().min(QUOTE_WIDTH - QUOTE_WIDTH / 4);
+    let marked: String = text.chars().skip(column - 1).take(marked).map(shown).collect();
     let window: String = text.chars().skip(skip).take(QUOTE_WIDTH).map(shown).collect();
     let more = if text.chars().count() > skip + QUOTE_WIDTH { "…" } else { "" };
     let lead = if skip > 0 { "…" } else { "" };
@@ -182,6 +255,43 @@ mod tests {
         let source = source("a = \"\x1b[2J\u{202e}\"");
         let shown = Diagnostic::error(4..10, "bad \x1b[2J", "fix it").render(&source).to_string();
         assert!(!shown.contains(['\x1b', '\u{202e}']));
+    }
+
+    #[test]
+    fn a_password_in_a_url_is_never_shown_however_it_is_written() {
+        for line in [
+            r#"git = "https://me:s3cret@git.example.com/x""#,
+            r#"git = "https://s3cret@git.example.com/x""#,
+            r#"git = "ssh://git:s3cret@git.example.com/x""#,
+            r#"git = "me:s3cret@git.example.com:x""#,
+            r#"git = "https://me:s3/cr s3cret@git.example.com/x""#,
+            r#"git = "https://me:s3cret\u0040git.example.com/x""#,
+            r"git = 'https://me:s3cret'@git.example.com/x",
+            "git = https://me:s3cret@git.example.com/x",
+            r#"source = { git = "https://me:s3cret@git.example.com/x", webhok = 1 }"#,
+        ] {
+            let source = source(line);
+            let shown = Diagnostic::error(0..line.len(), "bad", "fix it").render(&source).to_string();
+            assert!(!shown.contains("s3cret") && shown.contains("git.example.com"), "{shown}");
+            assert_eq!(shown.lines().nth(1).unwrap().chars().count(), line.chars().count() + 4, "{shown}");
+        }
+        let message = "`https://me:s3cret@x.example/` is a URL; write \"ssh://git@HOST/PATH\" or git@host:x";
+        let found = Diagnostic::error(0..1, message, "write \"https://me:s3cret@x.example\"");
+        assert!(!format!("{found:?}").contains("s3cret"), "{found:?}");
+        assert!(found.message.ends_with("write \"ssh://git@HOST/PATH\" or git@host:x"), "{found:?}");
+    }
+
+    #[test]
+    fn more_than_a_hundred_are_counted_and_no_text_is_without_end() {
+        let warnings = (0..120).map(|i| Diagnostic::warning(i..i, "w", ""));
+        let all: Vec<_> = warnings.chain((0..250).map(|i| Diagnostic::error(i..i, "e", ""))).collect();
+        let shown = shown_part(all, [1000, 0]);
+        let last: Vec<_> = shown[shown.len() - 2..].iter().map(|d| &*d.message).collect();
+        assert_eq!(last, ["1150 more errors are not shown", "20 more warnings are not shown"]);
+        assert_eq!(shown.iter().filter(|d| d.is_error()).count(), MOST_SHOWN + 1);
+        assert_eq!(shown_part(shown[..3].to_vec(), [0, 0]).len(), 3);
+        let long = Diagnostic::error(0..1, "é".repeat(1 << 20), "");
+        assert_eq!(long.message.chars().count(), LONGEST_TEXT + 1);
     }
 
     #[test]

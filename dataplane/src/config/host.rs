@@ -187,7 +187,7 @@ impl Target {
                 format!("nothing can be reached at `{ip}`"),
                 "write the address of the service: \"127.0.0.1:8443\" for this machine",
             ),
-            host => Ok(Self { text: Arc::from(text), host, port, span }),
+            host => Ok(Self { text: Arc::from(text), host, port, span, fence: None }),
         }
     }
 }

@@ -17,19 +17,10 @@ pub const ROOT: &[&str] = &[
 /// Of a file that another one includes.
 pub const INCLUDED: &[&str] =
     &["engine", "listeners", "upstreams", "routes", "limits", "admin", "resolver", "tailnet", "on_removed_route"];
-/// Of the file in a repository.
-pub const IN_REPOSITORY: &[&str] = &[
-    "engine",
-    "listeners",
-    "upstreams",
-    "routes",
-    "limits",
-    "admin",
-    "resolver",
-    "tailnet",
-    "on_removed_route",
-    "include",
-];
+/// What a node alone decides: no file of a repository may have them.
+pub const NODE_ONLY: &[&str] = &["engine", "admin", "resolver", "tailnet", "watch", "source"];
+/// The same of `[limits]`: what fits a machine depends on the machine.
+pub const NODE_ONLY_LIMITS: &[&str] = &["max_connections", "kernel_memory"];
 pub const LISTENER: &[&str] = &["bind", "mode", "upstream", "accept_proxy", "allow", "deny", "acme_port"];
 pub const UPSTREAM: &[&str] = &[
     "targets",
@@ -71,6 +62,9 @@ pub const SOURCE: &[&str] = &[
     "max_size",
     "state_directory",
     "webhook",
+    "allow_hosts",
+    "allow_listeners",
+    "allow_targets",
 ];
 pub const WEBHOOK: &[&str] = &["bind", "secret_file"];
 

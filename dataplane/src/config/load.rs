@@ -4,7 +4,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::io;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,6 +12,15 @@ use toml::de::{DeTable, DeValue};
 
 use super::source::Role;
 use super::{Diagnostic, Source, Span};
+
+/// Bytes of all files of a configuration together: room for some 20,000 hosts, and read within a moment however wrong it is.
+pub const LARGEST: usize = 1 << 20;
+
+/// Files of a configuration, and entries of one `include`.
+const MOST_FILES: usize = 1000;
+
+/// `*` in one pattern: each may stand for any part of a name, and all combinations are tried.
+const MOST_WILDCARDS: usize = 3;
 
 /// Where included files are.
 pub trait Files {
@@ -21,9 +30,11 @@ pub trait Files {
     /// Why it is no pattern, or what could not be listed.
     fn matching(&self, folder: &Path, pattern: &str) -> Result<Vec<PathBuf>, String>;
 
-    /// The bytes of a file.
+    /// The bytes of a file; of a larger one than [`LARGEST`] enough to see that it is.
     fn read(&self, path: &Path) -> io::Result<Vec<u8>>;
 }
+
+const LARGER: &str = "larger than 1MiB";
 
 /// Why there is no configuration.
 #[derive(Debug)]
@@ -41,6 +52,11 @@ pub enum LoadError {
         path: PathBuf,
         /// Where the first byte is that cannot be; from 1.
         line: usize,
+    },
+    /// With this file the configuration is larger than [`LARGEST`].
+    TooLarge {
+        /// As given by the user.
+        path: PathBuf,
     },
     /// The repository could not be fetched from.
     Repository {
@@ -60,10 +76,10 @@ pub enum LoadError {
 
 /// Reads a file of this machine, and what it includes.
 pub fn read(path: &Path) -> Result<Source, LoadError> {
-    let text = utf8(path, std::fs::read(path).map_err(|error| LoadError::Unreadable { path: path.into(), error })?)?;
+    let bytes = Disk.read(path).map_err(|error| LoadError::Unreadable { path: path.into(), error })?;
+    let text = text(path, bytes, 0)?;
     let mut source = Source::new(path, text);
-    let folder = path.parent().unwrap_or(Path::new(""));
-    include(&mut source, folder, &Disk, Role::Included, Path::to_path_buf);
+    include(&mut source, folder_of(path), &Disk, Role::Included, Path::to_path_buf);
     Ok(source)
 }
 
@@ -71,12 +87,31 @@ pub fn read(path: &Path) -> Result<Source, LoadError> {
 pub fn add_repository(source: &mut Source, commit: &str, path: &Path, files: &impl Files) -> Result<(), LoadError> {
     let shown = |path: &Path| PathBuf::from(format!("{}:{}", &commit[..commit.len().min(12)], path.display()));
     let bytes = files.read(path).map_err(|error| LoadError::Unreadable { path: shown(path), error })?;
-    let text = utf8(&shown(path), bytes)?;
+    let text = text(&shown(path), bytes, source.text.len())?;
     source.commit = Some(commit.to_owned());
     source.add(shown(path), &text, Role::Repository);
-    let folder = path.parent().unwrap_or(Path::new(""));
-    include(source, folder, files, Role::RepositoryIncluded, shown);
+    include(source, folder_of(path), files, Role::RepositoryIncluded, shown);
     Ok(())
+}
+
+/// Reads the file `path` of a repository alone, and what it includes.
+pub fn read_repository(path: &Path, files: &impl Files) -> Result<Source, LoadError> {
+    let bytes = files.read(path).map_err(|error| LoadError::Unreadable { path: path.into(), error })?;
+    let mut source = Source::of_repository(path, text(path, bytes, 0)?);
+    include(&mut source, folder_of(path), files, Role::RepositoryIncluded, Path::to_path_buf);
+    Ok(source)
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().unwrap_or(Path::new(""))
+}
+
+/// The text of a file, beside as much of others.
+fn text(path: &Path, bytes: Vec<u8>, beside: usize) -> Result<String, LoadError> {
+    if bytes.len() + beside > LARGEST {
+        return Err(LoadError::TooLarge { path: path.into() });
+    }
+    utf8(path, bytes)
 }
 
 fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String, LoadError> {
@@ -90,7 +125,12 @@ fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String, LoadError> {
 fn include(source: &mut Source, folder: &Path, files: &impl Files, role: Role, shown: impl Fn(&Path) -> PathBuf) {
     let Some(including) = source.files().last().cloned() else { return };
     let mut seen: HashSet<PathBuf> = HashSet::from([including.path.clone()]);
-    for (span, pattern) in patterns(&source.text[including.range.clone()]) {
+    let patterns = patterns(&source.text[including.range.clone()]);
+    if let Some((span, _)) = patterns.get(MOST_FILES) {
+        source.findings.push(too_many_files(Source::placed(&including, span)));
+        return;
+    }
+    for (span, pattern) in patterns {
         let span = Source::placed(&including, &span);
         if role == Role::Included {
             let fixed = folder.join(&pattern);
@@ -105,6 +145,10 @@ fn include(source: &mut Source, folder: &Path, files: &impl Files, role: Role, s
                 continue;
             }
         };
+        if seen.len() + found.len() > MOST_FILES {
+            source.findings.push(too_many_files(span));
+            return;
+        }
         if found.is_empty() {
             let message = format!("`{pattern}` matches no file");
             let remedy = format!("patterns are looked up from the folder of {}", including.path.display());
@@ -112,10 +156,13 @@ fn include(source: &mut Source, folder: &Path, files: &impl Files, role: Role, s
         }
         // A file that is matched twice, or by its own pattern, is read once.
         for file in found.into_iter().filter(|file| seen.insert(shown(file))) {
-            let text = files
-                .read(&file)
-                .map_err(|error| error.to_string())
-                .and_then(|bytes| utf8(&file, bytes).map_err(|_| "it is not UTF-8 text".to_owned()));
+            let beside = source.text.len();
+            let text = files.read(&file).map_err(|error| error.to_string()).and_then(|bytes| {
+                text(&file, bytes, beside).map_err(|error| match error {
+                    LoadError::TooLarge { .. } => format!("all files together are {LARGER}"),
+                    _ => "it is not UTF-8 text".to_owned(),
+                })
+            });
             match text {
                 Ok(text) => source.add(shown(&file), &text, role),
                 Err(error) => {
@@ -128,9 +175,14 @@ fn include(source: &mut Source, folder: &Path, files: &impl Files, role: Role, s
     }
 }
 
-/// What a file includes: the entries of `include`.
+fn too_many_files(span: Span) -> Diagnostic {
+    let message = format!("more than {MOST_FILES} files would be included");
+    Diagnostic::error(span, message, "put what belongs together into one file")
+}
+
+/// What a file includes: the entries of `include`, as many as are looked at.
 pub fn includes(text: &str) -> Vec<String> {
-    patterns(text).into_iter().map(|(_, pattern)| pattern).collect()
+    patterns(text).into_iter().take(MOST_FILES).map(|(_, pattern)| pattern).collect()
 }
 
 /// The strings of `include`; whatever is wrong with the file is told when it is parsed.
@@ -153,6 +205,17 @@ pub fn is_pattern(text: &str) -> bool {
     text.contains(['*', '?', '['])
 }
 
+/// The pattern as the library has it.
+///
+/// # Errors
+/// Why it is none.
+pub fn glob(pattern: &str) -> Result<glob::Pattern, String> {
+    if pattern.matches('*').count() > MOST_WILDCARDS {
+        return Err(format!("it has more than {MOST_WILDCARDS} `*`"));
+    }
+    glob::Pattern::new(pattern).map_err(|error| error.to_string())
+}
+
 struct Disk;
 
 impl Files for Disk {
@@ -160,6 +223,7 @@ impl Files for Disk {
         if !is_pattern(pattern) {
             return Ok(vec![folder.join(pattern)]);
         }
+        glob(pattern)?;
         let folder = glob::Pattern::escape(&folder.to_string_lossy());
         let found = glob::glob_with(&Path::new(&folder).join(pattern).to_string_lossy(), WILDCARDS);
         let found: Result<Vec<_>, _> = found.map_err(|error| error.to_string())?.collect();
@@ -167,7 +231,9 @@ impl Files for Disk {
     }
 
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
-        std::fs::read(path)
+        let mut bytes = Vec::new();
+        std::fs::File::open(path)?.take(LARGEST as u64 + 1).read_to_end(&mut bytes)?;
+        Ok(bytes)
     }
 }
 
@@ -183,6 +249,7 @@ impl LoadError {
         match self {
             Self::Unreadable { path, error } => whole(path, None, format!("cannot read the configuration: {error}")),
             Self::NotUtf8 { path, line } => whole(path, Some(*line), "this is not UTF-8".into()),
+            Self::TooLarge { path } => whole(path, None, format!("the configuration is {LARGER}")),
             Self::Repository { git, error } => whole(Path::new(git), None, error.clone()),
             Self::Report { source, diagnostics } => diagnostics.iter().map(|d| d.json(source)).collect(),
         }
@@ -218,6 +285,11 @@ impl fmt::Display for LoadError {
             Self::NotUtf8 { path, line } => {
                 write!(f, "{}:{line}: error: this is not UTF-8\n  help: save the file as UTF-8 text", path.display())
             }
+            Self::TooLarge { path } => write!(
+                f,
+                "{}: error: with this file the configuration is {LARGER}\n  help: name the file that is meant; 1MiB holds some 20,000 hosts, and more where a wildcard stands for many",
+                path.display()
+            ),
             Self::Repository { git, error } => {
                 write!(
                     f,

@@ -5,6 +5,7 @@
 
 mod check;
 mod diagnostic;
+mod fence;
 pub mod host;
 mod keys;
 mod load;
@@ -26,9 +27,12 @@ use std::time::Duration;
 use ipnet::IpNet;
 
 pub use check::own_listener_targets;
-pub use diagnostic::{Diagnostic, Severity};
-pub use load::{Files, LoadError, WILDCARDS, add_repository, includes, is_pattern, read};
-pub use parse::{parse, repository};
+pub use diagnostic::{Diagnostic, Severity, redacted};
+pub use fence::{Fence, own_targets};
+pub use load::{
+    Files, LARGEST, LoadError, WILDCARDS, add_repository, glob, includes, is_pattern, read, read_repository,
+};
+pub use parse::{parse, parse_within, repository};
 pub use repository::{Repository, Webhook};
 pub use routing_table::routing_table;
 pub use source::Source;
@@ -255,6 +259,8 @@ pub struct Target {
     pub port: u16,
     /// Where the file says so.
     pub span: Span,
+    /// Where a repository decides upon it: what its name may lead to.
+    pub fence: Option<Arc<Fence>>,
 }
 
 impl PartialEq for Target {
@@ -266,7 +272,7 @@ impl PartialEq for Target {
 impl Eq for Target {}
 
 /// The host part of a target.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum TargetHost {
     /// A literal address.
     Ip(IpAddr),

@@ -14,13 +14,15 @@ use sha2::{Digest, Sha256};
 use toml::de::DeTable;
 
 use super::check::Places;
+use super::diagnostic::shown_part;
 use super::keys;
-use super::reader::{Field, Reader, Section, quoted, suggest};
+use super::reader::{Field, Reader, Section, quoted, some_of};
 use super::source::{File, Role};
 use super::values::{format_duration, parse_bind, parse_net};
 use super::{
-    Admin, Balance, Bind, Config, Diagnostic, EngineChoice, HealthCheck, HostPattern, Limits, Listener, Mode, OnDown,
-    OnRemovedRoute, Repository, Resolver, Route, SendProxy, Source, Span, Tailnet, Target, Upstream, check, syntax,
+    Admin, Balance, Bind, Config, Diagnostic, EngineChoice, Fence, HealthCheck, HostPattern, Limits, Listener, Mode,
+    OnDown, OnRemovedRoute, Repository, Resolver, Route, SendProxy, Source, Span, Tailnet, Target, TargetHost,
+    Upstream, check, fence, syntax,
 };
 
 const MILLISECOND: Duration = Duration::from_millis(1);
@@ -36,13 +38,25 @@ const DRAIN: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(24 
 const HELLO_BYTES: RangeInclusive<u64> = 512..=65536;
 const KERNEL_MEMORY: RangeInclusive<u64> = 64 << 10..=1 << 40;
 const PORT: RangeInclusive<u64> = 1..=65535;
+/// What is compared with each other has bounds, so that whoever may write the text cannot make the reading of it slow.
+const MOST_LISTENERS: usize = 256;
+const MOST_BINDS: usize = 1024;
+const MOST_PROTOCOLS: usize = 32;
+/// Names that are compared with a wrong one, and of which a few are shown.
+const MOST_NAMES: usize = 200;
 /// `sun_path` of unix(7), without the closing NUL.
 const LONGEST_SOCKET_PATH: usize = 107;
 
 /// Reads a whole configuration. Gives the warnings with it, or else everything that is wrong, warnings included, in the order of the files.
 pub fn parse(source: Arc<Source>) -> Result<(Config, Vec<Diagnostic>), Vec<Diagnostic>> {
-    let mut parser = Parser { local: source.local_files().count(), ..Parser::default() };
-    parser.reader.diagnostics.clone_from(&source.findings);
+    parse_within(source, None)
+}
+
+/// As [`parse`], with another fence for the files of a repository than that of `[source]`.
+pub fn parse_within(source: Arc<Source>, fence: Option<Fence>) -> Result<(Config, Vec<Diagnostic>), Vec<Diagnostic>> {
+    let shared_from = source.repository_start();
+    let mut parser = Parser { local: source.local_files().count(), shared_from, ..Parser::default() };
+    source.findings.iter().for_each(|finding| parser.reader.push(finding.clone()));
     let (root, errors) = {
         let trees: Vec<_> =
             source.files().iter().map(|file| DeTable::parse_recoverable(&source.text[file.range.clone()])).collect();
@@ -63,10 +77,12 @@ pub fn parse(source: Arc<Source>) -> Result<(Config, Vec<Diagnostic>), Vec<Diagn
         watch,
         repository,
     } = root;
-    let Parser { reader: Reader { diagnostics, mut absences, .. }, places, .. } = parser;
+    let Parser { mut reader, places, .. } = parser;
 
     let hash = hash(&source);
-    let config = Config {
+    let is_of_repository = |span: &Span| span.start >= shared_from;
+    let fence = fence.or_else(|| Some(repository.as_ref()?.fence.clone())).unwrap_or_default();
+    let mut config = Config {
         engine,
         listeners,
         upstreams,
@@ -81,13 +97,17 @@ pub fn parse(source: Arc<Source>) -> Result<(Config, Vec<Diagnostic>), Vec<Diagn
         source,
         hash,
     };
-    absences.extend(check::conflicts(&config, &places));
+    let conflicts = check::conflicts(&config, &places).into_iter();
+    let violations = fence::violations(&config, &places, &fence, is_of_repository);
+    conflicts.chain(violations).for_each(|found| reader.push_absence(found));
+    fence::mark(&mut config, &places, &fence, is_of_repository);
 
-    let mut diagnostics = syntax::combine(&config.source, &errors, diagnostics, absences);
+    let Reader { diagnostics, absences, mut left_out, .. } = reader;
+    let mut diagnostics = syntax::combine(&config.source, &errors, diagnostics, absences, &mut left_out);
     if !diagnostics.iter().any(Diagnostic::is_error) {
         diagnostics.extend(check::unused(&config, &places));
     }
-    diagnostics.sort_by_key(|diagnostic| (diagnostic.span.start, diagnostic.span.end));
+    let diagnostics = shown_part(diagnostics, left_out);
     if diagnostics.iter().any(Diagnostic::is_error) { Err(diagnostics) } else { Ok((config, diagnostics)) }
 }
 
@@ -100,7 +120,9 @@ pub fn repository(source: &Source) -> Result<Option<Repository>, Vec<Diagnostic>
     let Some(field) = root.get("source") else { return Ok(None) };
     let mut reader = Reader::default();
     let repository = super::repository::read(&mut reader, field);
-    let diagnostics = syntax::combine(source, &[errors], reader.diagnostics, reader.absences);
+    let Reader { diagnostics, absences, mut left_out, .. } = reader;
+    let diagnostics = syntax::combine(source, &[errors], diagnostics, absences, &mut left_out);
+    let diagnostics = shown_part(diagnostics, left_out);
     if diagnostics.iter().any(Diagnostic::is_error) { Err(diagnostics) } else { Ok(repository) }
 }
 
@@ -123,6 +145,10 @@ struct Parser {
     upstreams: HashMap<Arc<str>, usize>,
     /// How many of the files, the first ones, lie on this machine.
     local: usize,
+    /// Where the files of a repository begin.
+    shared_from: usize,
+    /// Addresses to listen on up to now.
+    binds: usize,
 }
 
 /// Stands in for a reference that was reported as an error.
@@ -149,13 +175,31 @@ impl Parser {
         let (name, keys) = match file.role {
             Role::Main => (TOP_LEVEL, keys::ROOT),
             Role::Included | Role::RepositoryIncluded => ("the top level of an included file", keys::INCLUDED),
-            Role::Repository => ("the top level of the repository's file", keys::IN_REPOSITORY),
+            Role::Repository => ("the top level of the repository's file", keys::ROOT),
         };
-        self.reader.root(table, name, file.range.start, keys)
+        let root = self.reader.root(table, name, file.range.start, keys);
+        if file.role.is_of_repository() {
+            self.refuse_node_only(&root, keys::NODE_ONLY);
+        }
+        root
+    }
+
+    /// Reports what a repository has no business to say.
+    fn refuse_node_only(&mut self, section: &Section<'_>, keys: &[&str]) {
+        for (span, field) in section.entries() {
+            if keys.contains(&field.key) {
+                self.reader.error(
+                    span,
+                    format!("`{}` belongs to the node alone: a repository may not set it", field.key),
+                    "move it into the node's own file, the one that the daemon is started with",
+                );
+            }
+        }
     }
 
     fn root(&mut self, roots: &[Section<'_>]) -> Root {
-        let engine = self.once(roots, "engine").and_then(|field| {
+        let own = &roots[..self.local];
+        let engine = self.once(own, "engine").and_then(|field| {
             self.reader.choice(
                 field,
                 &[
@@ -174,9 +218,11 @@ impl Parser {
         for field in roots.iter().filter_map(|root| root.get("include")) {
             self.reader.strings(field, "a file name or a pattern", "\"routes.d/*.toml\"");
         }
-        let watch = roots[0].get("watch").and_then(|field| self.reader.boolean(field));
-        let repository = roots[0].get("source").and_then(|field| super::repository::read(&mut self.reader, field));
-        let (tailnet, prefer_direct) = self.tailnet(roots);
+        let main = own.first();
+        let watch = main.and_then(|main| main.get("watch")).and_then(|field| self.reader.boolean(field));
+        let repository =
+            main.and_then(|main| main.get("source")).and_then(|field| super::repository::read(&mut self.reader, field));
+        let (tailnet, prefer_direct) = self.tailnet(own);
         let upstreams = self.upstreams(roots, prefer_direct);
         self.upstreams = upstreams.iter().enumerate().map(|(index, u)| (u.name.clone(), index)).collect();
         let listeners = self.listeners(roots, &upstreams);
@@ -187,8 +233,8 @@ impl Parser {
             upstreams,
             routes,
             limits: self.limits(roots),
-            admin: self.admin(roots),
-            resolver: self.resolver(roots),
+            admin: self.admin(own),
+            resolver: self.resolver(own),
             tailnet,
             on_removed_route: on_removed_route.unwrap_or(OnRemovedRoute::Drain),
             watch: watch.unwrap_or(false),
@@ -209,7 +255,7 @@ impl Parser {
     fn defined_twice(&mut self, again: Span, what: &str, first: Span) {
         let message = format!("{what} is defined in another file already");
         let diagnostic = Diagnostic::error(again, message, "keep one of the two; all files are read as one");
-        self.reader.diagnostics.push(diagnostic.note(first, "first defined here"));
+        self.reader.push(diagnostic.note(first, "first defined here"));
     }
 
     /// The tables below `[listeners]` or `[upstreams]`, in the order of the files.
@@ -317,16 +363,18 @@ impl Parser {
             );
         }
         let mut targets: Vec<Target> = Vec::new();
+        let mut listed: HashMap<(TargetHost, u16), usize> = HashMap::new();
         for (span, text) in self.reader.strings(field, "a target", EXAMPLE) {
             let Some(target) = self.reader.accept(span.clone(), Target::parse(text, span)) else { continue };
-            if let Some(first) = targets.iter().find(|other| other.host == target.host && other.port == target.port) {
+            if let Some(first) = listed.get(&(target.host.clone(), target.port)) {
                 let diagnostic = Diagnostic::error(
                     target.span.clone(),
                     format!("target `{text}` is listed twice"),
                     "remove one; a share of the connections cannot be given by repetition",
                 );
-                self.reader.diagnostics.push(diagnostic.note(first.span.clone(), "first listed here"));
+                self.reader.push(diagnostic.note(targets[*first].span.clone(), "first listed here"));
             } else {
+                listed.insert((target.host.clone(), target.port), targets.len());
                 targets.push(target);
             }
         }
@@ -364,6 +412,11 @@ impl Parser {
     fn listeners(&mut self, roots: &[Section<'_>], upstreams: &[Upstream]) -> Vec<Listener> {
         let mut listeners = Vec::new();
         for (span, name, section) in self.named(roots, "listeners", keys::LISTENER) {
+            if listeners.len() == MOST_LISTENERS {
+                let message = format!("there are more than {MOST_LISTENERS} listeners");
+                self.reader.error(span, message, "one listener may have many addresses: put them into one `bind`");
+                break;
+            }
             self.places.listeners.push(span);
             listeners.push(self.listener(name, &section, upstreams));
         }
@@ -454,7 +507,13 @@ impl Parser {
                 format!("name at least one: `bind = [{EXAMPLE}]`"),
             );
         }
-        let entries = self.reader.strings(field, "an address to listen on", EXAMPLE);
+        let mut entries = self.reader.strings(field, "an address to listen on", EXAMPLE);
+        self.binds += entries.len();
+        if self.binds > MOST_BINDS {
+            let message = format!("there are more than {MOST_BINDS} addresses to listen on");
+            self.reader.error(field.span(), message, "remove some; `0.0.0.0` and `[::]` stand for all of the machine");
+            entries.clear();
+        }
         let reader = &mut self.reader;
         entries
             .into_iter()
@@ -473,15 +532,16 @@ impl Parser {
         let index = self.reader.string(field, "the name of an upstream", &example).and_then(|text| {
             let index = self.upstreams.get(text).copied();
             if index.is_none() {
-                let names: Vec<&str> = upstreams.iter().map(|upstream| &*upstream.name).collect();
+                let few = upstreams.iter().take(MOST_NAMES);
+                let names: Vec<&str> = few.map(|upstream| &*upstream.name).collect();
                 let define = format!("define it: `[upstreams.{text}]` with `targets = [\"host:port\"]`");
-                let remedy = match suggest(text, &names) {
+                let remedy = match self.reader.suggest(text, &names) {
                     Some(name) => format!("did you mean \"{name}\"?"),
                     None if Target::parse(text, 0..0).is_ok() => {
                         "name an upstream here, and give it the target: `[upstreams.NAME]` with `targets`".into()
                     }
                     None if names.is_empty() => define,
-                    None => format!("{define}, or name one of {}", names.join(", ")),
+                    None => format!("{define}, or name one of {}", some_of(&names)),
                 };
                 self.reader.absent(field.span(), format!("there is no upstream {}", quoted(text)), remedy);
             }
@@ -549,7 +609,13 @@ impl Parser {
             );
         }
         let mut protocols = Vec::new();
-        for (span, text) in self.reader.strings(field, "a protocol", "\"h2\"") {
+        let entries = self.reader.strings(field, "a protocol", "\"h2\"");
+        if entries.len() > MOST_PROTOCOLS {
+            let message = format!("`alpn` has more than {MOST_PROTOCOLS} protocols");
+            self.reader.error(field.span(), message, "name those that the upstream speaks");
+            return protocols;
+        }
+        for (span, text) in entries {
             // RFC 7301 section 3.1: ProtocolName<1..2^8-1>.
             if text.is_empty() || text.len() > 255 {
                 self.reader.error(
@@ -603,9 +669,9 @@ impl Parser {
                 Some(index) if !indices.contains(&index) => indices.push(index),
                 Some(_) => {}
                 None => {
-                    let remedy = match suggest(text, &names) {
+                    let remedy = match self.reader.suggest(text, &names) {
                         Some(name) => format!("did you mean \"{name}\"?"),
-                        None => format!("the listeners are {}", names.join(", ")),
+                        None => format!("the listeners are {}", some_of(&names)),
                     };
                     self.reader.absent(span, format!("there is no listener {}", quoted(text)), remedy);
                     // Else the route would seem to be on every listener.
@@ -616,13 +682,22 @@ impl Parser {
         indices
     }
 
+    /// Those of the repository, and then the node's own, which stand in their place.
     fn limits(&mut self, roots: &[Section<'_>]) -> Limits {
-        let mut limits = Limits::default();
+        let (own, shared) = roots.split_at(self.local);
+        let limits = self.limits_of(shared, Limits::default());
+        self.limits_of(own, limits)
+    }
+
+    fn limits_of(&mut self, roots: &[Section<'_>], mut limits: Limits) -> Limits {
         let Some(section) =
             self.once(roots, "limits").and_then(|field| self.reader.section(field, "[limits]".into(), keys::LIMITS))
         else {
             return limits;
         };
+        if section.span.start >= self.shared_from {
+            self.refuse_node_only(&section, keys::NODE_ONLY_LIMITS);
+        }
         let reader = &mut self.reader;
         let durations: [(&str, &mut Duration, &RangeInclusive<Duration>); 5] = [
             ("hello_timeout", &mut limits.hello_timeout, &DEADLINE),
@@ -702,11 +777,8 @@ impl Parser {
             bind: Bind { addr: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9443), span: 0..0 },
             socket: PathBuf::from(super::DEFAULT_SOCKET),
         };
-        // Addresses for metrics are a node's own: what its own file says stands in the place of what the repository says.
-        let own = self.once(&roots[..self.local], "admin");
-        let Some(section) = own
-            .or_else(|| self.once(&roots[self.local..], "admin"))
-            .and_then(|field| self.reader.section(field, "[admin]".into(), keys::ADMIN))
+        let Some(section) =
+            self.once(roots, "admin").and_then(|field| self.reader.section(field, "[admin]".into(), keys::ADMIN))
         else {
             return admin;
         };

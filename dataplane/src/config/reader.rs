@@ -8,6 +8,7 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::diagnostic::MOST_KEPT;
 use super::keys;
 use super::values::{Refused, format_duration, format_size, parse_duration, parse_size};
 use super::{Diagnostic, Span};
@@ -18,6 +19,9 @@ pub(super) struct Reader {
     pub(super) diagnostics: Vec<Diagnostic>,
     /// Of things that are not there: kept apart, for they prove nothing once a syntax error has swallowed part of the file.
     pub(super) absences: Vec<Diagnostic>,
+    /// How many errors and warnings were found after there were enough of them.
+    pub(super) left_out: [usize; 2],
+    kept: [usize; 2],
     /// Keys that are there under a wrong name, with the start of their table: they are not missing as well.
     misspelt: Vec<(usize, String)>,
 }
@@ -94,16 +98,47 @@ impl<'t> Section<'t> {
 
 impl Reader {
     pub(super) fn error(&mut self, span: Span, message: impl Into<String>, remedy: impl Into<String>) {
-        self.diagnostics.push(Diagnostic::error(span, message, remedy));
+        self.push(Diagnostic::error(span, message, remedy));
     }
 
     pub(super) fn warning(&mut self, span: Span, message: impl Into<String>, remedy: impl Into<String>) {
-        self.diagnostics.push(Diagnostic::warning(span, message, remedy));
+        self.push(Diagnostic::warning(span, message, remedy));
+    }
+
+    /// Keeps it, unless there are enough of its kind.
+    pub(super) fn push(&mut self, diagnostic: Diagnostic) {
+        if self.has_room(&diagnostic) {
+            self.diagnostics.push(diagnostic);
+        }
+    }
+
+    fn has_room(&mut self, diagnostic: &Diagnostic) -> bool {
+        let kind = usize::from(!diagnostic.is_error());
+        let room = self.kept[kind] < MOST_KEPT;
+        let counted = if room { &mut self.kept } else { &mut self.left_out };
+        counted[kind] += 1;
+        room
+    }
+
+    /// The candidate that was probably meant; of many the first ones are looked at. Nothing when nobody would read it.
+    pub(super) fn suggest<'c>(&self, word: &str, candidates: &[&'c str]) -> Option<&'c str> {
+        if self.is_full() { None } else { suggest(word, &candidates[..candidates.len().min(MOST_CANDIDATES)]) }
+    }
+
+    fn is_full(&self) -> bool {
+        self.kept[0] == MOST_KEPT
     }
 
     /// Reports an error that rests on something being nowhere in the file.
     pub(super) fn absent(&mut self, span: Span, message: impl Into<String>, remedy: impl Into<String>) {
-        self.absences.push(Diagnostic::error(span, message, remedy));
+        self.push_absence(Diagnostic::error(span, message, remedy));
+    }
+
+    /// As [`push`](Self::push).
+    pub(super) fn push_absence(&mut self, diagnostic: Diagnostic) {
+        if self.has_room(&diagnostic) {
+            self.absences.push(diagnostic);
+        }
     }
 
     /// Unwraps, or reports that the value of `span` was refused.
@@ -179,7 +214,8 @@ impl Reader {
     fn report_unknown_keys(&mut self, section: &Section<'_>, keys: &[&str]) {
         for (span, field) in section.entries() {
             if !keys.contains(&field.key) {
-                let remedy = if let Some(word) = meant(field.key, keys) {
+                let word = if self.is_full() { None } else { meant(field.key, keys) };
+                let remedy = if let Some(word) = word {
                     self.misspelt.push((section.span.start, word.to_owned()));
                     format!("did you mean `{word}`?")
                 } else {
@@ -263,7 +299,7 @@ impl Reader {
         if let Some((_, value)) = choices.iter().find(|(word, _)| word == text) {
             return Some(*value);
         }
-        let remedy = match suggest(text, &words) {
+        let remedy = match self.suggest(text, &words) {
             Some(word) => format!("did you mean \"{word}\"?"),
             None => format!("write one of {listed}"),
         };
@@ -385,11 +421,27 @@ fn list(words: &[String]) -> String {
     }
 }
 
+/// A few of many names, for a message.
+pub(super) fn some_of(names: &[&str]) -> String {
+    const FEW: usize = 10;
+    let more = if names.len() > FEW { ", …" } else { "" };
+    names[..names.len().min(FEW)].join(", ") + more
+}
+
+/// Names that are compared with a word to find out which one was meant.
+const MOST_CANDIDATES: usize = 200;
+
 /// The candidate that was probably meant.
-pub(super) fn suggest<'c>(word: &str, candidates: &[&'c str]) -> Option<&'c str> {
+fn suggest<'c>(word: &str, candidates: &[&'c str]) -> Option<&'c str> {
+    // More than a few letters are never wrong; of long words, the comparison would take its time.
+    const LONGEST: usize = 80;
+    if word.len() > LONGEST {
+        return None;
+    }
+    let candidates = candidates.iter().filter(|candidate| candidate.len() <= LONGEST);
     let folded = word.to_lowercase().replace('-', "_");
     let distance = |candidate: &str| strsim::damerau_levenshtein(&folded, &candidate.to_lowercase().replace('-', "_"));
-    let near = candidates.iter().map(|candidate| (distance(candidate), *candidate));
+    let near = candidates.map(|candidate| (distance(candidate), *candidate));
     // A third of the letters may be wrong; of short words one.
     near.filter(|(distance, _)| *distance <= (folded.chars().count() / 3).clamp(1, 4))
         .min_by_key(|(distance, _)| *distance)

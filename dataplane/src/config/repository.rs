@@ -4,6 +4,7 @@ use std::ops::RangeInclusive;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
+use super::fence::Fence;
 use super::reader::{Field, Reader, Section, quoted};
 use super::values::{Refused, parse_bind, refuse};
 use super::{Bind, keys};
@@ -37,6 +38,8 @@ pub struct Repository {
     pub state_directory: PathBuf,
     /// Where pushes are announced.
     pub webhook: Option<Webhook>,
+    /// What it may decide.
+    pub fence: Fence,
 }
 
 /// `webhook = { … }`
@@ -87,9 +90,10 @@ pub(super) fn read(reader: &mut Reader, field: Field<'_>) -> Option<Repository> 
     if transport == Transport::Ssh && section.get("ssh_key_file").is_none() {
         reader.missing(&section, "ssh_key_file", "\"/etc/dataplane/deploy_key\"");
     }
-    if let (Some(field), true) = (section.get("token_file"), text.starts_with("http://")) {
-        let message = "the token goes over the network as it is: anybody on the way can read it";
-        reader.warning(field.span(), message, "write `git` as an https:// URL");
+    if let (Some(field), true, Some(file)) = (section.get("token_file"), text.starts_with("http://"), &token_file) {
+        let message =
+            format!("the token of {} would go over http:// as it is: anybody on the way could read it", file.display());
+        reader.error(field.span(), message, "write `git` as an https:// URL, or remove `token_file`");
     }
     let state_directory = absolute(reader, &section, "state_directory");
     let webhook = section.get("webhook").and_then(|field| webhook(reader, field));
@@ -105,6 +109,7 @@ pub(super) fn read(reader: &mut Reader, field: Field<'_>) -> Option<Repository> 
         max_size: max_size.unwrap_or(16 << 20),
         state_directory: state_directory.unwrap_or_else(|| "/var/lib/dataplane".into()),
         webhook,
+        fence: Fence::read(reader, &section),
     })
 }
 

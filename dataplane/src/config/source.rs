@@ -46,12 +46,31 @@ pub(super) enum Role {
     RepositoryIncluded,
 }
 
+impl Role {
+    pub(super) const fn is_of_repository(self) -> bool {
+        matches!(self, Self::Repository | Self::RepositoryIncluded)
+    }
+}
+
 impl Source {
     /// Of one file.
     pub fn new(path: impl Into<PathBuf>, text: String) -> Self {
         let path = path.into();
         let file = File { path: path.clone(), range: 0..text.len(), role: Role::Main };
         Self { path, text: text + "\n", commit: None, folders: Vec::new(), files: vec![file], findings: Vec::new() }
+    }
+
+    /// Of a repository's file alone.
+    pub fn of_repository(path: impl Into<PathBuf>, text: String) -> Self {
+        let mut source = Self::new(path, text);
+        source.files[0].role = Role::Repository;
+        source
+    }
+
+    /// Where the files of a repository begin.
+    pub(super) fn repository_start(&self) -> usize {
+        let mut of_repository = self.files.iter().filter(|file| file.role.is_of_repository());
+        of_repository.next().map_or(usize::MAX, |file| file.range.start)
     }
 
     pub(super) fn add(&mut self, path: PathBuf, text: &str, role: Role) {
@@ -72,7 +91,7 @@ impl Source {
 
     /// The same, with what they say.
     pub fn local_texts(&self) -> impl Iterator<Item = (&Path, &str)> {
-        let local = |file: &&File| matches!(file.role, Role::Main | Role::Included);
+        let local = |file: &&File| !file.role.is_of_repository();
         self.files.iter().filter(local).map(|file| (&*file.path, &self.text[file.range.clone()]))
     }
 
@@ -80,7 +99,7 @@ impl Source {
     #[must_use]
     pub fn local(&self) -> Self {
         let mut local = Self { commit: None, ..self.clone() };
-        local.files.retain(|file| matches!(file.role, Role::Main | Role::Included));
+        local.files.retain(|file| !file.role.is_of_repository());
         local.text.truncate(local.files.last().map_or(0, |file| file.range.end + 1));
         local.findings.retain(|finding| finding.span.start < local.text.len());
         local
@@ -88,7 +107,7 @@ impl Source {
 
     /// The texts that are the same on all entrance nodes: those of the repository, or else all.
     pub(super) fn shared_texts(&self) -> impl Iterator<Item = &str> {
-        let of_repository = |file: &&File| matches!(file.role, Role::Repository | Role::RepositoryIncluded);
+        let of_repository = |file: &&File| file.role.is_of_repository();
         let any = self.files.iter().any(|file| of_repository(&file));
         self.files.iter().filter(move |file| !any || of_repository(file)).map(|file| &self.text[file.range.clone()])
     }

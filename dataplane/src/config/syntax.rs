@@ -2,8 +2,11 @@
 //!
 //! The parser recovers from a mistake and goes on, so what comes after is worth reporting too; but not what was made up to go on.
 
+use std::collections::HashSet;
+
 use toml::de::Error;
 
+use super::diagnostic::MOST_KEPT;
 use super::{Diagnostic, Source, Span};
 
 /// Puts syntax errors, a list for each file, together with `findings` about what could be read and `absences` of what could not be found.
@@ -12,25 +15,34 @@ pub(super) fn combine(
     errors: &[Vec<Error>],
     mut findings: Vec<Diagnostic>,
     mut absences: Vec<Diagnostic>,
+    left_out: &mut [usize; 2],
 ) -> Vec<Diagnostic> {
     let mut all = Vec::new();
+    let mut looked_at = 0;
+    let line_starts: Vec<usize> = if errors.iter().all(Vec::is_empty) { Vec::new() } else { line_starts(&source.text) };
+    // Found among all of them: a file may be one long line.
+    let line_start = |offset: usize| line_starts[line_starts.partition_point(|start| *start <= offset).max(1) - 1];
     for (file, errors) in source.files().iter().zip(errors).filter(|(_, errors)| !errors.is_empty()) {
         let span = |error: &Error| {
             let end = file.range.len();
             Source::placed(file, &error.span().unwrap_or(end..end))
         };
-        let mut lines = Vec::new();
+        let mut lines = HashSet::new();
         let mut told = Vec::new();
         let mut lost = false;
         for error in errors {
             let span = span(error);
-            let line = source.line_start(span.start);
             // One mistake often makes the parser stumble twice; the first time tells.
-            let again = lines.contains(&line);
-            lines.push(line);
+            let again = !lines.insert(line_start(span.start));
             if again || lost {
                 continue;
             }
+            // Each look may go through the whole file.
+            if looked_at == MOST_KEPT {
+                left_out[0] += 1;
+                continue;
+            }
+            looked_at += 1;
             if let Some(unclosed) = unclosed_list(source, error.message(), &span) {
                 told.push(unclosed);
                 // What follows was read as entries of the list.
@@ -47,7 +59,7 @@ pub(super) fn combine(
         }
         // A missing value is read as a zero at the start of the file.
         let start = file.range.start;
-        let made_up = |d: &Diagnostic| lines.contains(&source.line_start(d.span.start)) || d.span == (start..start);
+        let made_up = |d: &Diagnostic| lines.contains(&line_start(d.span.start)) || d.span == (start..start);
         findings.retain(|diagnostic| !made_up(diagnostic));
         if errors.iter().all(|error| is_local(error.message())) {
             absences.retain(|diagnostic| !made_up(diagnostic));
@@ -59,6 +71,10 @@ pub(super) fn combine(
     all.extend(findings);
     all.extend(absences);
     all
+}
+
+fn line_starts(text: &str) -> Vec<usize> {
+    std::iter::once(0).chain(text.match_indices('\n').map(|(at, _)| at + 1)).collect()
 }
 
 /// Does the rest of the file read as if the mistake were not there?

@@ -623,7 +623,7 @@ fn the_file_in_a_repository_is_read_as_one_with_the_nodes_own() {
         }
         fn read(&self, path: &Path) -> std::io::Result<Vec<u8>> {
             let text = match path.to_str() {
-                Some("deep/main.toml") => format!("include = [\"*.toml\"]\n[admin]\nbind = \"127.0.0.1:1\"\n{SMALL}"),
+                Some("deep/main.toml") => format!("include = [\"*.toml\"]\n{SMALL}"),
                 Some("deep/a.toml") => ROUTE.replace("HOST", "a.example.com"),
                 _ => return Err(std::io::ErrorKind::NotFound.into()),
             };
@@ -639,7 +639,7 @@ fn the_file_in_a_repository_is_read_as_one_with_the_nodes_own() {
     let node = "[source]\ngit = \"/srv/x.git\"\n[admin]\nbind = \"127.0.0.1:2\"\n";
     let (config, _) = whole(node, "deep/main.toml").unwrap();
     assert_eq!(config.routes.len(), 2);
-    assert_eq!(config.admin.bind.addr.port(), 2, "the node's own stands in its place");
+    assert_eq!(config.admin.bind.addr.port(), 2);
     assert_eq!(config.source.commit.as_deref(), Some("0123456789abcdef"));
     let (other, _) = whole("[source]\ngit = \"/srv/x.git\"\n", "deep/main.toml").unwrap();
     assert_eq!(config.hash, other.hash, "nodes that run one commit have one hash");
@@ -651,6 +651,130 @@ fn the_file_in_a_repository_is_read_as_one_with_the_nodes_own() {
         "{twice}"
     );
     assert!(whole(node, "gone.toml").unwrap_err().contains("0123456789ab:gone.toml"));
+}
+
+/// About this many bytes of a text, from a line that is told its number.
+fn repeated(bytes: usize, line: impl Fn(usize) -> String) -> String {
+    let mut text = String::new();
+    for n in 0.. {
+        let line = line(n);
+        if text.len() + line.len() > bytes {
+            break;
+        }
+        text += &line;
+    }
+    text
+}
+
+#[test]
+fn no_text_takes_long_to_read_or_makes_a_long_answer() {
+    let half = LARGEST / 2;
+    let wrong_routes =
+        || repeated(half, |n| format!("[[routes]]\nhosts = [\"h{n}.example.com\"]\nupstream = \"no{n}\"\n"));
+    let upstreams = || repeated(half - 200, |n| format!("[upstreams.u{n}]\ntargets = [\"a:{}\"]\n", n % 65535 + 1));
+    let listener = "[listeners.a]\nbind = [\"0.0.0.0:443\"]\n[upstreams.a]\ntargets = [\"a:443\"]\n";
+    let list = |entry: &dyn Fn(usize) -> String| repeated(LARGEST - 200, |n| entry(n) + ",");
+    let texts: Vec<(&str, String)> = vec![
+        ("lines that are not TOML", repeated(LARGEST, |n| format!("x{n} y\n"))),
+        ("duplicates", repeated(LARGEST, |_| "a = 1\n".into())),
+        ("duplicates of a table", repeated(LARGEST, |n| format!("[t]\nk{n} = 1\n"))),
+        (
+            "duplicates in a table that is there twice",
+            format!("[t]\na = 1\n[t]\n{}", repeated(LARGEST - 20, |_| "a = 1\n".into())),
+        ),
+        ("mistakes in one line", format!("a = [{}", list(&|n| format!("x{n} y")))),
+        ("text without quotes", repeated(LARGEST, |n| format!("k{n} = abc\n"))),
+        ("unknown keys", repeated(LARGEST, |n| format!("listenrs{n} = 1\n"))),
+        ("one long key", format!("{} = 1\n", "a".repeat(LARGEST - 10))),
+        ("a key of many parts", format!("{}a = 1\n", "a.".repeat(half - 10))),
+        ("deep lists", format!("a = {}", "[".repeat(LARGEST - 10))),
+        ("deep tables", format!("a = {}", "{a=".repeat(LARGEST / 3 - 10))),
+        ("upstreams that are not there", format!("{listener}{}{}", upstreams(), wrong_routes())),
+        ("hosts misspelt", repeated(LARGEST, |n| format!("[[routes]]\nhost = [\"h{n}.example.com\"]\n"))),
+        ("targets", format!("{listener}[upstreams.b]\ntargets = [{}]", list(&|n| format!("\"t{n}:1\"")))),
+        ("the same target", format!("{listener}[upstreams.b]\ntargets = [{}]", list(&|_| "\"t:1\"".into()))),
+        (
+            "addresses",
+            format!(
+                "[listeners.b]\nbind = [{}]",
+                list(&|n| format!("\"10.0.{}.{}:{}\"", n / 256 % 256, n % 256, n / 65536 + 1))
+            ),
+        ),
+        ("listeners", repeated(LARGEST, |n| format!("[listeners.l{n}]\nbind = [\"0.0.0.0:{}\"]\n", n % 65535 + 1))),
+        (
+            "routes of one host",
+            format!(
+                "{listener}{}",
+                repeated(LARGEST - 200, |n| format!(
+                    "[[routes]]\nhosts = [\"a\"]\nalpn = [\"p{n}\"]\nupstream = \"a\"\n"
+                ))
+            ),
+        ),
+        ("the same host", format!("{listener}[[routes]]\nupstream = \"a\"\nhosts = [{}]", list(&|_| "\"a.b\"".into()))),
+        (
+            "protocols",
+            format!(
+                "{listener}[[routes]]\nupstream = \"a\"\nhosts = [\"a\"]\nalpn = [{}]",
+                list(&|n| format!("\"{n}\""))
+            ),
+        ),
+        (
+            "listeners of a route",
+            format!(
+                "{listener}[[routes]]\nupstream = \"a\"\nhosts = [\"a\"]\nlisteners = [{}]",
+                list(&|n| format!("\"{n}\""))
+            ),
+        ),
+        (
+            "a long name in many messages",
+            format!("{listener}[listeners.{}]\nbind = [{}]", "x".repeat(half), "\"y\",".repeat(half / 4 - 100)),
+        ),
+        ("wrong values", format!("{listener}[limits]\n{}", repeated(LARGEST - 200, |n| format!("k{n} = \"v\"\n")))),
+        ("a long wrong value", format!("{listener}[limits]\nidle_timeout = \"{}\"", "1x".repeat(half - 200))),
+    ];
+    for (what, text) in texts {
+        assert!(text.len() <= LARGEST, "{what}: {}", text.len());
+        let start = std::time::Instant::now();
+        let source = source(&text);
+        let shown = match parse(source.clone()) {
+            Ok((config, warnings)) => {
+                let shown: Vec<_> = warnings.iter().map(|warning| warning.render(&source).to_string()).collect();
+                format!("{}{}", shown.concat(), config.hash)
+            }
+            Err(diagnostics) => LoadError::Report { source, diagnostics }.to_string(),
+        };
+        let took = start.elapsed();
+        eprintln!("{what}: {took:?}, {} bytes", shown.len());
+        // Quadratic work on a text of this size takes minutes.
+        assert!(took < Duration::from_secs(5), "{what}: {took:?}");
+        assert!(shown.len() < 200 * 1500, "{what}: {} bytes", shown.len());
+    }
+    let shown = refusal(&wrong_routes());
+    assert!(shown.contains(" more errors are not shown"), "{}", &shown[shown.len() - 500..]);
+}
+
+#[test]
+fn a_configuration_has_at_most_a_mebibyte_of_text() {
+    let comment = "#".repeat(LARGEST / 2) + "\n";
+    let main = format!("include = [\"more/*.toml\"]\n{SMALL}");
+    let folder = Folder::new(&[("main.toml", &main), ("more/a.toml", &comment)]);
+    assert!(folder.read().is_ok());
+    let folder = Folder::new(&[("main.toml", &main), ("more/a.toml", &comment), ("more/b.toml", &comment)]);
+    let said = folder.read().unwrap_err();
+    assert!(said.contains("more/b.toml: all files together are larger than 1MiB"), "{said}");
+    let folder = Folder::new(&[("main.toml", &(comment.clone() + &comment))]);
+    let said = folder.read().unwrap_err();
+    assert!(
+        said.contains("main.toml: error: with this file the configuration is larger than 1MiB")
+            && said.contains("help: "),
+        "{said}"
+    );
+    // Endless, and not a text.
+    assert!(matches!(crate::config::read(Path::new("/dev/zero")), Err(LoadError::TooLarge { .. })));
+    let many = repeated(50_000, |n| format!("\"more/{n}.toml\","));
+    let folder = Folder::new(&[("main.toml", &format!("include = [{many}]\n{SMALL}"))]);
+    let said = folder.read().unwrap_err();
+    assert!(said.contains("more than 1000 files would be included"), "{}", &said[said.len() - 300..]);
 }
 
 #[test]

@@ -10,6 +10,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::config::{Config, HostPattern, Mode, SendProxy, Target, TargetHost, Upstream};
+use crate::socket;
 use crate::tailnet::{self, View};
 use crate::upstream::names::Names;
 use crate::upstream::probe;
@@ -94,7 +95,9 @@ async fn of_target(
     };
     let found = match &target.host {
         TargetHost::Ip(ip) => Ok(vec![*ip]),
-        TargetHost::Name(name) => names.look_up(name, view).await.map(|(found, _)| found),
+        TargetHost::Name(name) => {
+            names.look_up(name, view).await.and_then(|(found, _)| target.admit(found, socket::is_of_this_machine))
+        }
     };
     let addresses = match found {
         Ok(addresses) => addresses,

@@ -10,12 +10,16 @@ use std::time::Duration;
 
 use sd_notify::NotifyState;
 use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 
 use super::git::Seen;
 use super::watch::{self, Watcher};
 use super::{Loaded, Snapshot, git, kept, whole};
-use crate::config::{self, LoadError, Repository, Source};
+use crate::config::{self, LoadError, Repository, Source, format_duration};
+
+/// For reading a configuration, and for checking it. The largest takes a small part of it.
+const CHECKING: Duration = Duration::from_secs(10);
 
 /// Asked by an operator, with where to send the outcome.
 pub type ReloadRequest = oneshot::Sender<Result<String, String>>;
@@ -71,6 +75,8 @@ pub struct Follower<F> {
     places: Vec<PathBuf>,
     /// `None`: nobody wants to know.
     watcher: Option<Watcher>,
+    /// A reading or a check that took too long.
+    stuck: Option<JoinHandle<()>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -99,8 +105,8 @@ enum Failure {
 }
 
 impl<F: Fetch> Follower<F> {
-    /// Goes on from what was loaded at the start. Must be called within a runtime.
-    pub fn new(path: PathBuf, fetch: F, news: mpsc::Sender<News>, at_start: &config::Config) -> Self {
+    /// Goes on from what was loaded at the start; where that is in force only in part, it is tried again with each look. Must be called within a runtime.
+    pub fn new(path: PathBuf, fetch: F, news: mpsc::Sender<News>, at_start: &config::Config, in_part: bool) -> Self {
         let local = at_start.source.local();
         let mut follower = Self {
             path,
@@ -110,9 +116,10 @@ impl<F: Fetch> Follower<F> {
             places: places(&local),
             local,
             seen: None,
-            commit: at_start.source.commit.clone(),
+            commit: at_start.source.commit.clone().filter(|_| !in_part),
             interval: None,
             watcher: None,
+            stuck: None,
         };
         follower.take_over(at_start);
         follower
@@ -203,10 +210,9 @@ impl<F: Fetch> Follower<F> {
             // Nobody has said that this machine's files are ready.
             (self.local.clone(), false)
         } else {
-            let local = config::read(&self.path).map_err(|error| {
-                self.looked_at.clear();
-                broken(error)
-            })?;
+            let path = self.path.clone();
+            let read = self.aside(move || config::read(&path)).await.and_then(|read| read.map_err(broken));
+            let local = read.inspect_err(|_| self.looked_at.clear())?;
             self.places = places(&local);
             let text = text(&local);
             let is_new = text != self.looked_at;
@@ -217,12 +223,13 @@ impl<F: Fetch> Follower<F> {
         if !anew && why == Why::Changed {
             return Ok(Found::Nothing);
         }
-        let Some(repository) = super::repository(&local).map_err(broken)? else {
-            return if anew {
-                Ok(Found::New(Box::new(whole(local, None).map_err(broken)?), None))
-            } else {
-                Ok(Found::Nothing)
-            };
+        let (local, repository) = self.aside(move || (super::repository(&local), local)).await.map(|(r, l)| (l, r))?;
+        let Some(repository) = repository.map_err(broken)? else {
+            if !anew {
+                return Ok(Found::Nothing);
+            }
+            let loaded = self.aside(move || whole(local, None)).await?.map_err(broken)?;
+            return Ok(Found::New(Box::new(loaded), None));
         };
         let fetched = self.fetch.fetch(&repository, self.seen.as_ref().filter(|_| !anew)).await;
         let fetched = fetched.map_err(|error| {
@@ -237,13 +244,37 @@ impl<F: Fetch> Follower<F> {
             self.seen = Some(seen);
             return Ok(Found::Unchanged);
         }
-        match whole(local, Some((&repository, snapshot))) {
+        let loaded = self.aside(move || whole(local, Some((&repository, snapshot)))).await;
+        match loaded.and_then(|loaded| loaded.map_err(broken)) {
             Ok(loaded) => Ok(Found::New(Box::new(loaded), Some(seen))),
-            Err(error) => {
+            Err(failure) => {
                 // The same commit will not be better the next time.
                 self.seen = Some(seen);
                 self.commit = None;
-                Err(broken(error))
+                Err(failure)
+            }
+        }
+    }
+
+    /// Reads or checks on another thread, so that webhooks are answered meanwhile, and not for ever: a file may be a pipe, or lie on a server that is gone.
+    /// There is never more than one that does not end.
+    async fn aside<T: Send + 'static>(&mut self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Failure> {
+        if self.stuck.as_ref().is_some_and(|stuck| !stuck.is_finished()) {
+            return Err(Failure::Broken("an earlier reading of the configuration has not ended yet".to_owned()));
+        }
+        let (answer, outcome) = oneshot::channel();
+        let task = tokio::task::spawn_blocking(move || {
+            let _ = answer.send(work());
+        });
+        match tokio::time::timeout(CHECKING, outcome).await {
+            Ok(Ok(done)) => Ok(done),
+            Ok(Err(_)) => Err(Failure::Broken("the check of the configuration has ended without an answer".to_owned())),
+            Err(_) => {
+                self.stuck = Some(task);
+                let limit = format_duration(CHECKING);
+                Err(Failure::Broken(format!(
+                    "the configuration was not read and checked within {limit}: is one of its files a pipe, or on a server that does not answer?"
+                )))
             }
         }
     }
@@ -378,7 +409,7 @@ mod tests {
             let (requests, inbox) = mpsc::channel(1);
             let pushed = Arc::new(Notify::new());
             meanwhile(&file);
-            let follower = Follower::new(file, server.clone(), sender, &loaded.config);
+            let follower = Follower::new(file, server.clone(), sender, &loaded.config, false);
             tokio::spawn(follower.run(inbox, pushed.clone()));
             Self { server, news, requests, pushed, in_force: "one.example".into(), folder, refuse: false }
         }
@@ -540,6 +571,40 @@ mod tests {
         rig.refuse = false;
         std::fs::write(rig.folder.path().join("neighbour"), "").unwrap();
         assert_eq!(rig.next(LONG).await, "load");
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_never_read_to_its_end_keeps_nobody_waiting() {
+        let mut rig = Rig::start();
+        assert_eq!(rig.next(LONG).await, "unchanged");
+        let file = rig.folder.path().join("dataplane.toml");
+        let text = std::fs::read_to_string(&file).unwrap();
+        let pipe = rig.folder.path().join("pipe.toml");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0).unwrap();
+        std::fs::write(&file, format!("include = [\"pipe.toml\"]\n{text}")).unwrap();
+        let outcome = rig.ask().await;
+        // Whoever shares the thread, as webhooks do, goes on.
+        let began = std::time::Instant::now();
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        assert!(began.elapsed() < CHECKING / 2, "{:?}", began.elapsed());
+        assert_eq!(rig.next(3 * CHECKING).await, "broken");
+        assert!(outcome.await.unwrap().unwrap_err().contains("was not read and checked within 10s"));
+        // There is never a second one.
+        std::fs::write(&file, &text).unwrap();
+        let outcome = rig.ask().await;
+        assert_eq!(rig.next(LONG).await, "broken");
+        assert!(outcome.await.unwrap().unwrap_err().contains("has not ended yet"));
+        // Somebody writes into the pipe at last.
+        drop(std::fs::File::options().write(true).open(&pipe).unwrap());
+        let end = std::time::Instant::now() + LONG;
+        loop {
+            let outcome = rig.ask().await;
+            if rig.next(LONG).await == "load" {
+                assert!(outcome.await.unwrap().is_ok());
+                return;
+            }
+            assert!(std::time::Instant::now() < end, "the reading has ended");
+        }
     }
 
     #[test]

@@ -16,7 +16,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, timeout_at};
 
-use super::{Snapshot, matching};
+use super::{Snapshot, matching, secret};
 use crate::config::{self, Repository, format_duration, format_size};
 use crate::sys;
 
@@ -57,19 +57,42 @@ pub type Seen = String;
 /// Why not, in one line.
 pub async fn fetch(repository: &Repository, seen: Option<&Seen>) -> Result<Option<(Seen, Snapshot)>, String> {
     let git = Git::new(repository)?;
-    let (url, reference) = (&*repository.git, &*repository.reference);
-    let now = git.text(&["ls-remote", "--quiet", "--", url, reference]).await?;
-    if now.is_empty() {
-        return Err(format!("the repository has no branch or tag `{reference}`"));
-    }
+    let url = &*repository.git;
+    let candidates = candidates(&repository.reference);
+    let mut arguments = vec!["ls-remote", "--quiet", "--", url];
+    arguments.extend(candidates.iter().map(|name| &**name));
+    let listing = git.text(&arguments).await?;
+    let (now, reference) = resolve(&repository.reference, &candidates, &listing)?;
     if seen == Some(&now) {
         return Ok(None);
     }
     git.text(&["init", "--quiet", "--bare", "--template=", "."]).await?;
-    git.text(&["fetch", "--quiet", "--depth=1", "--no-tags", "--no-recurse-submodules", "--", url, reference]).await?;
+    git.text(&["fetch", "--quiet", "--depth=1", "--no-tags", "--no-recurse-submodules", "--", url, &reference]).await?;
     let commit = git.text(&["rev-parse", "--verify", "--quiet", "FETCH_HEAD^{commit}"]).await?.trim().to_owned();
     let files = git.files(&commit).await?;
     Ok(Some((now, Snapshot { commit, files })))
+}
+
+/// The whole names that a short one may stand for. git itself would take a tag before the branch, and anything that ends in the name.
+fn candidates(reference: &str) -> Vec<String> {
+    if reference == "HEAD" || reference.starts_with("refs/") {
+        return vec![reference.to_owned()];
+    }
+    ["heads", "tags"].iter().map(|kind| format!("refs/{kind}/{reference}")).collect()
+}
+
+/// Which of the candidates there is, by git-ls-remote(1), whose patterns match more than whole names; and what it is.
+fn resolve(reference: &str, candidates: &[String], listing: &str) -> Result<(Seen, String), String> {
+    let there = |name: &&String| listing.lines().find(|line| line.split_once('\t').is_some_and(|(_, n)| n == *name));
+    let mut found = candidates.iter().filter_map(|name| Some((there(&name)?.to_owned(), name.clone())));
+    let first = found.next().ok_or_else(|| format!("the repository has no branch or tag `{reference}`"))?;
+    if let Some((_, tag)) = found.next() {
+        return Err(format!(
+            "the repository has a branch and a tag `{reference}`: remove the tag, or write `ref = \"{}\"` for the branch and `ref = \"{tag}\"` for the tag",
+            first.1
+        ));
+    }
+    Ok(first)
 }
 
 /// A file of a commit.
@@ -84,6 +107,9 @@ struct Git<'r> {
     folder: TempDir,
     /// The header that has the token.
     authorization: Option<String>,
+    /// For ssh: the private key, and the host keys.
+    key: Option<PathBuf>,
+    known_hosts: PathBuf,
     deadline: Instant,
 }
 
@@ -94,12 +120,15 @@ impl<'r> Git<'r> {
         std::fs::write(folder.path().join(".gitconfig"), SETTINGS)
             .map_err(|error| format!("git's settings: {error}"))?;
         let token = repository.token_file.as_ref().map(|file| {
-            let token = std::fs::read_to_string(file).map_err(|error| format!("{}: {error}", file.display()))?;
-            let pair = format!("{TOKEN_USER}:{}", token.trim());
+            let pair = format!("{TOKEN_USER}:{}", secret::read(file)?);
             Ok::<_, String>(format!("Authorization: Basic {}", base64::prelude::BASE64_STANDARD.encode(pair)))
         });
+        let lend = |file: &Path| lend(file, folder.path()).map_err(|error| format!("{}: {error}", file.display()));
+        let key = repository.ssh_key_file.as_deref().map(lend).transpose()?;
+        let known_hosts = repository.known_hosts_file.clone();
+        let known_hosts = lend(&known_hosts.unwrap_or_else(|| repository.state_directory.join("known_hosts")))?;
         let deadline = Instant::now() + repository.timeout;
-        Ok(Self { repository, folder, authorization: token.transpose()?, deadline })
+        Ok(Self { repository, folder, authorization: token.transpose()?, key, known_hosts, deadline })
     }
 
     /// The file of the configuration and what it includes.
@@ -115,7 +144,14 @@ impl<'r> Git<'r> {
         let mut included = BTreeSet::new();
         for pattern in config::includes(&String::from_utf8_lossy(text)) {
             // A pattern that is none is told when the configuration is put together.
-            included.extend(matching(tree.keys().map(|path| &**path), folder, &pattern).unwrap_or_default());
+            // Both are somebody else's choice, and comparing them takes its time.
+            let paths = tree.keys().map(|path| &**path).take_while(|_| Instant::now() < self.deadline);
+            included.extend(matching(paths, folder, &pattern).unwrap_or_default());
+            if Instant::now() >= self.deadline {
+                return Err(self.late());
+            }
+            // Others are to be answered meanwhile.
+            tokio::task::yield_now().await;
         }
         included.remove(path);
         files.append(&mut self.read(&tree, included).await?);
@@ -146,6 +182,10 @@ impl<'r> Git<'r> {
         Ok(files)
     }
 
+    fn late(&self) -> String {
+        format!("not within `timeout`, {}", format_duration(self.repository.timeout))
+    }
+
     fn too_large(&self) -> String {
         format!("it is larger than `max_size`, {}", format_size(self.repository.max_size))
     }
@@ -162,7 +202,7 @@ impl<'r> Git<'r> {
             _ => format!("git cannot be started: {error}"),
         })?;
         let group = Group::of(&child);
-        let late = || format!("not within `timeout`, {}", format_duration(self.repository.timeout));
+        let late = || self.late();
         let talk = timeout_at(self.deadline, self.talk(&mut child, input)).await.map_err(|_| late())?;
         let (output, message) = talk.map_err(|error| format!("git {}: {error}", arguments[0]))?;
         if output.len() as u64 > self.most_output() {
@@ -235,7 +275,7 @@ impl<'r> Git<'r> {
             command.env("GIT_CONFIG_KEY_0", "http.extraHeader").env("GIT_CONFIG_VALUE_0", header);
             command.env("GIT_CONFIG_KEY_1", "http.followRedirects").env("GIT_CONFIG_VALUE_1", "false");
         }
-        if let Some(key) = &self.repository.ssh_key_file {
+        if let Some(key) = &self.key {
             command.env("GIT_SSH_COMMAND", self.ssh(key)).env("GIT_SSH_VARIANT", "ssh");
         }
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
@@ -247,14 +287,27 @@ impl<'r> Git<'r> {
 
     /// Paths were checked to need no other quotes than these.
     fn ssh(&self, key: &Path) -> OsString {
-        let known = self.repository.known_hosts_file.clone();
-        let strict = if known.is_some() { "yes" } else { "accept-new" };
-        let known = known.unwrap_or_else(|| self.repository.state_directory.join("known_hosts"));
+        let strict = if self.repository.known_hosts_file.is_some() { "yes" } else { "accept-new" };
+        let known = &self.known_hosts;
         let mut command = String::from("ssh -F none -o BatchMode=yes -o IdentitiesOnly=yes -o IdentityAgent=none");
         let _ = write!(command, " -o ConnectTimeout=10 -o StrictHostKeyChecking={strict}");
         let _ = write!(command, " -o 'UserKnownHostsFile=\"{}\"' -i '{}'", known.display(), key.display());
         command.into()
     }
+}
+
+/// A file as a child can read it that has none of our capabilities: what root alone could read of another user's is copied, for one fetch. It is never written back.
+fn lend(file: &Path, folder: &Path) -> std::io::Result<PathBuf> {
+    use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+
+    let of_another = || std::fs::metadata(file).is_ok_and(|metadata| metadata.uid() != 0);
+    let (true, true, Some(name)) = (rustix::process::geteuid().is_root(), of_another(), file.file_name()) else {
+        return Ok(file.into());
+    };
+    let copy = folder.join(name);
+    let mut to = std::fs::File::options().write(true).create_new(true).mode(0o600).open(&copy)?;
+    std::io::copy(&mut std::fs::File::open(file)?, &mut to)?;
+    Ok(copy)
 }
 
 /// The processes of one command; ended with it when nobody waits any more.
@@ -311,6 +364,29 @@ fn one_line(message: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_is_a_branch_or_a_tag_and_nothing_that_ends_in_it() {
+        let find = |reference: &str, lines: &[(&str, &str)]| {
+            let listing: String = lines.iter().map(|(id, name)| format!("{id}\t{name}\n")).collect();
+            resolve(reference, &candidates(reference), &listing)
+        };
+        let (branch, tag) = (("aa", "refs/heads/main"), ("bb", "refs/tags/main"));
+        let is = |found: &str, (id, name): (&str, &str)| {
+            assert_eq!(find(found, &[(id, name)]), Ok((format!("{id}\t{name}"), name.to_owned())));
+        };
+        is("main", branch);
+        is("main", tag);
+        is("HEAD", ("aa", "HEAD"));
+        is("refs/tags/main", tag);
+        let both = find("main", &[branch, tag]).unwrap_err();
+        assert!(both.contains("refs/heads/main") && both.contains("refs/tags/main"), "{both}");
+        assert_eq!(find("refs/heads/main", &[branch, tag]).unwrap().1, "refs/heads/main");
+        for other in ["refs/heads/x/main", "refs/x/refs/heads/main", "refs/remotes/main", "refs/tags/main^{}", "main"] {
+            assert!(find("main", &[("aa", other)]).is_err(), "{other}");
+        }
+        assert!(find("HEAD", &[("aa", "refs/tags/HEAD"), ("aa", "refs/heads/HEAD")]).is_err());
+    }
 
     #[test]
     fn a_tree_lists_files_and_knows_links() {

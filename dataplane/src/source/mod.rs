@@ -3,19 +3,24 @@
 //! It gives [`crate::config`] a set of named files and hands what validates to the control thread, from a thread of its own: neither a slow
 //! repository nor a large file keeps anybody waiting. What a configuration means, and what runs, is not known here.
 
+pub mod folder;
 pub mod follow;
 pub mod git;
 pub mod kept;
+pub mod secret;
 pub mod watch;
 pub mod webhook;
 
 use std::collections::{BTreeMap, HashSet};
 use std::io;
-use std::net::{IpAddr, UdpSocket};
+use std::net::IpAddr;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
+use folder::Folder;
+
 use crate::config::{self, Config, Diagnostic, Files, LoadError, Repository, Source, TargetHost};
+use crate::socket;
 
 /// A configuration that validates.
 #[derive(Debug)]
@@ -64,7 +69,7 @@ fn matching<'p>(paths: impl Iterator<Item = &'p Path>, folder: &Path, pattern: &
     if !config::is_pattern(pattern) {
         return Ok(vec![whole]);
     }
-    let glob = glob::Pattern::new(&whole.to_string_lossy()).map_err(|error| error.to_string())?;
+    let glob = config::glob(&whole.to_string_lossy())?;
     Ok(paths.filter(|path| glob.matches_path_with(path, config::WILDCARDS)).map(Path::to_path_buf).collect())
 }
 
@@ -78,10 +83,27 @@ pub fn kept(path: &Path) -> Result<Loaded, LoadError> {
     }
 }
 
-/// Loads the newest commit.
-pub fn newest(path: &Path) -> Result<Loaded, LoadError> {
+/// Loads the content of a repository that lies in a folder, without a network and without a file outside of it. `path` is that of its file, seen from the folder;
+/// `node` the own file of a node, whose fence it has to fit.
+pub fn content(folder: &Path, path: &Path, node: Option<&Path>) -> Result<Loaded, LoadError> {
+    let fence = node.map(|node| {
+        let local = config::read(node)?;
+        Ok(repository(&local)?.map(|repository| repository.fence).unwrap_or_default())
+    });
+    let fence = fence.transpose()?;
+    let unreadable = |error| LoadError::Unreadable { path: folder.into(), error };
+    let source = config::read_repository(path, &Folder::open(folder).map_err(unreadable)?)?;
+    let source = Arc::new(source);
+    let (config, warnings) =
+        config::parse_within(source.clone(), fence).map_err(|diagnostics| LoadError::Report { source, diagnostics })?;
+    Ok(Loaded { config, warnings, snapshot: None })
+}
+
+/// Loads the newest commit. `before` is called before the repository is asked, and a token sent.
+pub fn newest(path: &Path, before: impl FnOnce(&Repository)) -> Result<Loaded, LoadError> {
     let local = config::read(path)?;
     let Some(repository) = repository(&local)? else { return whole(local, None) };
+    before(&repository);
     let unreachable = |error| LoadError::Repository { git: repository.git.clone(), error };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| unreachable(error.to_string()))?;
@@ -98,7 +120,7 @@ pub fn at_start(path: &Path) -> Result<(Loaded, Option<String>), LoadError> {
         Ok(loaded) => Ok((loaded, None)),
         Err(error) => {
             let has_repository = config::read(path).is_ok_and(|local| repository(&local).is_ok_and(|r| r.is_some()));
-            if has_repository { Ok((newest(path)?, Some(error.to_string()))) } else { Err(error) }
+            if has_repository { Ok((newest(path, |_| ())?, Some(error.to_string()))) } else { Err(error) }
         }
     }
 }
@@ -120,7 +142,9 @@ fn whole(mut source: Source, fetched: Option<(&Repository, Snapshot)>) -> Result
     let source = Arc::new(source);
     let report = |diagnostics| LoadError::Report { source: source.clone(), diagnostics };
     let (config, mut warnings) = config::parse(source.clone()).map_err(report)?;
-    warnings.extend(config::own_listener_targets(&config, &local_addresses(&config)));
+    let local = local_addresses(&config);
+    warnings.extend(config::own_listener_targets(&config, &local));
+    warnings.extend(config::own_targets(&config, &local));
     if warnings.iter().any(Diagnostic::is_error) {
         Err(report(warnings))
     } else {
@@ -128,7 +152,7 @@ fn whole(mut source: Source, fetched: Option<(&Repository, Snapshot)>) -> Result
     }
 }
 
-/// Those of the targets' literal addresses that are this machine's: only these can be bound.
+/// Those of the targets' literal addresses that are this machine's.
 fn local_addresses(config: &Config) -> Vec<IpAddr> {
     let targets = config.upstreams.iter().flat_map(|u| &u.targets);
     let literal: HashSet<IpAddr> = targets
@@ -137,7 +161,7 @@ fn local_addresses(config: &Config) -> Vec<IpAddr> {
             TargetHost::Name(_) => None,
         })
         .collect();
-    literal.into_iter().filter(|ip| UdpSocket::bind((*ip, 0)).is_ok()).collect()
+    literal.into_iter().filter(|ip| socket::is_of_this_machine(*ip)).collect()
 }
 
 #[cfg(test)]

@@ -1,11 +1,15 @@
 //! `POST /hook`: a forge says that something was pushed, signed with a shared secret. It only has the repository looked at.
 //!
-//! Anybody may reach the address, so everything that it may cost is bounded: connections, their time and bytes, looks and log lines. And nobody
-//! without the secret can keep a forge from being heard: a newer connection takes the place of the oldest, and only signed requests count.
+//! Anybody may reach the address, so everything that it may cost is bounded: connections, their time and bytes, looks and log lines. Only signed requests
+//! count against their number.
+//!
+//! Strangers do not keep a forge or an ingress from being heard that connects from this machine or the tailnet: these have places of their own. Elsewhere, when
+//! all places are taken, the address that has most of them gives up its oldest, so one address cannot crowd out another; many addresses together can, and then
+//! the repository is looked at when `interval` is over. An ingress that passes everybody's requests on is one address, whoever they are from: limit them there.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
-use std::net::TcpListener as StdTcpListener;
+use std::net::{IpAddr, TcpListener as StdTcpListener};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -22,14 +26,22 @@ use tokio::net::TcpListener;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::{AbortHandle, JoinSet};
 
+use super::secret;
+
 /// Bytes of a request's body. What a forge tells of a push is some KiB; of a push too large for this the next look learns.
 const MOST_BYTES: usize = 1 << 20;
 
 /// Bytes that are held of a request at a time.
 const BUFFER: usize = 16 << 10;
 
+/// Connections at a time from near (see [`is_near`]), and from elsewhere.
+const PLACES: usize = 32;
+
 /// Connections at a time.
-pub const AT_A_TIME: usize = 32;
+pub const AT_A_TIME: usize = 2 * PLACES;
+
+/// Connections that the kernel holds until they are accepted.
+const BACKLOG: i32 = 1024;
 
 /// For a request, from accept to its answer.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -73,12 +85,13 @@ pub async fn serve(mut told: mpsc::UnboundedReceiver<Option<Served>>, pushed: Ar
 async fn accept(Served { listener, secret_file }: Served, pushed: Arc<Notify>) -> std::io::Result<()> {
     listener.set_nonblocking(true)?;
     let listener = TcpListener::from_std(listener)?;
+    rustix::net::listen(&listener, BACKLOG)?;
     let hook = Arc::new(Hook::new(secret_file, pushed));
     let mut open = JoinSet::new();
-    let mut oldest: VecDeque<AbortHandle> = VecDeque::new();
+    let (mut near, mut far) = (Places::default(), Places::default());
     loop {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+        let (stream, from) = match listener.accept().await {
+            Ok((stream, from)) => (stream, from.ip().to_canonical()),
             Err(error) => {
                 tracing::debug!(%error, "webhook");
                 tokio::time::sleep(BREATHER).await;
@@ -86,13 +99,8 @@ async fn accept(Served { listener, secret_file }: Served, pushed: Arc<Notify>) -
             }
         };
         while open.try_join_next().is_some() {}
-        oldest.retain(|connection| !connection.is_finished());
-        if oldest.len() == AT_A_TIME {
-            // A forge is done within milliseconds; who fills all places is none.
-            oldest.pop_front().expect("it is full").abort();
-        }
         let hook = hook.clone();
-        oldest.push_back(open.spawn(async move {
+        let connection = open.spawn(async move {
             let answer = service_fn(|request| async { Ok::<_, Infallible>(hook.answer(request).await) });
             let connection = hyper::server::conn::http1::Builder::new()
                 .keep_alive(false)
@@ -100,7 +108,41 @@ async fn accept(Served { listener, secret_file }: Served, pushed: Arc<Notify>) -
                 .timer(TokioTimer::new())
                 .serve_connection(TokioIo::new(stream), answer);
             let _ = tokio::time::timeout(DEADLINE, connection).await;
-        }));
+        });
+        if is_near(from) { &mut near } else { &mut far }.take(from, connection);
+    }
+}
+
+/// This machine, and Tailscale's networks.
+fn is_near(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => ip.is_loopback() || (ip.octets()[0] == 100 && ip.octets()[1] & 0xc0 == 64),
+        IpAddr::V6(ip) => ip.is_loopback() || ip.segments()[..3] == [0xfd7a, 0x115c, 0xa1e0],
+    }
+}
+
+/// Connections in the order in which they came, with who they are from: an IPv4 address or an IPv6 /64.
+#[derive(Default)]
+struct Places(VecDeque<(u64, AbortHandle)>);
+
+impl Places {
+    /// A place for one more: where all are taken, whoever has most of them gives up its oldest. A forge is done within milliseconds.
+    fn take(&mut self, from: IpAddr, connection: AbortHandle) {
+        let of = match from {
+            IpAddr::V4(ip) => u64::from(ip.to_bits()),
+            IpAddr::V6(ip) => (ip.to_bits() >> 64) as u64,
+        };
+        let places = &mut self.0;
+        places.retain(|(_, connection)| !connection.is_finished());
+        if places.len() == PLACES {
+            let having = |of: u64| places.iter().filter(|(other, _)| *other == of).count();
+            // Of those with as many, the one that came first.
+            let first = (0..places.len()).rev().max_by_key(|n| having(places[*n].0)).expect("it is full");
+            if let Some((_, connection)) = places.remove(first) {
+                connection.abort();
+            }
+        }
+        places.push_back((of, connection));
     }
 }
 
@@ -144,14 +186,15 @@ impl Hook {
             return (StatusCode::UNAUTHORIZED, "no signature: set a secret where the webhook is defined\n");
         }
         // Read each time: it may be changed without a restart.
-        let secret = match std::fs::read_to_string(&self.secret_file) {
+        let secret = match secret::read(&self.secret_file) {
             Ok(secret) => secret,
             Err(error) => {
-                tracing::error!(file = %self.secret_file.display(), %error, "the webhook's secret cannot be read");
+                if self.refusals.lock().expect("no panic while held").admits(Instant::now()) {
+                    tracing::error!(error, "the webhook's secret cannot be used");
+                }
                 return (StatusCode::INTERNAL_SERVER_ERROR, "the secret cannot be read; see the log\n");
             }
         };
-        let secret = secret.trim();
         let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes()).expect("any length is a key");
         let (mut body, mut length) = (request.into_body(), 0);
         while let Some(frame) = body.frame().await {
@@ -163,9 +206,9 @@ impl Hook {
             }
             mac.update(&data);
         }
-        // In a time that does not depend on where a signature is wrong. An empty key would be known to everybody.
+        // In a time that does not depend on where a signature is wrong.
         let is_signed = |signature: &Vec<u8>| mac.clone().verify_slice(signature).is_ok();
-        if secret.is_empty() || !signatures.iter().any(is_signed) {
+        if !signatures.iter().any(is_signed) {
             return (StatusCode::UNAUTHORIZED, "the signature is wrong\n");
         }
         if !self.pushes.lock().expect("no panic while held").admits(Instant::now()) {
@@ -274,7 +317,7 @@ mod tests {
         let mut empty = Hmac::<Sha256>::new_from_slice(b"").unwrap();
         empty.update(BODY);
         let by_empty: String = empty.finalize().into_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(post(&hook, &[("X-Gitea-Signature", &by_empty)], BODY).await, 401, "an empty secret is none");
+        assert_eq!(post(&hook, &[("X-Gitea-Signature", &by_empty)], BODY).await, 500, "an empty secret is none");
         std::fs::remove_file(folder.path().join("secret")).unwrap();
         assert_eq!(post(&hook, &[("X-Gitea-Signature", SIGNATURE)], BODY).await, 500);
         let unheard = tokio::time::timeout(Duration::from_millis(10), hook.pushed.notified()).await;
@@ -312,6 +355,34 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn who_has_most_places_gives_way() {
+        let mut places = Places::default();
+        let mut tasks = JoinSet::new();
+        let mut take = |from: &str| {
+            let task = tasks.spawn(std::future::pending::<()>());
+            places.take(from.parse().unwrap(), task.clone());
+            task
+        };
+        let forge = take("192.0.2.1");
+        let neighbour = take("2001:db8:0:1::1");
+        let first = take("198.51.100.1");
+        let flood: Vec<_> = (0..1000).map(|_| take("198.51.100.1")).collect();
+        // One subnet is one client.
+        let subnet: Vec<_> = (1..1000).map(|n| take(&format!("2001:db8:0:2::{n:x}"))).collect();
+        // An aborted task ends at its next turn.
+        for _ in 0..10_000 {
+            tokio::task::yield_now().await;
+        }
+        assert!(first.is_finished() && flood[0].is_finished() && subnet[0].is_finished());
+        assert!(!forge.is_finished() && !neighbour.is_finished());
+        assert_eq!(places.0.len(), PLACES);
+        for (near, far) in [("127.0.0.1", "192.0.2.1"), ("100.64.0.2", "100.128.0.1"), ("fd7a:115c:a1e0::2", "fd7a::2")]
+        {
+            assert!(is_near(near.parse().unwrap()) && !is_near(far.parse().unwrap()), "{near} {far}");
+        }
+    }
+
+    #[tokio::test]
     async fn idle_connections_give_way() {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
         use tokio::net::TcpStream;
@@ -323,7 +394,7 @@ mod tests {
         tokio::spawn(serve(told, pushed.clone()));
         tell.send(Some(Served { listener, secret_file: folder.path().join("secret") })).unwrap();
         let mut idle = Vec::new();
-        for _ in 0..2 * AT_A_TIME {
+        for _ in 0..2 * PLACES {
             idle.push(TcpStream::connect(address).await.unwrap());
         }
         let mut forge = TcpStream::connect(address).await.unwrap();
@@ -338,7 +409,7 @@ mod tests {
         let first = tokio::time::timeout(DEADLINE / 2, idle[0].read(&mut byte)).await;
         assert!(matches!(first, Ok(Ok(0) | Err(_))), "the oldest was closed long before its deadline: {first:?}");
         tell.send(None).unwrap();
-        let last = tokio::time::timeout(DEADLINE / 2, idle[2 * AT_A_TIME - 1].read(&mut byte)).await;
+        let last = tokio::time::timeout(DEADLINE / 2, idle[2 * PLACES - 1].read(&mut byte)).await;
         assert!(matches!(last, Ok(Ok(0) | Err(_))), "nothing is served any more: {last:?}");
     }
 

@@ -28,6 +28,7 @@ use tokio::sync::{Notify, watch};
 use crate::config::{self, OnDown, TargetHost};
 use crate::logging::unix_seconds;
 use crate::metrics::Metrics;
+use crate::socket;
 use crate::tailnet::{Peer, Way};
 use balance::Standing;
 use dial::Queue;
@@ -227,7 +228,9 @@ impl Pool {
             .targets
             .iter()
             .map(|t| {
-                known.remove(&*t.text).cloned().unwrap_or_else(|| Target::new(&config.name, t, inventory, metrics))
+                // One that may lead elsewhere by now is another one.
+                let kept = known.remove(&*t.text).filter(|known| known.address.fence == t.fence).cloned();
+                kept.unwrap_or_else(|| Target::new(&config.name, t, inventory, metrics))
             })
             .collect();
         let queue = previous.map_or_else(|| Arc::new(Queue::new(metrics.queued(&config.name))), |p| p.queue.clone());
@@ -255,7 +258,12 @@ impl Target {
             |ips: &[IpAddr]| Resolution::Known(ips.iter().map(|ip| Address::new((*ip, address.port).into())).collect());
         let resolution = match &address.host {
             TargetHost::Ip(ip) => known(&[*ip]),
-            TargetHost::Name(name) => inventory.last_answer(name).map_or(Resolution::Pending, |answer| known(&answer)),
+            TargetHost::Name(name) => {
+                // Another target may have asked, whom a repository does not fence in.
+                let answer = inventory.last_answer(name);
+                let answer = answer.and_then(|ips| address.admit(ips.to_vec(), socket::is_of_this_machine).ok());
+                answer.map_or(Resolution::Pending, |ips| known(&ips))
+            }
         };
         let target = Arc::new(Self {
             upstream: upstream.clone(),
@@ -441,6 +449,7 @@ impl Target {
 
     /// What the resolver says of its name.
     fn resolved(&self, answer: Result<Vec<IpAddr>, String>) {
+        let answer = answer.and_then(|found| self.address.admit(found, socket::is_of_this_machine));
         let known = match (&*self.resolution.borrow(), &answer) {
             (Resolution::Known(known), _) => Some(known.clone()),
             _ => None,

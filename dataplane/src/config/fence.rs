@@ -1,0 +1,681 @@
+//! What the node's owner lets a repository decide: `allow_hosts`, `allow_listeners` and `allow_targets` of `[source]`.
+//!
+//! What stands in the node's own files is never fenced in. Names of targets are judged twice: as they are written, and by [`Target::admit`] each time that
+//! they have been resolved, because whoever answers for a name chooses its addresses.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use super::check::{Places, is_localhost};
+use super::diagnostic::MOST_KEPT;
+use super::reader::{Reader, Section, quoted};
+use super::values::{Refused, parse_net, refuse};
+use super::{Config, Diagnostic, HostPattern, Mode, Span, Target, TargetHost};
+
+/// Where clouds tell machines their secrets; the last one is also MagicDNS, which no connection of a client needs.
+const METADATA: [IpAddr; 3] = [
+    IpAddr::V4(Ipv4Addr::new(169, 254, 169, 254)),
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
+    IpAddr::V4(Ipv4Addr::new(100, 100, 100, 100)),
+];
+
+/// The three lists.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fence {
+    /// `None`: every name of at least two labels, and wildcards above such names.
+    hosts: Option<Vec<HostPattern>>,
+    listeners: Vec<Place>,
+    targets: Vec<Rule>,
+}
+
+impl Default for Fence {
+    fn default() -> Self {
+        let listeners = [80, 443].map(|port| Place { net: None, port: Some(port) });
+        Self { hosts: None, listeners: listeners.into(), targets: vec![Rule { who: Who::Any, port: None }] }
+    }
+}
+
+/// An entry of `allow_listeners`: where a listener may be bound.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Place {
+    /// `None`: any address but those of [`is_loopback`].
+    net: Option<IpNet>,
+    /// `None`: any.
+    port: Option<u16>,
+}
+
+/// An entry of `allow_targets`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Rule {
+    who: Who,
+    /// `None`: any.
+    port: Option<u16>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Who {
+    /// Everything but this machine.
+    Any,
+    /// These addresses, whatever they are called.
+    Net(IpNet),
+    /// These names, wherever they lead but to this machine.
+    Name(HostPattern),
+}
+
+impl Fence {
+    /// Reads the three keys of `[source]`.
+    pub(super) fn read(reader: &mut Reader, section: &Section<'_>) -> Self {
+        let mut fence = Self::default();
+        if let Some(field) = section.get("allow_hosts") {
+            let entries = reader.strings(field, "a host name or a wildcard", "\"*.example.com\"");
+            let hosts = entries.into_iter().filter_map(|(span, text)| reader.accept(span, HostPattern::parse(text)));
+            fence.hosts = Some(hosts.collect());
+        }
+        if let Some(field) = section.get("allow_listeners") {
+            let entries = reader.strings(field, "an address and a port", "\"*:443\"");
+            fence.listeners =
+                entries.into_iter().filter_map(|(span, text)| reader.accept(span, Place::parse(text))).collect();
+        }
+        if let Some(field) = section.get("allow_targets") {
+            let entries = reader.strings(field, "a network or a name", "\"100.64.0.0/10\"");
+            fence.targets =
+                entries.into_iter().filter_map(|(span, text)| reader.accept(span, Rule::parse(text))).collect();
+        }
+        fence
+    }
+
+    fn allows_host(&self, host: &HostPattern) -> bool {
+        let Some(allowed) = &self.hosts else {
+            return match host {
+                HostPattern::Exact(name) | HostPattern::Wildcard(name) => name.contains('.'),
+                HostPattern::Any => false,
+            };
+        };
+        allowed.iter().any(|pattern| covers(pattern, host))
+    }
+
+    fn allows_listener(&self, addr: SocketAddr) -> bool {
+        let ip = addr.ip().to_canonical();
+        // A bind to the unspecified address is no forbidden one: it is all that the machine has.
+        !is_link_local_or_metadata(ip)
+            && self.listeners.iter().any(|place| {
+                place.port.is_none_or(|port| port == addr.port())
+                    && match place.net {
+                        None => !ip.is_loopback(),
+                        Some(net) if net.addr().is_unspecified() && net.prefix_len() == net.max_prefix_len() => {
+                            net.addr().is_ipv4() == ip.is_ipv4() && !ip.is_loopback()
+                        }
+                        Some(net) => net.contains(&ip),
+                    }
+            })
+    }
+
+    /// May a target be there? `is_own`: it is an address of this machine.
+    fn allows_address(&self, name: Option<&str>, ip: IpAddr, port: u16, is_own: bool) -> bool {
+        let ip = ip.to_canonical();
+        let is_own = is_own || ip.is_loopback();
+        !is_nowhere(ip)
+            && !is_link_local_or_metadata(ip)
+            && self.rules(port).any(|who| match who {
+                Who::Any => !is_own,
+                Who::Net(net) => net.contains(&ip),
+                Who::Name(pattern) => {
+                    name.is_some_and(|name| covers_name(pattern, name) && (!is_own || is_localhost(name)))
+                }
+            })
+    }
+
+    /// May a target have this name? A network decides later, by the addresses.
+    fn allows_name(&self, name: &str, port: u16) -> bool {
+        self.rules(port).any(|who| match who {
+            Who::Any => !is_localhost(name),
+            Who::Net(_) => !is_localhost(name) || self.allows_address(None, Ipv4Addr::LOCALHOST.into(), port, true),
+            Who::Name(pattern) => covers_name(pattern, name),
+        })
+    }
+
+    fn allows_target(&self, target: &Target, port: u16) -> bool {
+        match &target.host {
+            TargetHost::Ip(ip) => self.allows_address(None, *ip, port, false),
+            TargetHost::Name(name) => self.allows_name(name, port),
+        }
+    }
+
+    fn rules(&self, port: u16) -> impl Iterator<Item = &Who> {
+        self.targets.iter().filter(move |rule| rule.port.is_none_or(|p| p == port)).map(|rule| &rule.who)
+    }
+}
+
+impl Target {
+    /// Those of the addresses of its name that the node's owner lets it lead to; `is_own` says which are of this machine.
+    ///
+    /// # Errors
+    /// None of them; for people.
+    pub fn admit(&self, found: Vec<IpAddr>, is_own: impl Fn(IpAddr) -> bool) -> Result<Vec<IpAddr>, String> {
+        let (Some(fence), TargetHost::Name(name)) = (&self.fence, &self.host) else { return Ok(found) };
+        let (admitted, refused): (Vec<_>, Vec<_>) =
+            found.into_iter().partition(|ip| fence.allows_address(Some(name), *ip, self.port, is_own(*ip)));
+        match (admitted.is_empty(), refused.first()) {
+            (true, Some(refused)) => Err(format!(
+                "it leads to {refused}, and `allow_targets` of [source] does not let a repository go there"
+            )),
+            _ => Ok(admitted),
+        }
+    }
+}
+
+/// Everything of the repository's that the owner's lists do not cover.
+pub(super) fn violations(
+    config: &Config,
+    places: &Places,
+    fence: &Fence,
+    is_of_repository: impl Fn(&Span) -> bool,
+) -> Vec<Diagnostic> {
+    let mut found = Vec::new();
+    for (route, spans) in config.routes.iter().zip(&places.hosts) {
+        for (host, span) in route.hosts.iter().zip(spans) {
+            if is_of_repository(span) && !fence.allows_host(host) {
+                let host = host.to_string();
+                let shape = if fence.hosts.is_none() { "write names of at least two labels, or " } else { "" };
+                found.push(outside(span, &format!("list `{host}`"), "allow_hosts", &host, shape));
+            }
+        }
+    }
+    for bind in config.listeners.iter().flat_map(|listener| &listener.bind) {
+        if is_of_repository(&bind.span) && !fence.allows_listener(bind.addr) {
+            let addr = bind.addr.to_string();
+            found.push(if is_link_local_or_metadata(bind.addr.ip()) {
+                forbidden(&bind.span, &format!("listen on {addr}"))
+            } else {
+                outside(&bind.span, &format!("listen on {addr}"), "allow_listeners", &addr, "")
+            });
+        }
+    }
+    found.extend(targets(config, places, &is_of_repository, fence));
+    found
+}
+
+/// Targets that are these addresses of this machine, where they are not listed: `parse` cannot know them.
+pub fn own_targets(config: &Config, local: &[IpAddr]) -> Vec<Diagnostic> {
+    let mut found = Vec::new();
+    for target in config.upstreams.iter().flat_map(|upstream| &upstream.targets) {
+        if let (Some(fence), TargetHost::Ip(ip)) = (&target.fence, &target.host)
+            && local.contains(ip)
+            && !fence.allows_address(None, *ip, target.port, true)
+        {
+            let what = format!("lead to `{}`, which is this machine", target.text);
+            found.push(outside(&target.span, &what, "allow_targets", &target.text, ""));
+        }
+    }
+    found
+}
+
+/// The targets of the repository's upstreams, and those of the node's own that its routes and listeners lead to.
+fn targets(
+    config: &Config,
+    places: &Places,
+    is_of_repository: impl Fn(&Span) -> bool,
+    fence: &Fence,
+) -> Vec<Diagnostic> {
+    let mut found = Vec::new();
+    let leads = leads(config, places, &is_of_repository);
+    for (upstream, lead) in config.upstreams.iter().zip(&leads) {
+        for target in &upstream.targets {
+            let own = is_of_repository(&target.span).then_some(&target.span);
+            let Some(span) = own.or(lead.span.as_ref()) else { continue };
+            if found.len() > MOST_KEPT {
+                return found;
+            }
+            for port in std::iter::once(target.port).chain(lead.acme_ports.iter().copied()) {
+                if fence.allows_target(target, port) {
+                    continue;
+                }
+                let text = if port == target.port {
+                    target.text.to_string()
+                } else {
+                    let host = target.text.rsplit_once(':').map_or(&*target.text, |(host, _)| host);
+                    format!("{host}:{port}")
+                };
+                let what = format!("lead to `{text}`");
+                found.push(match target.host {
+                    TargetHost::Ip(ip) if is_link_local_or_metadata(ip) || is_nowhere(ip) => forbidden(span, &what),
+                    _ => outside(span, &what, "allow_targets", &text, ""),
+                });
+            }
+        }
+    }
+    found
+}
+
+/// How the repository leads to an upstream.
+#[derive(Clone, Default)]
+struct Lead {
+    /// Of the first of its routes or listeners that does.
+    span: Option<Span>,
+    /// Ports of the targets that its listeners of mode `http` name.
+    acme_ports: Vec<u16>,
+}
+
+/// For each upstream.
+fn leads(config: &Config, places: &Places, is_of_repository: impl Fn(&Span) -> bool) -> Vec<Lead> {
+    let mut leads = vec![Lead::default(); config.upstreams.len()];
+    let mut acme_ports = Vec::new();
+    for (listener, span) in config.listeners.iter().zip(&places.listeners) {
+        match listener.mode {
+            Mode::Tcp { upstream } if is_of_repository(span) => {
+                if let Some(lead) = leads.get_mut(upstream) {
+                    lead.span.get_or_insert_with(|| span.clone());
+                }
+            }
+            Mode::Http { acme_port } if is_of_repository(span) && !acme_ports.contains(&acme_port) => {
+                acme_ports.push(acme_port);
+            }
+            _ => {}
+        }
+    }
+    for (route, spans) in config.routes.iter().zip(&places.hosts) {
+        let Some(lead) = leads.get_mut(route.upstream) else { continue };
+        if let Some(span) = spans.first().filter(|span| is_of_repository(span)) {
+            lead.span.get_or_insert_with(|| span.clone());
+        }
+        // Which of the listeners a route is for matters little: what one may not reach, none may.
+        lead.acme_ports.clone_from(&acme_ports);
+    }
+    leads
+}
+
+/// Has the targets that the repository decides upon carry the fence.
+pub(super) fn mark(config: &mut Config, places: &Places, fence: &Fence, is_of_repository: impl Fn(&Span) -> bool) {
+    let leads = leads(config, places, &is_of_repository);
+    let fence = Arc::new(fence.clone());
+    for (upstream, lead) in config.upstreams.iter_mut().zip(leads) {
+        for target in &mut upstream.targets {
+            if lead.span.is_some() || is_of_repository(&target.span) {
+                target.fence = Some(fence.clone());
+            }
+        }
+    }
+}
+
+fn outside(span: &Span, what: &str, key: &str, entry: &str, shape: &str) -> Diagnostic {
+    Diagnostic::error(
+        span.clone(),
+        format!("the repository may not {what}: `{key}` of the node does not cover it"),
+        format!("{shape}have the node's owner add {} to `{key}` in [source] of the node's own file", quoted(entry)),
+    )
+}
+
+fn forbidden(span: &Span, what: &str) -> Diagnostic {
+    Diagnostic::error(
+        span.clone(),
+        format!("the repository may not {what}: link-local and metadata addresses are never its business"),
+        "write another address; what the node itself needs there belongs into the node's own file",
+    )
+}
+
+/// Addresses of one link alone, where machines trust each other, and those of METADATA.
+fn is_link_local_or_metadata(ip: IpAddr) -> bool {
+    let ip = ip.to_canonical();
+    METADATA.contains(&ip)
+        || match ip {
+            IpAddr::V4(ip) => ip.is_link_local(),
+            IpAddr::V6(ip) => ip.is_unicast_link_local(),
+        }
+}
+
+/// Addresses that no service has; the kernel takes some of them for this machine.
+fn is_nowhere(ip: IpAddr) -> bool {
+    match ip.to_canonical() {
+        IpAddr::V4(ip) => ip.octets()[0] == 0 || ip.is_multicast() || ip.is_broadcast(),
+        // An IPv4 address in the form of RFC 4291 section 2.5.5.1, too.
+        IpAddr::V6(ip) => ip.is_multicast() || (ip.segments()[..6] == [0; 6] && !ip.is_loopback()),
+    }
+}
+
+/// Does the pattern match everything that the other one does?
+fn covers(pattern: &HostPattern, other: &HostPattern) -> bool {
+    match (pattern, other) {
+        (HostPattern::Any, _) => true,
+        (HostPattern::Exact(a), HostPattern::Exact(b)) => a == b,
+        (HostPattern::Wildcard(suffix), HostPattern::Exact(name)) => is_below(name, suffix),
+        (HostPattern::Wildcard(suffix), HostPattern::Wildcard(other)) => other == suffix || is_below(other, suffix),
+        (_, HostPattern::Any) | (HostPattern::Exact(_), HostPattern::Wildcard(_)) => false,
+    }
+}
+
+fn covers_name(pattern: &HostPattern, name: &str) -> bool {
+    covers(pattern, &HostPattern::Exact(name.trim_end_matches('.').to_owned()))
+}
+
+fn is_below(name: &str, suffix: &str) -> bool {
+    name.strip_suffix(suffix).is_some_and(|rest| rest.ends_with('.'))
+}
+
+impl Place {
+    fn parse(text: &str) -> Result<Self, Refused> {
+        const EXAMPLES: &str =
+            "write an address or a network with a port: \"*:443\", \"100.64.0.1:2222\", \"[::]:443\", \"10.0.0.0/8:*\"";
+        let Some((host, Some(port))) = split(text) else {
+            return refuse(format!("{} does not say which port", quoted(text)), EXAMPLES);
+        };
+        let net = match host {
+            "*" => None,
+            host => Some(network(host, EXAMPLES)?),
+        };
+        let port = if port == "*" { None } else { Some(parse_port(port)?) };
+        Ok(Self { net, port })
+    }
+}
+
+impl Rule {
+    fn parse(text: &str) -> Result<Self, Refused> {
+        const EXAMPLES: &str = "write a network or a name, with a port where only that one is meant: \"100.64.0.0/10\", \"*.tailnet.example:443\", \"127.0.0.1:8443\", \"[fd7a:115c:a1e0::/48]:443\"";
+        let Some((host, port)) = split(text) else {
+            return refuse(format!("{} is not a network or a name", quoted(text)), EXAMPLES);
+        };
+        let who = match host {
+            "*" => Who::Any,
+            host if host.contains(['/', ':']) || host.parse::<IpAddr>().is_ok() => Who::Net(network(host, EXAMPLES)?),
+            host => Who::Name(HostPattern::parse(host)?),
+        };
+        let port = port.filter(|port| *port != "*").map(parse_port).transpose()?;
+        Ok(Self { who, port })
+    }
+}
+
+/// A network that could be allowed at all.
+fn network(text: &str, examples: &str) -> Result<IpNet, Refused> {
+    let net = parse_net(text).map_err(|refused| Refused { message: refused.message, remedy: examples.to_owned() })?;
+    if is_link_local_or_metadata(net.addr()) {
+        return refuse(
+            format!("`{text}` cannot be allowed: link-local and metadata addresses are no business of a repository"),
+            "put the upstream or listener that needs it into the node's own file",
+        );
+    }
+    Ok(net)
+}
+
+/// `HOST`, `HOST:PORT`, `[HOST]:PORT`; an IPv6 address or network needs brackets where a port follows.
+fn split(text: &str) -> Option<(&str, Option<&str>)> {
+    if let Some(rest) = text.strip_prefix('[') {
+        let (host, rest) = rest.split_once(']')?;
+        return match rest.strip_prefix(':') {
+            Some(port) => Some((host, Some(port))),
+            None => rest.is_empty().then_some((host, None)),
+        };
+    }
+    match text.split_once(':') {
+        Some((host, port)) if !port.contains(':') => Some((host, Some(port))),
+        _ => Some((text, None)),
+    }
+}
+
+fn parse_port(text: &str) -> Result<u16, Refused> {
+    match text.parse() {
+        Ok(port) if port > 0 => Ok(port),
+        _ => refuse(format!("`{text}` is not a port"), "write a port from 1 to 65535, or `*` for any"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{LoadError, Source, parse_within, repository};
+    use std::path::{Path, PathBuf};
+
+    fn fence(lists: &str) -> Fence {
+        let text = format!("[source]\ngit = \"/srv/x.git\"\n{lists}\n");
+        repository(&Source::new("node.toml", text)).unwrap().unwrap().fence
+    }
+
+    /// What is refused of this content.
+    fn refused(fence: &Fence, text: &str) -> String {
+        let source = Arc::new(Source::of_repository("dataplane.toml", text.into()));
+        match parse_within(source.clone(), Some(fence.clone())) {
+            Ok(_) => String::new(),
+            Err(diagnostics) => LoadError::Report { source, diagnostics }.to_string(),
+        }
+    }
+
+    fn content(host: &str, bind: &str, target: &str) -> String {
+        format!(
+            "[listeners.public]\nbind = [\"{bind}\"]\n[upstreams.a]\ntargets = [\"{target}\"]\n[[routes]]\nhosts = [\"{host}\"]\nupstream = \"a\"\n"
+        )
+    }
+
+    #[test]
+    fn what_nobody_allowed_is_refused_by_default() {
+        let default = Fence::default();
+        assert_eq!(fence(""), default);
+        let (host, bind, target) = ("blog.example.com", "0.0.0.0:443", "thinkpad-1:443");
+        for host in ["blog.example.com", "*.example.com", "example.com"] {
+            assert_eq!(refused(&default, &content(host, bind, target)), "", "{host}");
+        }
+        for host in ["*", "*.com", "nas"] {
+            let said = refused(&default, &content(host, bind, target));
+            assert!(
+                said.contains(":6:10: error: the repository may not list") && said.contains("`allow_hosts`"),
+                "{said}"
+            );
+        }
+        for bind in ["[::]:443", "0.0.0.0:80", "192.0.2.1:443", "100.64.0.1:443"] {
+            assert_eq!(refused(&default, &content(host, bind, target)), "", "{bind}");
+        }
+        for bind in
+            ["127.0.0.1:22", "127.0.0.1:443", "[::1]:443", "0.0.0.0:2222", "169.254.169.254:80", "[fe80::1]:443"]
+        {
+            let said = refused(&default, &content(host, bind, target));
+            assert!(said.contains("the repository may not listen on"), "{bind}: {said}");
+        }
+        for target in ["100.64.0.2:443", "[fd7a:115c:a1e0::2]:443", "10.0.0.1:22", "a.example:1"] {
+            assert_eq!(refused(&default, &content(host, bind, target)), "", "{target}");
+        }
+        for target in [
+            "127.0.0.1:443",
+            "[::1]:443",
+            "[::ffff:127.0.0.1]:443",
+            "127.8.8.8:1",
+            "localhost:443",
+            "x.localhost:443",
+            "169.254.169.254:80",
+            "169.254.1.1:80",
+            "[fe80::1]:80",
+            "[fd00:ec2::254]:80",
+            "100.100.100.100:53",
+            "255.255.255.255:1",
+            "0.1.2.3:1",
+            "[::127.0.0.1]:1",
+        ] {
+            let said = refused(&default, &content(host, bind, target));
+            assert!(said.contains("the repository may not lead to"), "{target}: {said}");
+        }
+    }
+
+    #[test]
+    fn what_the_owner_lists_is_allowed_and_nothing_else() {
+        let narrow = fence(
+            "allow_hosts = [\"*.example.com\", \"example.org\"]\nallow_listeners = [\"192.0.2.1:443\", \"127.0.0.0/8:*\", \"[::]:443\"]\n\
+             allow_targets = [\"100.64.0.0/10:443\", \"*.tailnet.example\", \"localhost:8443\", \"[::1]:8443\"]\n",
+        );
+        let allows = |host: &str, bind: &str, target: &str| {
+            let said = refused(&narrow, &content(host, bind, target));
+            assert!(said.is_empty() || said.contains("the repository may not"), "{said}");
+            said.is_empty()
+        };
+        let (host, bind, target) = ("a.example.com", "192.0.2.1:443", "100.64.0.7:443");
+        for (host, expected) in [
+            ("a.example.com", true),
+            ("*.example.com", true),
+            ("*.b.example.com", true),
+            ("example.org", true),
+            ("example.com", false),
+            ("aexample.com", false),
+            ("*.example.org", false),
+            ("a.example.org", false),
+            ("*", false),
+        ] {
+            assert_eq!(allows(host, bind, target), expected, "{host}");
+        }
+        for (bind, expected) in [
+            ("192.0.2.1:443", true),
+            ("127.0.0.1:22", true),
+            ("[2001:db8::1]:443", true),
+            ("[::1]:443", false),
+            ("0.0.0.0:443", false),
+        ] {
+            assert_eq!(allows(host, bind, target), expected, "{bind}");
+        }
+        for (target, expected) in [
+            ("100.64.0.7:443", true),
+            ("100.64.0.7:22", false),
+            ("10.0.0.1:443", false),
+            ("a.tailnet.example:22", true),
+            // Its addresses decide.
+            ("a.example:443", true),
+            ("a.example:22", false),
+            ("localhost:8443", true),
+            ("localhost:443", false),
+            ("[::1]:8443", true),
+            ("127.0.0.1:8443", false),
+        ] {
+            assert_eq!(allows(host, bind, target), expected, "{target}");
+        }
+        let everything = fence("allow_hosts = [\"*\"]\nallow_listeners = []\nallow_targets = []");
+        let said = refused(&everything, &content("*", bind, target));
+        assert!(
+            !said.contains("allow_hosts") && said.contains("`allow_listeners`") && said.contains("`allow_targets`"),
+            "{said}"
+        );
+        for wrong in [
+            "allow_targets = [\"169.254.0.0/16\"]",
+            "allow_targets = [\"10.0.0.0/8:x\"]",
+            "allow_listeners = [\"10.0.0.1\"]",
+            "allow_hosts = [\"a*\"]",
+            "allow_targets = [\"10.0.0.1/8\"]",
+        ] {
+            let text = format!("[source]\ngit = \"/srv/x.git\"\n{wrong}\n");
+            assert!(repository(&Source::new("node.toml", text)).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_name_leads_only_where_the_owner_lets_it_whoever_answers_for_it() {
+        let admitted = |lists: &str, target: &str, found: &[&str]| {
+            let mut target = Target::parse(target, 0..0).unwrap();
+            target.fence = Some(Arc::new(fence(lists)));
+            let found = found.iter().map(|ip| ip.parse().unwrap()).collect();
+            let own: IpAddr = "192.0.2.9".parse().unwrap();
+            let admitted = target.admit(found, |ip| ip == own);
+            admitted.map(|ips| ips.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")).unwrap_or_default()
+        };
+        let bad = [
+            "127.0.0.1",
+            "::1",
+            "::ffff:127.0.0.1",
+            "169.254.169.254",
+            "0.0.0.0",
+            "::",
+            "192.0.2.9",
+            "fe80::1",
+            "224.0.0.1",
+        ];
+        assert_eq!(admitted("", "a.example:443", &bad), "");
+        assert_eq!(admitted("", "a.example:443", &[&bad[..], &["192.0.2.1"]].concat()), "192.0.2.1");
+        let tailnet = "allow_targets = [\"100.64.0.0/10\"]";
+        assert_eq!(admitted(tailnet, "a.example:443", &["100.64.0.7", "192.0.2.1", "127.0.0.1"]), "100.64.0.7");
+        let name = "allow_targets = [\"a.example\"]";
+        assert_eq!(admitted(name, "a.example.:443", &["192.0.2.1", "127.0.0.1"]), "192.0.2.1");
+        assert_eq!(admitted(name, "b.example:443", &["192.0.2.1"]), "");
+        assert_eq!(
+            admitted("allow_targets = [\"a.example\", \"127.0.0.1\"]", "a.example:443", &["127.0.0.1"]),
+            "127.0.0.1"
+        );
+        assert_eq!(
+            admitted("allow_targets = [\"localhost\"]", "localhost:443", &["127.0.0.1", "::1"]),
+            "127.0.0.1 ::1"
+        );
+        // What the node's owner wrote is not fenced in.
+        let own = Target::parse("a.example:443", 0..0).unwrap();
+        assert_eq!(own.admit(vec!["127.0.0.1".parse().unwrap()], |_| true).unwrap().len(), 1);
+    }
+
+    struct Commit(String);
+
+    impl crate::config::Files for Commit {
+        fn matching(&self, _: &Path, _: &str) -> Result<Vec<PathBuf>, String> {
+            Ok(Vec::new())
+        }
+        fn read(&self, _: &Path) -> std::io::Result<Vec<u8>> {
+            Ok(self.0.clone().into_bytes())
+        }
+    }
+
+    /// The node's own file and the repository's, read as one.
+    fn both(own: &str, shared: &str) -> Result<Config, String> {
+        let own = format!("[source]\ngit = \"/srv/x.git\"\n{own}");
+        let mut source = Source::new("node.toml", own);
+        crate::config::add_repository(&mut source, "0123", Path::new("x.toml"), &Commit(shared.into())).unwrap();
+        let source = Arc::new(source);
+        let parsed = crate::config::parse(source.clone());
+        parsed.map(|(config, _)| config).map_err(|d| LoadError::Report { source, diagnostics: d }.to_string())
+    }
+
+    #[test]
+    fn what_stands_in_the_nodes_own_file_is_free_until_the_repository_leads_to_it() {
+        let own = content("*", "127.0.0.1:22", "127.0.0.1:8443");
+        let more = "[upstreams.b]\ntargets = [\"b.example:443\"]\n[[routes]]\nhosts = [\"b.example.com\"]\nupstream = \"UP\"\n";
+        let config = both(&own, &more.replace("UP", "b")).unwrap();
+        assert!(config.upstreams[0].targets[0].fence.is_none() && config.upstreams[1].targets[0].fence.is_some());
+        assert!(own_targets(&config, &[Ipv4Addr::LOCALHOST.into()]).is_empty());
+        let said = both(&own, &more.replace("UP", "a")).unwrap_err();
+        assert!(said.contains("0123:x.toml:4:10: error: the repository may not lead to `127.0.0.1:8443`"), "{said}");
+        let by_tcp = "[listeners.t]\nmode = \"tcp\"\nbind = [\"0.0.0.0:443\"]\nupstream = \"a\"\n";
+        let said = both(&own, by_tcp).unwrap_err();
+        assert!(said.contains("0123:x.toml:1:12: error: the repository may not lead to"), "{said}");
+        // The port for challenges is a port of the targets.
+        let acme = content("a.example.com", "0.0.0.0:443", "10.0.0.1:443")
+            + "[listeners.w]\nmode = \"http\"\nbind = [\"0.0.0.0:80\"]\nacme_port = 22\n";
+        let own = "allow_targets = [\"10.0.0.0/8:443\"]\n";
+        let said = both(own, &acme).unwrap_err();
+        assert!(said.contains("may not lead to `10.0.0.1:22`"), "{said}");
+        // An address of this machine.
+        let config = both("", &content("a.example.com", "0.0.0.0:443", "192.0.2.9:22")).unwrap();
+        let found = own_targets(&config, &["192.0.2.9".parse().unwrap()]);
+        assert!(found.len() == 1 && found[0].is_error() && found[0].message.contains("this machine"), "{found:?}");
+    }
+
+    #[test]
+    fn what_a_machine_is_and_where_its_secrets_lie_is_no_business_of_a_repository() {
+        use crate::config::keys;
+        let content = content("a.example.com", "0.0.0.0:443", "a.example:443");
+        for own in [
+            "engine = \"copy\"\n",
+            "watch = true\n",
+            "[admin]\nbind = \"0.0.0.0:9443\"\n",
+            "[resolver]\nservers = [\"192.0.2.53\"]\n",
+            "[tailnet]\nsocket = \"/tmp/x\"\n",
+            "[source]\ngit = \"http://192.0.2.1/x\"\ntoken_file = \"/etc/shadow\"\n",
+            "[limits]\nmax_connections = 1\n",
+            "[limits]\nkernel_memory = \"1GiB\"\n",
+        ] {
+            // Keys of the top level come before the first table.
+            let text = if own.starts_with('[') { format!("{content}{own}") } else { format!("{own}{content}") };
+            let said = refused(&Fence::default(), &text);
+            assert!(
+                said.contains("belongs to the node alone") && said.contains("move it into the node's own file"),
+                "{said}"
+            );
+        }
+        let config = both(
+            "[limits]\nmax_connections = 7\nidle_timeout = \"1m\"\n",
+            &format!("{content}[limits]\nidle_timeout = \"2m\"\nhello_timeout = \"3s\"\n"),
+        );
+        let limits = config.unwrap().limits;
+        assert_eq!((limits.max_connections, limits.idle_timeout.as_secs(), limits.hello_timeout.as_secs()), (7, 60, 3));
+        // No table that it may have names a file.
+        let tables = [keys::INCLUDED, keys::LISTENER, keys::UPSTREAM, keys::HEALTH, keys::ROUTE, keys::LIMITS];
+        assert!(tables.concat().iter().all(|key| !key.ends_with("_file") || keys::NODE_ONLY.contains(key)));
+    }
+}
