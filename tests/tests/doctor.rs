@@ -67,7 +67,8 @@ fn a_rule_that_takes_the_port_before_our_socket_is_named() {
     let net = Net::new();
     let daemon = Daemon::start(&net, &Config::new("auto"));
     let nat = || {
-        let doctor = daemon.json(&["doctor", "--json"]);
+        let out = daemon.cli(&["doctor", "--json"]);
+        let doctor: Value = serde_json::from_slice(&out.stdout).expect("JSON");
         doctor["entrance"].as_array().expect("a list").iter().find(|f| f["check"] == "NAT").expect("it looks").clone()
     };
     let before = nat();
@@ -89,4 +90,94 @@ fn a_rule_that_takes_the_port_before_our_socket_is_named() {
         after["text"].as_str().is_some_and(|t| t.contains("--dports 80,443") && t.contains("servicelb")),
         "{after}"
     );
+}
+
+#[test]
+fn what_a_syn_meets_in_each_kind_of_rules_reaches_the_exit_status() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let daemon = Daemon::start(&net, &Config::new("auto"));
+    let run = |program: &str, arguments: &str| {
+        let path = "/usr/sbin:/sbin:/usr/bin:/bin";
+        net.entrance.output(Command::new(program).env("PATH", path).args(arguments.split_whitespace()));
+    };
+    let nat = || {
+        let out = daemon.cli(&["doctor", "--json"]);
+        let doctor: Value = serde_json::from_slice(&out.stdout).expect("JSON");
+        let found = doctor["entrance"].as_array().expect("a list").iter().find(|f| f["check"] == "NAT");
+        (found.expect("it looks").clone(), out.status.code())
+    };
+    let (before, _) = nat();
+    assert_eq!(before["ok"], true, "{before}");
+    for program in ["iptables-nft", "iptables-legacy"] {
+        for rule in [
+            "-i eth+ -p tcp -j DNAT --to-destination 10.0.0.2",
+            "-d 198.51.100.1 -p tcp -j DNAT --to-destination 10.0.0.2",
+            "-d 198.51.100.0/24 -p tcp -j DNAT --to-destination 10.0.0.2",
+            "-p tcp ! --dport 22 -j DNAT --to-destination 10.0.0.2",
+            "-p tcp -m multiport ! --dports 22,51820 -j REDIRECT --to-ports 1",
+        ] {
+            run(program, &format!("-t nat -A PREROUTING {rule}"));
+            let (found, code) = nat();
+            assert_eq!((&found["ok"], code), (&Value::Bool(false), Some(1)), "{program} {rule}: {found}");
+            assert!(found["text"].as_str().is_some_and(|text| text.contains("a rule takes")), "{found}");
+            run(program, "-t nat -F PREROUTING");
+        }
+        let unreadable = "-p tcp -m recent --rcheck --name ours -j DNAT --to-destination 10.0.0.2";
+        run(program, &format!("-t nat -A PREROUTING {unreadable}"));
+        let (found, code) = nat();
+        assert_eq!((&found["ok"], code), (&Value::Bool(false), Some(1)), "{program}: {found}");
+        assert!(found["text"].as_str().is_some_and(|text| text.contains("cannot be read")), "{found}");
+        run(program, "-t nat -F PREROUTING");
+        run(program, "-t nat -A PREROUTING -d 198.51.100.9 -p tcp -j DNAT --to-destination 10.0.0.2");
+        assert_eq!(nat().0["ok"], true, "another machine's address");
+        run(program, "-t nat -F PREROUTING");
+    }
+    run("nft", "add table inet mine");
+    run("nft", "add chain inet mine arrive { type nat hook prerouting priority -100 ; }");
+    run("nft", "add set inet mine ports { type inet_service ; flags interval ; elements = { 80, 400-500 } ; }");
+    run("nft", "add chain inet mine other");
+    run("nft", "add rule inet mine other meta l4proto tcp redirect to :1");
+    for (rule, takes) in [
+        ("tcp dport != 22 dnat ip to 10.0.0.2", true),
+        ("tcp dport @ports redirect to :1", true),
+        ("tcp dport { 80, 443 } redirect to :1", true),
+        ("ip daddr 198.51.100.0/24 meta l4proto tcp dnat ip to 10.0.0.2", true),
+        ("iifname != lo meta l4proto tcp dnat ip to 10.0.0.2", true),
+        ("fib daddr type local tcp dport vmap { 443 : goto other }", true),
+        ("dnat ip to tcp dport map { 443 : 10.0.0.2 }", true),
+        ("dnat ip to tcp dport map { 80 : 10.0.0.2 }", false),
+        ("tcp dport vmap { 80 : goto other }", false),
+        ("ip daddr 198.51.100.9 tcp dport 443 dnat ip to 10.0.0.2", false),
+        ("udp dport 443 redirect to :1", false),
+    ] {
+        run("nft", &format!("add rule inet mine arrive {rule}"));
+        let (found, code) = nat();
+        assert_eq!(found["ok"], !takes, "{rule}: {found}");
+        assert!(!takes || code == Some(1), "{rule}");
+        run("nft", "flush chain inet mine arrive");
+    }
+}
+
+#[test]
+fn a_target_behind_an_mtu_black_hole_is_named_as_that() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let pem = certificate(&net, &[HOST]);
+    let pem = pem.display();
+    let server = format!("listen {FIRST} ssl; ssl_certificate {pem}; ssl_certificate_key {pem}; return 200;");
+    let _node = Peer::nginx(&net, &net.cluster, &format!("http {{ server {{ {server} }} }}"));
+    let health = "health = { interval = \"500ms\", timeout = \"1s\", fall = 1, rise = 1, tls = \"HOST\" }";
+    let config = Config::new("auto").targets([FIRST]).upstream(&health.replace("HOST", HOST));
+    let daemon = Daemon::start(&net, &config);
+    assert!(daemon.cli(&["doctor", "--upstreams"]).status.success(), "a large hello gets through");
+    // Large packets are lost without a word.
+    net.cluster.iptables("-A INPUT -p tcp --dport 443 -m length --length 1281:65535 -j DROP");
+    let out = daemon.cli(&["doctor", "--upstreams"]);
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert!(!out.status.success() && text.contains("a small hello gets through"), "{text}");
+    assert!(text.contains("tcp_mtu_probing") && text.contains("clamp"), "{text}");
+    daemon.wait_log(&["never acknowledged", "tcp_mtu_probing"]);
+    let status = String::from_utf8_lossy(&daemon.cli(&["status"]).stdout).into_owned();
+    assert!(status.contains("never acknowledged"), "{status}");
 }

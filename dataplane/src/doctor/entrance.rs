@@ -72,11 +72,8 @@ fn nat(config: Option<&Config>) -> Finding {
     let mut unreadable = rules.unreadable.clone();
     for bind in binds {
         let of_family = |ip: &IpAddr| ip.is_ipv4() == bind.is_ipv4();
-        let to: Vec<IpAddr> = if bind.ip().is_unspecified() {
-            own.iter().copied().filter(of_family).collect()
-        } else {
-            vec![bind.ip()]
-        };
+        let to: Vec<IpAddr> =
+            if bind.ip().is_unspecified() { own.iter().copied().filter(of_family).collect() } else { vec![bind.ip()] };
         for to in to {
             let met = rules.meet(Syn { to, port: bind.port() });
             if let Some(rule) = met.taken {
@@ -193,7 +190,9 @@ fn own_addresses() -> Vec<IpAddr> {
     }
     for line in fs::read_to_string("/proc/net/if_inet6").unwrap_or_default().lines() {
         let hex = line.split_whitespace().next().unwrap_or_default();
-        all.extend(u128::from_str_radix(hex, 16).ok().map(Ipv6Addr::from).filter(|ip| !ip.is_loopback()).map(IpAddr::V6));
+        all.extend(
+            u128::from_str_radix(hex, 16).ok().map(Ipv6Addr::from).filter(|ip| !ip.is_loopback()).map(IpAddr::V6),
+        );
     }
     all.sort_unstable();
     all.dedup();

@@ -146,6 +146,9 @@ fn advice(attempts: &[Attempt], configured: SendProxy, upstream: &str, host: Opt
         ));
     }
     let error = of(configured).and_then(|attempt| attempt.error.as_deref()).unwrap_or_default();
+    if error.contains(probe::BLACK_HOLE) {
+        return Some(probe::REMEDY.to_owned());
+    }
     Some(match host {
         Some(host) if error.starts_with("tls: alert") => {
             format!("the ingress answers, but does not serve {host}: give it that host and a certificate for it")

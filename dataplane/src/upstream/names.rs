@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use hickory_resolver::TokioResolver;
 use hickory_resolver::config::{ConnectionConfig, LookupIpStrategy, NameServerConfig, ResolverConfig, ResolverOpts};
+use hickory_resolver::net::NetError;
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -118,8 +119,22 @@ fn build(config: ResolverConfig, options: ResolverOpts) -> Option<TokioResolver>
     builder.build().ok()
 }
 
+/// Without the library's own notation.
+fn in_words(error: &NetError) -> String {
+    if error.is_nx_domain() {
+        return "the name does not exist (NXDOMAIN)".to_owned();
+    }
+    if error.is_no_records_found() {
+        return "the name has no address".to_owned();
+    }
+    match error.to_string() {
+        text if text.contains('{') => "the resolver's answer is of no use".to_owned(),
+        text => text,
+    }
+}
+
 async fn ask(resolver: &TokioResolver, name: &str) -> Result<(Vec<IpAddr>, Duration), String> {
-    let answer = resolver.lookup_ip(name).await.map_err(|error| error.to_string())?;
+    let answer = resolver.lookup_ip(name).await.map_err(|error| in_words(&error))?;
     let mut addresses: Vec<IpAddr> = answer.iter().collect();
     // Servers turn the order of their answers; that is no change.
     addresses.sort_unstable();
