@@ -5,6 +5,7 @@ use std::process::Command;
 use serde_json::Value;
 use tests::beside_others;
 use tests::daemon::{Config, Daemon, HOST};
+use tests::forge::{Forge, SSH_PORT};
 use tests::netns::Net;
 use tests::peers::{Peer, certificate};
 
@@ -180,4 +181,49 @@ fn a_target_behind_an_mtu_black_hole_is_named_as_that() {
     daemon.wait_log(&["never acknowledged", "tcp_mtu_probing"]);
     let status = String::from_utf8_lossy(&daemon.cli(&["status"]).stdout).into_owned();
     assert!(status.contains("never acknowledged"), "{status}");
+}
+
+#[test]
+fn a_greeting_that_the_header_spoils_and_a_challenge_that_is_refused_are_told() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let pem = certificate(&net, &[HOST]);
+    let pem = pem.display();
+    let server = format!("listen {FIRST} ssl; listen 100.64.0.2:80; ssl_certificate {pem}; ssl_certificate_key {pem};");
+    let refuses = "server { listen 100.64.0.2:81; return 400; }";
+    let _node = Peer::nginx(&net, &net.cluster, &format!("http {{ server {{ {server} return 404; }} {refuses} }}"));
+    let _forge = Forge::start(&net, &net.cluster);
+    let web =
+        |port: u16| format!("[listeners.web]\nmode = \"http\"\nbind = [\"198.51.100.1:80\"]\nacme_port = {port}\n");
+    let ssh = |send_proxy: &str| {
+        format!(
+            "[listeners.git]\nmode = \"tcp\"\nbind = [\"198.51.100.1:2222\"]\nupstream = \"ssh\"\n\
+             [upstreams.ssh]\ntargets = [\"100.64.0.2:{SSH_PORT}\"]\nsend_proxy = \"{send_proxy}\"\n"
+        )
+    };
+    let config = |send_proxy: &str, port: u16| {
+        Config::new("auto").targets([FIRST]).more(&format!("{}{}", ssh(send_proxy), web(port)))
+    };
+    let daemon = Daemon::start(&net, &config("v2", 80));
+    let asked = || {
+        let out = daemon.cli(&["doctor", "--upstreams"]);
+        (String::from_utf8_lossy(&out.stdout).into_owned(), out.status.success())
+    };
+    let (text, good) = asked();
+    assert!(
+        !good
+            && text.contains("it greets: SSH-2.0")
+            && text.contains("write `send_proxy = \"off\"` in [upstreams.ssh]"),
+        "{text}"
+    );
+    assert!(text.contains("ACME challenge to port 80: HTTP/1.1 404"), "{text}");
+    daemon.rewrite(&config("off", 80));
+    let (text, good) = asked();
+    assert!(good, "{text}");
+    daemon.rewrite(&config("off", 81));
+    let (text, good) = asked();
+    assert!(!good && text.contains("ACME challenge to port 81: no: HTTP/1.1 400"), "{text}");
+    daemon.rewrite(&config("off", 82));
+    let (text, good) = asked();
+    assert!(!good && text.contains("ACME challenge to port 82: no: refused"), "{text}");
 }

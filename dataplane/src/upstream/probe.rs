@@ -101,6 +101,60 @@ async fn speak_in(
     server_hello(stream).await
 }
 
+/// What a connection without a hello meets.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Greeting {
+    /// Bytes came, and the connection stayed open; the first line of them.
+    Greeted(String),
+    /// It stayed open and nothing came.
+    Silent,
+    /// The peer closed it; what it had said before.
+    Closed(String),
+}
+
+/// Connects, sends the header that `send_proxy` wants, then `request`, and looks what comes in
+/// `patience`, or until the peer closes. At most 1 KiB is read.
+///
+/// # Errors
+/// Why the connection was not made, for people.
+pub async fn greeting(
+    address: SocketAddr,
+    send_proxy: SendProxy,
+    request: &[u8],
+    patience: Duration,
+) -> Result<Greeting, String> {
+    let connect = async { TcpStream::connect(address).await.map_err(|error| in_words(&error)) };
+    let late = |_| format!("timeout: no answer within {patience:?}");
+    let mut stream = timeout(patience, connect).await.map_err(late)??;
+    let mut first = Vec::new();
+    match send_proxy {
+        SendProxy::Off => {}
+        SendProxy::V1 => proxy_protocol::encode_local_v1(&mut first),
+        SendProxy::V2 => proxy_protocol::encode_local_v2(&mut first),
+    }
+    first.extend_from_slice(request);
+    let mut said = Vec::new();
+    let listen = async {
+        let _ = stream.write_all(&first).await;
+        let mut buffer = [0; 256];
+        while said.len() < 1024 {
+            match stream.read(&mut buffer).await {
+                Ok(0) | Err(_) => return true,
+                Ok(n) => said.extend_from_slice(&buffer[..n]),
+            }
+        }
+        false
+    };
+    let closed = timeout(patience, listen).await.unwrap_or(false);
+    let line = said.split(|byte| *byte == b'\n').next().unwrap_or_default();
+    let line = String::from_utf8_lossy(&line[..line.len().min(80)]).trim_end().escape_debug().to_string();
+    Ok(match (closed, said.is_empty()) {
+        (true, _) => Greeting::Closed(line),
+        (false, true) => Greeting::Silent,
+        (false, false) => Greeting::Greeted(line),
+    })
+}
+
 fn in_words(error: &io::Error) -> String {
     format!("{}: {error}", super::dial::label(error))
 }
