@@ -253,7 +253,7 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
     })
 }
 
-fn came_back(target: Arc<Target>) -> Reason {
+fn came_back(target: &Target) -> Reason {
     target.note_loop();
     Reason::Loop
 }
@@ -264,7 +264,7 @@ fn refuse_own(shared: &Shared, pool: &Pool, listener: &str, peer: SocketAddr) ->
     let ip = peer.ip().to_canonical();
     let Some(target) = pool.targets().iter().find(|target| target.has_address(ip)) else { return Ok(()) };
     let (count, ours) = shared.registry.from(listener, ip, peer.port());
-    if ours || count >= FROM_A_TARGET { Err(came_back(target.clone())) } else { Ok(()) }
+    if ours || count >= FROM_A_TARGET { Err(came_back(target)) } else { Ok(()) }
 }
 
 /// Reads a PROXY header; what follows it stays in `client.read`.
@@ -317,7 +317,8 @@ async fn hello_route(
                 // Nothing of a stranger's list is copied before its name is found.
                 let found = generation.table.find(listener, hello.server_name.as_deref(), hello.alpn.clone())?;
                 let id = shared.next_id.fetch_add(1, Relaxed);
-                client.in_flight = Some(shared.in_flight.hello(hello.random, peer.ip(), id).map_err(came_back)?);
+                client.in_flight =
+                    Some(shared.in_flight.hello(hello.random, peer.ip(), id).map_err(|target| came_back(&target))?);
                 client.alpn = hello.alpn.clone().next().map(Into::into);
                 client.alpn_text = printable(hello.alpn);
                 break (found.route, found.by.into());
@@ -355,7 +356,8 @@ async fn http_request(
     let listed = Listed::ByRoute(found.by.into());
     if let Some(challenge) = request.challenge() {
         let id = shared.next_id.fetch_add(1, Relaxed);
-        client.in_flight = Some(shared.in_flight.challenge(challenge, peer.ip(), id).map_err(came_back)?);
+        client.in_flight =
+            Some(shared.in_flight.challenge(challenge, peer.ip(), id).map_err(|target| came_back(&target))?);
         client.read = challenge.to_vec();
         return Ok(Purpose::Challenge(generation.by_route(found.route), listed, acme_port));
     }

@@ -40,8 +40,8 @@ impl Forge {
         let dir = net.dir().join("forge");
         std::fs::create_dir(&dir).expect("one forge for a test");
         std::fs::set_permissions(&dir, PermissionsExt::from_mode(0o755)).expect("chmod");
-        let _https = serve_tls(net, host, &dir);
-        let forge = Self { http: None, _https, _sshd: start_sshd(host, &dir), dir, host: host.clone() };
+        let (tls, sshd) = (serve_tls(net, host, &dir), start_sshd(host, &dir));
+        let forge = Self { http: None, _https: tls, _sshd: sshd, dir, host: host.clone() };
         git(Command::new("git").args(["init", "--quiet", "--bare", "--initial-branch=main"]).arg(forge.repository()));
         git(Command::new("git").args(["init", "--quiet", "--initial-branch=main"]).arg(forge.clone_dir()));
         let mut forge = forge;

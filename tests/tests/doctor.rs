@@ -5,6 +5,7 @@ use std::process::Command;
 use serde_json::Value;
 use tests::beside_others;
 use tests::daemon::{Config, Daemon, HOST};
+use tests::forge::{Forge, SSH_PORT};
 use tests::netns::Net;
 use tests::peers::{Peer, certificate};
 
@@ -67,7 +68,8 @@ fn a_rule_that_takes_the_port_before_our_socket_is_named() {
     let net = Net::new();
     let daemon = Daemon::start(&net, &Config::new("auto"));
     let nat = || {
-        let doctor = daemon.json(&["doctor", "--json"]);
+        let out = daemon.cli(&["doctor", "--json"]);
+        let doctor: Value = serde_json::from_slice(&out.stdout).expect("JSON");
         doctor["entrance"].as_array().expect("a list").iter().find(|f| f["check"] == "NAT").expect("it looks").clone()
     };
     let before = nat();
@@ -89,4 +91,139 @@ fn a_rule_that_takes_the_port_before_our_socket_is_named() {
         after["text"].as_str().is_some_and(|t| t.contains("--dports 80,443") && t.contains("servicelb")),
         "{after}"
     );
+}
+
+#[test]
+fn what_a_syn_meets_in_each_kind_of_rules_reaches_the_exit_status() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let daemon = Daemon::start(&net, &Config::new("auto"));
+    let run = |program: &str, arguments: &str| {
+        let path = "/usr/sbin:/sbin:/usr/bin:/bin";
+        net.entrance.output(Command::new(program).env("PATH", path).args(arguments.split_whitespace()));
+    };
+    let nat = || {
+        let out = daemon.cli(&["doctor", "--json"]);
+        let doctor: Value = serde_json::from_slice(&out.stdout).expect("JSON");
+        let found = doctor["entrance"].as_array().expect("a list").iter().find(|f| f["check"] == "NAT");
+        (found.expect("it looks").clone(), out.status.code())
+    };
+    let (before, _) = nat();
+    assert_eq!(before["ok"], true, "{before}");
+    for program in ["iptables-nft", "iptables-legacy"] {
+        for rule in [
+            "-i eth+ -p tcp -j DNAT --to-destination 10.0.0.2",
+            "-d 198.51.100.1 -p tcp -j DNAT --to-destination 10.0.0.2",
+            "-d 198.51.100.0/24 -p tcp -j DNAT --to-destination 10.0.0.2",
+            "-p tcp ! --dport 22 -j DNAT --to-destination 10.0.0.2",
+            "-p tcp -m multiport ! --dports 22,51820 -j REDIRECT --to-ports 1",
+        ] {
+            run(program, &format!("-t nat -A PREROUTING {rule}"));
+            let (found, code) = nat();
+            assert_eq!((&found["ok"], code), (&Value::Bool(false), Some(1)), "{program} {rule}: {found}");
+            assert!(found["text"].as_str().is_some_and(|text| text.contains("a rule takes")), "{found}");
+            run(program, "-t nat -F PREROUTING");
+        }
+        let unreadable = "-p tcp -m recent --rcheck --name ours -j DNAT --to-destination 10.0.0.2";
+        run(program, &format!("-t nat -A PREROUTING {unreadable}"));
+        let (found, code) = nat();
+        assert_eq!((&found["ok"], code), (&Value::Bool(false), Some(1)), "{program}: {found}");
+        assert!(found["text"].as_str().is_some_and(|text| text.contains("cannot be read")), "{found}");
+        run(program, "-t nat -F PREROUTING");
+        run(program, "-t nat -A PREROUTING -d 198.51.100.9 -p tcp -j DNAT --to-destination 10.0.0.2");
+        assert_eq!(nat().0["ok"], true, "another machine's address");
+        run(program, "-t nat -F PREROUTING");
+    }
+    run("nft", "add table inet mine");
+    run("nft", "add chain inet mine arrive { type nat hook prerouting priority -100 ; }");
+    run("nft", "add set inet mine ports { type inet_service ; flags interval ; elements = { 80, 400-500 } ; }");
+    run("nft", "add chain inet mine other");
+    run("nft", "add rule inet mine other meta l4proto tcp redirect to :1");
+    for (rule, takes) in [
+        ("tcp dport != 22 dnat ip to 10.0.0.2", true),
+        ("tcp dport @ports redirect to :1", true),
+        ("tcp dport { 80, 443 } redirect to :1", true),
+        ("ip daddr 198.51.100.0/24 meta l4proto tcp dnat ip to 10.0.0.2", true),
+        ("iifname != lo meta l4proto tcp dnat ip to 10.0.0.2", true),
+        ("fib daddr type local tcp dport vmap { 443 : goto other }", true),
+        ("dnat ip to tcp dport map { 443 : 10.0.0.2 }", true),
+        ("dnat ip to tcp dport map { 80 : 10.0.0.2 }", false),
+        ("tcp dport vmap { 80 : goto other }", false),
+        ("ip daddr 198.51.100.9 tcp dport 443 dnat ip to 10.0.0.2", false),
+        ("udp dport 443 redirect to :1", false),
+    ] {
+        run("nft", &format!("add rule inet mine arrive {rule}"));
+        let (found, code) = nat();
+        assert_eq!(found["ok"], !takes, "{rule}: {found}");
+        assert!(!takes || code == Some(1), "{rule}");
+        run("nft", "flush chain inet mine arrive");
+    }
+}
+
+#[test]
+fn a_target_behind_an_mtu_black_hole_is_named_as_that() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let pem = certificate(&net, &[HOST]);
+    let pem = pem.display();
+    let server = format!("listen {FIRST} ssl; ssl_certificate {pem}; ssl_certificate_key {pem}; return 200;");
+    let _node = Peer::nginx(&net, &net.cluster, &format!("http {{ server {{ {server} }} }}"));
+    let health = "health = { interval = \"500ms\", timeout = \"1s\", fall = 1, rise = 1, tls = \"HOST\" }";
+    let config = Config::new("auto").targets([FIRST]).upstream(&health.replace("HOST", HOST));
+    let daemon = Daemon::start(&net, &config);
+    assert!(daemon.cli(&["doctor", "--upstreams"]).status.success(), "a large hello gets through");
+    // Large packets are lost without a word.
+    net.cluster.iptables("-A INPUT -p tcp --dport 443 -m length --length 1281:65535 -j DROP");
+    let out = daemon.cli(&["doctor", "--upstreams"]);
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert!(!out.status.success() && text.contains("a small hello gets through"), "{text}");
+    assert!(text.contains("tcp_mtu_probing") && text.contains("clamp"), "{text}");
+    daemon.wait_log(&["never acknowledged", "tcp_mtu_probing"]);
+    let status = String::from_utf8_lossy(&daemon.cli(&["status"]).stdout).into_owned();
+    assert!(status.contains("never acknowledged"), "{status}");
+}
+
+#[test]
+fn a_greeting_that_the_header_spoils_and_a_challenge_that_is_refused_are_told() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let pem = certificate(&net, &[HOST]);
+    let pem = pem.display();
+    let server = format!("listen {FIRST} ssl; listen 100.64.0.2:80; ssl_certificate {pem}; ssl_certificate_key {pem};");
+    let refuses = "server { listen 100.64.0.2:81; return 400; }";
+    let _node = Peer::nginx(&net, &net.cluster, &format!("http {{ server {{ {server} return 404; }} {refuses} }}"));
+    let _forge = Forge::start(&net, &net.cluster);
+    let web =
+        |port: u16| format!("[listeners.web]\nmode = \"http\"\nbind = [\"198.51.100.1:80\"]\nacme_port = {port}\n");
+    let ssh = |send_proxy: &str| {
+        format!(
+            "[listeners.git]\nmode = \"tcp\"\nbind = [\"198.51.100.1:2222\"]\nupstream = \"ssh\"\n\
+             [upstreams.ssh]\ntargets = [\"100.64.0.2:{SSH_PORT}\"]\nsend_proxy = \"{send_proxy}\"\n"
+        )
+    };
+    let config = |send_proxy: &str, port: u16| {
+        Config::new("auto").targets([FIRST]).more(&format!("{}{}", ssh(send_proxy), web(port)))
+    };
+    let daemon = Daemon::start(&net, &config("v2", 80));
+    let asked = || {
+        let out = daemon.cli(&["doctor", "--upstreams"]);
+        (String::from_utf8_lossy(&out.stdout).into_owned(), out.status.success())
+    };
+    let (text, good) = asked();
+    assert!(
+        !good
+            && text.contains("it greets: SSH-2.0")
+            && text.contains("write `send_proxy = \"off\"` in [upstreams.ssh]"),
+        "{text}"
+    );
+    assert!(text.contains("ACME challenge to port 80: HTTP/1.1 404"), "{text}");
+    daemon.rewrite(&config("off", 80));
+    let (text, good) = asked();
+    assert!(good, "{text}");
+    daemon.rewrite(&config("off", 81));
+    let (text, good) = asked();
+    assert!(!good && text.contains("ACME challenge to port 81: no: HTTP/1.1 400"), "{text}");
+    daemon.rewrite(&config("off", 82));
+    let (text, good) = asked();
+    assert!(!good && text.contains("ACME challenge to port 82: no: refused"), "{text}");
 }

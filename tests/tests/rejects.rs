@@ -374,12 +374,14 @@ fn what_is_kept_and_logged_of_an_endless_list_of_protocols_is_bounded() {
     }
 }
 
+/// Refusals, many times what a window of the log has.
+const MANY: usize = 1000;
+
 #[test]
 fn strangers_cannot_fill_the_log_with_refusals_and_none_goes_uncounted() {
     let _turn = beside_others();
     let rig = rig(&Config::new("auto"));
     let stranger = client_hello(Some("wiki.example.com"), &[]);
-    const MANY: usize = 1000;
     for _ in 0..MANY {
         let mut client = rig.connect();
         client.write_all(&stranger).expect("sent");

@@ -2,13 +2,16 @@
 //!
 //! It looks, with the programs that the machine has, and changes nothing.
 
+use std::collections::HashMap;
 use std::fs;
-use std::net::{IpAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use serde::Serialize;
+use serde_json::Value;
 
+use super::nat::{self, Met, Syn};
 use crate::config::{Config, DEFAULT_TAILSCALED, TargetHost};
 use crate::tailnet::{self, View, Way};
 
@@ -20,15 +23,19 @@ const NEARLY_FULL: f64 = 0.8;
 pub struct Finding {
     /// What was looked at.
     pub check: &'static str,
-    /// Nothing is wrong with it.
-    pub ok: bool,
+    /// Nothing is wrong with it; `None`: it could not be looked at.
+    pub ok: Option<bool>,
     /// For people.
     pub text: String,
 }
 
 impl Finding {
     fn new(check: &'static str, ok: bool, text: impl Into<String>) -> Self {
-        Self { check, ok, text: text.into() }
+        Self { check, ok: Some(ok), text: text.into() }
+    }
+
+    fn unknown(check: &'static str, text: impl Into<String>) -> Self {
+        Self { check, ok: None, text: text.into() }
     }
 }
 
@@ -50,89 +57,166 @@ fn said(program: &str, arguments: &[&str]) -> Option<String> {
 
 fn nat(config: Option<&Config>) -> Finding {
     const CHECK: &str = "NAT";
-    let mut ports: Vec<u16> =
-        config.iter().flat_map(|c| &c.listeners).flat_map(|l| &l.bind).map(|b| b.addr.port()).collect();
-    if ports.is_empty() {
-        ports.push(443);
+    let binds = config.iter().flat_map(|c| &c.listeners).flat_map(|l| &l.bind).map(|b| b.addr);
+    let mut binds: Vec<SocketAddr> = binds.collect();
+    if binds.is_empty() {
+        binds.push(SocketAddr::from(([0, 0, 0, 0], 443)));
     }
+    let mut ports: Vec<u16> = binds.iter().map(SocketAddr::port).collect();
     ports.sort_unstable();
     ports.dedup();
-    let rules = [
-        said("iptables-save", &["-t", "nat"]),
-        said("ip6tables-save", &["-t", "nat"]),
-        said("iptables-legacy-save", &["-t", "nat"]),
-        said("nft", &["list", "ruleset"]),
-    ];
-    if rules.iter().all(Option::is_none) {
-        return Finding::new(CHECK, true, "not looked at: neither iptables-save nor nft can be run here");
+    let Some(rules) = Rules::gather() else {
+        return Finding::unknown(CHECK, "not looked at: neither iptables-save nor nft can be run here; run it as root");
+    };
+    let own = own_addresses();
+    let mut unreadable = rules.unreadable.clone();
+    for bind in binds {
+        let of_family = |ip: &IpAddr| ip.is_ipv4() == bind.is_ipv4();
+        let to: Vec<IpAddr> =
+            if bind.ip().is_unspecified() { own.iter().copied().filter(of_family).collect() } else { vec![bind.ip()] };
+        for to in to {
+            let met = rules.meet(Syn { to, port: bind.port() });
+            if let Some(rule) = met.taken {
+                let text = format!(
+                    "a rule takes connections to port {} of {to} before our socket sees them: {rule}\n  help: delete the rule, or have it leave our port out; on a \
+                     k3s node that is servicelb: run it with `--disable servicelb`, or keep it off this node by the label svccontroller.k3s.cattle.io/enablelb on others",
+                    bind.port()
+                );
+                return Finding::new(CHECK, false, text);
+            }
+            unreadable.extend(met.unreadable);
+        }
     }
-    let is_ours = |ip: IpAddr| UdpSocket::bind((ip, 0)).is_ok();
-    let taken = ports.iter().find_map(|port| {
-        let mut lines = rules.iter().flatten().flat_map(|rules| of_arrivals(rules));
-        lines.find(|line| takes(line, *port, &is_ours)).map(|line| (port, line.trim().to_owned()))
-    });
-    match taken {
-        None => Finding::new(CHECK, true, format!("no rule takes connections to port {}", numbers(&ports))),
-        Some((port, rule)) => Finding::new(
-            CHECK,
-            false,
-            format!(
-                "a rule takes connections to port {port} before our socket sees them: {rule}\n  help: on a k3s node that is servicelb: run it with \
-                 `--disable servicelb`, or keep it off this node by the label svccontroller.k3s.cattle.io/enablelb on others"
-            ),
-        ),
+    unreadable.sort();
+    unreadable.dedup();
+    if let [first, others @ ..] = &unreadable[..] {
+        let more = if others.is_empty() { String::new() } else { format!(" (and {} more)", others.len()) };
+        let text = format!(
+            "this may take connections to port {}, it cannot be read here: {first}{more}\n  help: connect from outside and look whether `dataplane status` counts the connection",
+            numbers(&ports)
+        );
+        return Finding::new(CHECK, false, text);
+    }
+    let ports = numbers(&ports);
+    if rules.nft.is_none() {
+        let text = format!(
+            "no rule of iptables takes connections to port {ports}; nftables' own rules were not looked at, for nft cannot be run here\n  help: `apt-get install nftables`, \
+             and run this as root"
+        );
+        return Finding::unknown(CHECK, text);
+    }
+    Finding::new(CHECK, true, format!("no rule takes connections to port {ports}"))
+}
+
+/// What stands in a rule, by family, table and handle.
+type Texts = HashMap<(String, String, u64), String>;
+
+/// The rules of this machine.
+struct Rules {
+    /// What iptables-save and its kin print, and whether that is for IPv4.
+    iptables: Vec<(String, bool)>,
+    nft: Option<(Value, Texts)>,
+    /// What could not be asked for.
+    unreadable: Vec<String>,
+}
+
+impl Rules {
+    /// `None`: no program could be run.
+    fn gather() -> Option<Self> {
+        let mut iptables = Vec::new();
+        let mut unreadable = Vec::new();
+        for (family, v4) in [("iptables", true), ("ip6tables", false)] {
+            let kinds = ["nft", "legacy"].map(|kind| said(&format!("{family}-{kind}-save"), &[]));
+            let legacy = kinds[1].is_some();
+            let mut dumps: Vec<String> = kinds.into_iter().flatten().collect();
+            if dumps.is_empty() {
+                dumps.extend(said(&format!("{family}-save"), &[]));
+            }
+            let names = fs::read_to_string(format!("/proc/net/{}_tables_names", &family[..family.len() - 6]));
+            let legacy = legacy || dumps.iter().any(|dump| dump.contains("(legacy)"));
+            if names.is_ok_and(|names| names.lines().any(|name| name == "nat")) && !legacy {
+                unreadable.push(format!("the table `nat` of {family}-legacy: {family}-legacy-save cannot be run"));
+            }
+            iptables.extend(dumps.into_iter().map(|dump| (dump, v4)));
+        }
+        let nft = said("nft", &["-j", "list", "ruleset"]).map(|json| {
+            serde_json::from_str(&json).unwrap_or_else(|error| {
+                unreadable.push(format!("the rules of nftables: `nft -j list ruleset` is no JSON: {error}"));
+                Value::Null
+            })
+        });
+        let nft = nft.map(|json| (json, texts(&said("nft", &["-a", "list", "ruleset"]).unwrap_or_default())));
+        (!iptables.is_empty() || nft.is_some()).then_some(Self { iptables, nft, unreadable })
+    }
+
+    fn meet(&self, syn: Syn) -> Met {
+        let mut met = Met::default();
+        let mut add = |more: Met| {
+            met.unreadable.extend(more.unreadable);
+            met.taken = met.taken.take().or(more.taken);
+        };
+        for (dump, v4) in &self.iptables {
+            if *v4 == syn.to.is_ipv4() {
+                add(nat::of_iptables(dump, syn));
+            }
+        }
+        if let Some((ruleset, texts)) = &self.nft {
+            // iptables-nft keeps its tables there too, and says itself better what is in them.
+            let read = self.iptables.iter().any(|(dump, v4)| *v4 == syn.to.is_ipv4() && dump.contains("(nf_tables)"));
+            let skip = |family: &str, table: &str| {
+                read && matches!(family, "ip" | "ip6") && matches!(table, "nat" | "mangle" | "raw" | "filter")
+            };
+            let text = |family: &str, table: &str, handle: u64| {
+                texts.get(&(family.to_owned(), table.to_owned(), handle)).cloned()
+            };
+            add(nat::of_nft(ruleset, syn, &text, &skip));
+        }
+        met
     }
 }
 
-/// The lines, without those of chains of nft that only see what this machine sends itself; iptables tells such chains by their names.
-fn of_arrivals(rules: &str) -> Vec<&str> {
-    let mut departs = false;
-    let arrives = |line: &&str| {
+/// The rules of `nft -a list ruleset`, by family, table and handle.
+fn texts(ruleset: &str) -> Texts {
+    let mut here = (String::new(), String::new());
+    let mut texts = HashMap::new();
+    for line in ruleset.lines() {
         let words: Vec<&str> = line.split_whitespace().collect();
-        if words.first() == Some(&"chain") {
-            departs = false;
+        if let ["table", family, name, ..] = words[..] {
+            here = (family.to_owned(), name.to_owned());
+        } else if let Some((text, handle)) = line.rsplit_once(" # handle ")
+            && let Ok(handle) = handle.trim().parse()
+        {
+            texts.insert((here.0.clone(), here.1.clone(), handle), text.trim().to_owned());
         }
-        departs |= words.first() == Some(&"type") && matches!(words.get(3), Some(&("output" | "postrouting")));
-        !departs
-    };
-    rules.lines().filter(arrives).collect()
+    }
+    texts
+}
+
+/// The addresses of this machine that others can reach.
+fn own_addresses() -> Vec<IpAddr> {
+    let mut all = Vec::new();
+    let mut last = None;
+    for line in fs::read_to_string("/proc/net/fib_trie").unwrap_or_default().lines() {
+        let line = line.trim();
+        if let Some(address) = line.strip_prefix("|-- ") {
+            last = address.parse::<Ipv4Addr>().ok();
+        } else if line == "/32 host LOCAL" {
+            all.extend(last.filter(|ip| !ip.is_loopback()).map(IpAddr::V4));
+        }
+    }
+    for line in fs::read_to_string("/proc/net/if_inet6").unwrap_or_default().lines() {
+        let hex = line.split_whitespace().next().unwrap_or_default();
+        all.extend(
+            u128::from_str_radix(hex, 16).ok().map(Ipv6Addr::from).filter(|ip| !ip.is_loopback()).map(IpAddr::V6),
+        );
+    }
+    all.sort_unstable();
+    all.dedup();
+    all
 }
 
 fn numbers(ports: &[u16]) -> String {
     ports.iter().map(u16::to_string).collect::<Vec<_>>().join(", ")
-}
-
-/// Whether a rule, as iptables-save or `nft list ruleset` prints it, rewrites the destination of connections to this port of ours.
-fn takes(rule: &str, port: u16, is_ours: &impl Fn(IpAddr) -> bool) -> bool {
-    let words: Vec<&str> = rule.split_whitespace().collect();
-    let after = |key: &str| words.iter().position(|word| *word == key).and_then(|i| words.get(i + 1)).copied();
-    let among = |list: &str| {
-        list.split(',').any(|item| {
-            let (first, last) = item.split_once([':', '-']).unwrap_or((item, item));
-            matches!((first.parse(), last.parse()), (Ok(first), Ok(last)) if (first..=last).contains(&port))
-        })
-    };
-    let of_address =
-        |text: &str| text.split('/').next().and_then(|ip| ip.parse().ok()).is_none_or(|ip: IpAddr| is_ours(ip));
-    if words.first() == Some(&"-A") {
-        // OUTPUT is for what this machine dials itself.
-        let from_outside = !matches!(words.get(1), Some(&("OUTPUT" | "POSTROUTING")));
-        let to = after("-j").or_else(|| after("-g")).unwrap_or_default();
-        let rewrites = matches!(to, "DNAT" | "REDIRECT")
-            || ["CNI-DN-", "KUBE-EXT-", "KUBE-FW-", "KUBE-XLB-"].iter().any(|chain| to.starts_with(chain));
-        let port = after("--dport").or_else(|| after("--dports")).is_some_and(among);
-        let negated = words.windows(2).any(|pair| pair[0] == "!" && pair[1].starts_with("--dport"));
-        return from_outside && rewrites && port && !negated && after("-d").is_none_or(of_address);
-    }
-    let port = match words.windows(3).find(|words| words[..2] == ["tcp", "dport"]).map(|words| words[2]) {
-        Some("{") => rule
-            .split_once("dport {")
-            .and_then(|(_, rest)| rest.split_once('}'))
-            .is_some_and(|(set, _)| among(&set.replace(' ', ""))),
-        Some(port) => among(port),
-        None => false,
-    };
-    port && words.iter().any(|word| matches!(*word, "dnat" | "redirect")) && after("daddr").is_none_or(of_address)
 }
 
 fn conntrack() -> Finding {
@@ -187,7 +271,7 @@ fn path(config: Option<&Config>, view: Option<&View>) -> Finding {
 /// Tailscale recommends it for machines that forward (kernel 6.2 and later): <https://tailscale.com/kb/1320/performance-best-practices>.
 fn udp_gro(tailscale: bool) -> Finding {
     const CHECK: &str = "UDP GRO";
-    let not_looked_at = |why: &str| Finding::new(CHECK, true, format!("not looked at: {why}"));
+    let not_looked_at = |why: &str| Finding::unknown(CHECK, format!("not looked at: {why}"));
     if !tailscale {
         return not_looked_at("no tailscaled answers here");
     }
@@ -220,68 +304,19 @@ fn judge_udp_gro(device: &str, features: &str) -> Finding {
 mod tests {
     use super::*;
 
-    fn takes_443(rule: &str) -> bool {
-        takes(rule, 443, &|ip| ip == IpAddr::from([203, 0, 113, 7]))
-    }
-
-    #[test]
-    fn rules_that_take_the_port_are_found() {
-        for rule in [
-            "-A CNI-HOSTPORT-DNAT -p tcp -m comment --comment \"dnat name: \\\"cbr0\\\"\" -m multiport --dports 80,443 -j CNI-DN-56a61",
-            "-A CNI-DN-56a61 -p tcp -m tcp --dport 443 -j DNAT --to-destination 10.42.0.8:443",
-            "-A KUBE-SERVICES -d 203.0.113.7/32 -p tcp -m comment --comment \"kube-system/traefik:websecure loadbalancer IP\" -m tcp --dport 443 -j KUBE-EXT-CVG3",
-            "-A PREROUTING -i eth0 -p tcp -m tcp --dport 400:500 -j REDIRECT --to-ports 8443",
-            "tcp dport 443 redirect to :8443",
-            "iifname \"eth0\" tcp dport { 80, 443 } dnat ip to 10.0.0.2",
-        ] {
-            assert!(takes_443(rule), "{rule}");
-        }
-    }
-
-    #[test]
-    fn rules_for_others_are_none() {
-        for rule in [
-            "-A KUBE-SERVICES -d 10.43.0.1/32 -p tcp -m tcp --dport 443 -j KUBE-SVC-NPX46",
-            "-A KUBE-SERVICES -d 203.0.113.8/32 -p tcp -m tcp --dport 443 -j KUBE-EXT-CVG3",
-            "-A CNI-DN-56a61 -s 10.42.0.0/24 -p tcp -m tcp --dport 443 -j CNI-HOSTPORT-SETMARK",
-            "-A PREROUTING -p tcp -m tcp --dport 8443 -j DNAT --to-destination 10.42.0.8:443",
-            "-A PREROUTING -p tcp -m tcp ! --dport 443 -j REDIRECT --to-ports 1",
-            "-A OUTPUT -p tcp -m tcp --dport 443 -j REDIRECT --to-ports 8443",
-            "tcp dport 443 accept",
-            "tcp dport { 80, 8443 } redirect to :8080",
-            "ip daddr 203.0.113.8 tcp dport 443 dnat to 10.0.0.2",
-        ] {
-            assert!(!takes_443(rule), "{rule}");
-        }
-    }
-
-    #[test]
-    fn what_this_machine_sends_itself_is_no_arrival() {
-        let ruleset = |hook: &str| {
-            format!(
-                "table ip nat {{\n\tchain OUTPUT {{\n\t\ttype nat hook {hook} priority dstnat; policy accept;\n\t\t\
-                 tcp dport 443 counter packets 0 bytes 0 redirect to :8443\n\t}}\n\tchain PREROUTING {{\n\t\t\
-                 type nat hook prerouting priority dstnat; policy accept;\n\t\ttcp dport 80 redirect to :8080\n\t}}\n}}\n"
-            )
-        };
-        let taken = |ruleset: &str| of_arrivals(ruleset).iter().filter(|rule| rule.contains("redirect")).count();
-        assert_eq!(taken(&ruleset("output")), 1);
-        assert_eq!(taken(&ruleset("prerouting")), 2);
-    }
-
     #[test]
     fn a_table_of_connections_that_is_nearly_full_is_told() {
-        assert!(judge_conntrack(100, 1000).ok);
+        assert!(judge_conntrack(100, 1000).ok == Some(true));
         let full = judge_conntrack(900, 1000);
-        assert!(!full.ok && full.text.contains("nf_conntrack_max=4000"), "{full:?}");
+        assert!(full.ok == Some(false) && full.text.contains("nf_conntrack_max=4000"), "{full:?}");
     }
 
     #[test]
     fn ethtool_says_whether_udp_is_coalesced() {
         let off = "Features for eth0:\nrx-gro-list: off\nrx-udp-gro-forwarding: off\n";
-        assert!(!judge_udp_gro("eth0", off).ok);
-        assert!(judge_udp_gro("eth0", &off.replace("forwarding: off", "forwarding: on")).ok);
-        assert!(judge_udp_gro("eth0", &off.replace("forwarding: off", "forwarding: off [fixed]")).ok);
-        assert!(judge_udp_gro("eth0", "rx-gro-list: off\n").ok, "an old kernel");
+        assert!(judge_udp_gro("eth0", off).ok == Some(false));
+        assert!(judge_udp_gro("eth0", &off.replace("forwarding: off", "forwarding: on")).ok == Some(true));
+        assert!(judge_udp_gro("eth0", &off.replace("forwarding: off", "forwarding: off [fixed]")).ok == Some(true));
+        assert!(judge_udp_gro("eth0", "rx-gro-list: off\n").ok == Some(true), "an old kernel");
     }
 }

@@ -3,6 +3,7 @@
 //! It changes nothing and needs no running daemon.
 
 mod entrance;
+mod nat;
 pub mod upstreams;
 
 use std::path::Path;
@@ -47,9 +48,9 @@ impl Findings {
         Self { engine: Effective::choose(choice, &abilities), abilities, config, entrance }
     }
 
-    /// Whether the engine that is configured can run.
+    /// Whether the engine that is configured can run, and nothing was found that bites.
     pub fn is_good(&self) -> bool {
-        self.engine.as_configured()
+        self.engine.as_configured() && self.entrance.iter().all(|finding| finding.ok != Some(false))
     }
 
     /// Whether `auto` may use it.
@@ -90,7 +91,7 @@ impl Findings {
                 "effective": self.engine.name(),
                 "reasons": self.engine.reasons,
                 "warnings": self.engine.warnings,
-                "as_configured": self.is_good(),
+                "as_configured": self.engine.as_configured(),
             },
             "config": {
                 "path": self.config.as_ref().ok().map(|c| c.source.path.clone()),
@@ -105,30 +106,35 @@ impl Findings {
     pub fn text(&self) -> String {
         use std::fmt::Write as _;
         let mut out = String::new();
-        let mut line = |mark: bool, name: &str, text: &str| {
-            let _ = writeln!(out, "{} {name:<22} {text}", if mark { "ok  " } else { "no  " });
+        let mut line = |mark: Option<bool>, name: &str, text: &str| {
+            let mark = match mark {
+                Some(true) => "ok  ",
+                Some(false) => "no  ",
+                None => "??  ",
+            };
+            let _ = writeln!(out, "{mark} {name:<22} {text}");
         };
-        line(true, "kernel", &kernel_release());
-        line(has_btf(), "BTF", "/sys/kernel/btf/vmlinux: the kernel's types, for eBPF programs");
+        line(Some(true), "kernel", &kernel_release());
+        line(Some(has_btf()), "BTF", "/sys/kernel/btf/vmlinux: the kernel's types, for eBPF programs");
         let effective = effective_capabilities();
         for (name, bit, what) in CAPABILITIES {
-            line(effective >> bit & 1 == 1, name, what);
+            line(Some(effective >> bit & 1 == 1), name, what);
         }
         let nofile = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
         let nofile = nofile.map_or("no limit".to_owned(), |n| format!("{n}, two for each connection"));
-        line(true, "file descriptors", &nofile);
+        line(Some(true), "file descriptors", &nofile);
         for (name, result) in self.engines() {
             match result {
-                Ok(()) => line(true, &format!("engine {name}"), "passed its self-test"),
-                Err(why) => line(false, &format!("engine {name}"), &why),
+                Ok(()) => line(Some(true), &format!("engine {name}"), "passed its self-test"),
+                Err(why) => line(Some(false), &format!("engine {name}"), &why),
             }
         }
         for finding in &self.entrance {
             line(finding.ok, finding.check, &finding.text);
         }
         match &self.config {
-            Ok(config) => line(true, "configuration", &config.source.path.display().to_string()),
-            Err(why) => line(false, "configuration", why.trim_end()),
+            Ok(config) => line(Some(true), "configuration", &config.source.path.display().to_string()),
+            Err(why) => line(Some(false), "configuration", why.trim_end()),
         }
         let _ = writeln!(
             out,

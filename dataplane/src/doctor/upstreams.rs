@@ -13,7 +13,7 @@ use crate::config::{Config, HostPattern, Mode, SendProxy, Target, TargetHost, Up
 use crate::socket;
 use crate::tailnet::{self, View};
 use crate::upstream::names::Names;
-use crate::upstream::probe;
+use crate::upstream::probe::{self, Greeting};
 
 /// For one attempt, at most: an owner waits for the answer.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -34,15 +34,20 @@ pub struct Answers {
     /// It works as it is configured.
     pub ok: bool,
     advice: Option<String>,
+    /// What cannot be told from here.
+    unknown: Option<String>,
+    challenges: Vec<Challenge>,
 }
 
 /// One attempt.
 #[derive(Debug, Serialize)]
 struct Attempt {
     send_proxy: SendProxy,
-    /// Whether a ServerHello came, or the connection where no hello was sent.
+    /// Whether a ServerHello came; where no hello was sent: whether the connection stayed open.
     ok: bool,
     error: Option<String>,
+    /// What came where no hello was sent.
+    answer: Option<String>,
 }
 
 /// Asks every target.
@@ -54,8 +59,16 @@ pub fn ask(config: &Config) -> Result<Vec<Answers>> {
         let mut all = Vec::new();
         for (index, upstream) in config.upstreams.iter().enumerate() {
             let host = host_of(config, index);
+            let routed = config.routes.iter().any(|route| route.upstream == index);
+            let ports = config.listeners.iter().filter_map(|listener| match listener.mode {
+                Mode::Http { acme_port } if routed => Some(acme_port),
+                _ => None,
+            });
+            let mut ports: Vec<u16> = ports.collect();
+            ports.sort_unstable();
+            ports.dedup();
             for target in &upstream.targets {
-                all.push(of_target(upstream, target, host.as_deref(), &names, view.as_ref()).await);
+                all.push(of_target(upstream, target, host.as_deref(), &ports, &names, view.as_ref()).await);
             }
         }
         Ok(all)
@@ -80,6 +93,7 @@ async fn of_target(
     upstream: &Upstream,
     target: &Target,
     host: Option<&str>,
+    challenge_ports: &[u16],
     names: &Names,
     view: Option<&View>,
 ) -> Answers {
@@ -92,6 +106,8 @@ async fn of_target(
         attempts: Vec::new(),
         ok: false,
         advice: None,
+        unknown: None,
+        challenges: Vec::new(),
     };
     let found = match &target.host {
         TargetHost::Ip(ip) => Ok(vec![*ip]),
@@ -112,19 +128,87 @@ async fn of_target(
         let address = SocketAddr::new(ip, target.port);
         answers.address = Some(address);
         answers.attempts.clear();
-        // Where no hello is sent there is no answer to compare.
-        let ways = if host.is_some() { &WAYS[..] } else { &[upstream.send_proxy] };
-        for way in ways {
-            let error = probe::check(address, *way, host, patience).await.err();
-            answers.attempts.push(Attempt { send_proxy: *way, ok: error.is_none(), error });
+        for way in WAYS {
+            answers.attempts.push(match host {
+                Some(_) => {
+                    let error = probe::check(address, way, host, patience).await.err();
+                    Attempt { send_proxy: way, ok: error.is_none(), error, answer: None }
+                }
+                None => judge_greeting(way, probe::greeting(address, way, b"", patience).await),
+            });
         }
         if answers.attempts.iter().any(|attempt| attempt.ok) {
             break;
         }
     }
+    if host.is_none() {
+        let greets = |attempt: &Attempt| attempt.answer.as_deref().is_some_and(|answer| answer != SILENT);
+        if answers.attempts.iter().any(greets) {
+            // Where one way is greeted, silence is no success.
+            for attempt in answers.attempts.iter_mut().filter(|attempt| attempt.answer.as_deref() == Some(SILENT)) {
+                attempt.ok = false;
+            }
+        } else if answers.attempts.iter().any(|attempt| attempt.ok) {
+            answers.unknown = Some(
+                "it waits for the client to speak first, so nobody can tell from here whether it expects a PROXY header".to_owned(),
+            );
+        }
+    }
     answers.ok = answers.attempts.iter().any(|attempt| attempt.send_proxy == upstream.send_proxy && attempt.ok);
     answers.advice = advice(&answers.attempts, upstream.send_proxy, &upstream.name, host);
+    for port in challenge_ports {
+        let Some(address) = answers.address else { break };
+        let address = SocketAddr::new(address.ip(), *port);
+        let host = host.unwrap_or("doctor.invalid");
+        let request =
+            format!("GET /.well-known/acme-challenge/doctor HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
+        let found = probe::greeting(address, upstream.send_proxy, request.as_bytes(), patience).await;
+        let challenge = judge_challenge(*port, found);
+        answers.ok &= challenge.ok;
+        answers.challenges.push(challenge);
+    }
     answers
+}
+
+/// What is said of a target that stays silent.
+const SILENT: &str = "connected, it says nothing";
+
+fn judge_greeting(send_proxy: SendProxy, found: Result<Greeting, String>) -> Attempt {
+    let (answer, error) = match found {
+        Ok(Greeting::Greeted(line)) => (Some(format!("it greets: {line}")), None),
+        Ok(Greeting::Silent) => (Some(SILENT.to_owned()), None),
+        Ok(Greeting::Closed(line)) if line.is_empty() => (None, Some("it closes the connection".to_owned())),
+        Ok(Greeting::Closed(line)) => (None, Some(format!("it closes the connection after: {line}"))),
+        Err(why) => (None, Some(why)),
+    };
+    Attempt { send_proxy, ok: error.is_none(), error, answer }
+}
+
+fn judge_challenge(port: u16, found: Result<Greeting, String>) -> Challenge {
+    let (ok, text) = match found {
+        Ok(Greeting::Greeted(line) | Greeting::Closed(line)) => {
+            let status: Option<u16> =
+                line.strip_prefix("HTTP/1.").and_then(|line| line.split(' ').nth(1)?.parse().ok());
+            match status {
+                Some(400) => (false, format!("{line}: does it expect a PROXY header there, or TLS?")),
+                Some(status) if status < 500 => (true, line),
+                Some(_) => (false, line),
+                None if line.is_empty() => (false, "it closes the connection".to_owned()),
+                None => (false, format!("the answer is not HTTP: {line}")),
+            }
+        }
+        Ok(Greeting::Silent) => (false, "no answer".to_owned()),
+        Err(why) => (false, why),
+    };
+    Challenge { port, ok, text }
+}
+
+/// What the port for ACME challenges answers.
+#[derive(Debug, Serialize)]
+struct Challenge {
+    port: u16,
+    ok: bool,
+    text: String,
 }
 
 fn advice(attempts: &[Attempt], configured: SendProxy, upstream: &str, host: Option<&str>) -> Option<String> {
@@ -149,6 +233,9 @@ fn advice(attempts: &[Attempt], configured: SendProxy, upstream: &str, host: Opt
         ));
     }
     let error = of(configured).and_then(|attempt| attempt.error.as_deref()).unwrap_or_default();
+    if error.contains(probe::BLACK_HOLE) {
+        return Some(probe::REMEDY.to_owned());
+    }
     Some(match host {
         Some(host) if error.starts_with("tls: alert") => {
             format!("the ingress answers, but does not serve {host}: give it that host and a certificate for it")
@@ -180,9 +267,16 @@ pub fn text(all: &[Answers]) -> String {
         let _ = writeln!(out, "{mark}{} of {}{address}{host}", answers.target, answers.upstream);
         for attempt in &answers.attempts {
             let configured = if attempt.send_proxy == answers.configured { " (configured)" } else { "" };
-            let answered = if answers.host.is_some() { "ServerHello" } else { "connected" };
+            let answered = attempt.answer.as_deref().unwrap_or("ServerHello");
             let outcome = attempt.error.as_deref().unwrap_or(answered);
             let _ = writeln!(out, "      send_proxy = \"{}\"{configured}: {outcome}", word(attempt.send_proxy));
+        }
+        for challenge in &answers.challenges {
+            let mark = if challenge.ok { "" } else { "no: " };
+            let _ = writeln!(out, "      ACME challenge to port {}: {mark}{}", challenge.port, challenge.text);
+        }
+        if let Some(unknown) = &answers.unknown {
+            let _ = writeln!(out, "      not known: {unknown}");
         }
         if let Some(advice) = &answers.advice {
             let _ = writeln!(out, "      help: {advice}");

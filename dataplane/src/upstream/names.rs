@@ -9,6 +9,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use hickory_resolver::config::{ConnectionConfig, LookupIpStrategy, NameServerConfig, ResolverConfig, ResolverOpts};
+use hickory_resolver::lookup::Lookup;
+use hickory_resolver::net::NetError;
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use hickory_resolver::proto::op::Query;
 use hickory_resolver::proto::rr::{Name, RecordType};
@@ -96,12 +98,8 @@ impl Names {
         let name = Name::from_ascii(name.trim_end_matches('.')).ok()?;
         let of = |kind| hosts.lookup_static_host(&Query::query(name.clone(), kind));
         let found = [of(RecordType::A), of(RecordType::AAAA)];
-        let mut addresses: Vec<IpAddr> = found
-            .iter()
-            .flatten()
-            .flat_map(|lookup| lookup.answers())
-            .filter_map(|record| record.data.ip_addr())
-            .collect();
+        let mut addresses: Vec<IpAddr> =
+            found.iter().flatten().flat_map(Lookup::answers).filter_map(|record| record.data.ip_addr()).collect();
         addresses.sort_unstable();
         addresses.dedup();
         (!addresses.is_empty()).then_some(addresses)
@@ -181,8 +179,22 @@ fn build(config: ResolverConfig, options: ResolverOpts) -> Option<TokioResolver>
     builder.build().ok()
 }
 
+/// Without the library's own notation.
+fn in_words(error: &NetError) -> String {
+    if error.is_nx_domain() {
+        return "the name does not exist (NXDOMAIN)".to_owned();
+    }
+    if error.is_no_records_found() {
+        return "the name has no address".to_owned();
+    }
+    match error.to_string() {
+        text if text.contains('{') => "the resolver's answer is of no use".to_owned(),
+        text => text,
+    }
+}
+
 async fn ask(resolver: &TokioResolver, name: &str) -> Result<(Vec<IpAddr>, Duration), String> {
-    let answer = resolver.lookup_ip(name).await.map_err(|error| error.to_string())?;
+    let answer = resolver.lookup_ip(name).await.map_err(|error| in_words(&error))?;
     let mut addresses: Vec<IpAddr> = answer.iter().collect();
     // Servers turn the order of their answers; that is no change.
     addresses.sort_unstable();
@@ -262,7 +274,7 @@ mod tests {
         let written = hickory_resolver::proto::rr::RData::A(Ipv4Addr::new(192, 0, 2, 7).into());
         let record = hickory_resolver::proto::rr::Record::from_rdata(name.clone(), 60, written);
         let query = Query::query(name.clone(), RecordType::A);
-        own.insert(name, RecordType::A, hickory_resolver::lookup::Lookup::new_with_max_ttl(query, [record]));
+        own.insert(name, RecordType::A, Lookup::new_with_max_ttl(query, [record]));
         assert_eq!(names.look_up("thinkpad", Some(&view)).await.unwrap().0, [stranger], "it knows no other");
         let modified = Path::new(FILES[1]).metadata().and_then(|m| m.modified()).ok();
         *names.hosts.lock().unwrap() = Some((modified, Arc::new(own)));

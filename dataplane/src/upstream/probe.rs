@@ -12,11 +12,15 @@ use tokio::time::timeout;
 
 use crate::config::SendProxy;
 use crate::proxy_protocol;
+use crate::sys;
 
 /// Content types of TLS records (RFC 8446 section 5.1), and the message that is waited for (section 4).
 const ALERT: u8 = 21;
 const HANDSHAKE: u8 = 22;
 const SERVER_HELLO: u8 = 2;
+/// Zeros that make a hello as long as one with a share of X25519MLKEM768: some 1.8 KB, more than a packet
+/// takes. A smaller one would pass where a browser's is lost.
+const PADDING: usize = 1550;
 
 /// Connects and [`speak`]s, within `patience`.
 ///
@@ -28,11 +32,42 @@ pub async fn check(
     server_name: Option<&str>,
     patience: Duration,
 ) -> Result<(), String> {
-    let attempt = async {
-        let mut stream = TcpStream::connect(address).await.map_err(|error| in_words(&error))?;
-        speak(&mut stream, send_proxy, server_name).await
-    };
-    timeout(patience, attempt).await.unwrap_or_else(|_| Err(format!("timeout: no answer within {patience:?}")))
+    let late = |_| format!("timeout: no answer within {patience:?}");
+    let connect = async { TcpStream::connect(address).await.map_err(|error| in_words(&error)) };
+    let mut stream = timeout(patience, connect).await.map_err(late)??;
+    let spoken = timeout(patience, speak(&mut stream, send_proxy, server_name)).await;
+    let Err(late_by) = spoken else { return spoken.unwrap_or(Ok(())) };
+    if server_name.is_none() || !is_unacknowledged(&stream) {
+        return Err(late(late_by));
+    }
+    // Only a small one that gets through shows that it is the size.
+    let connect = async { TcpStream::connect(address).await.map_err(|error| in_words(&error)) };
+    let mut small = timeout(patience, connect).await.map_err(late)??;
+    match timeout(patience, speak_in(&mut small, send_proxy, server_name, false)).await {
+        Err(_) if is_unacknowledged(&small) => Err(late(late_by)),
+        _ => Err(format!("timeout: {BLACK_HOLE}; a small hello gets through. {REMEDY}")),
+    }
+}
+
+/// What a large hello shows that nobody acknowledges.
+pub const BLACK_HOLE: &str = "the hello of a browser's size (1.8 KB) was never acknowledged";
+/// What to do about it.
+pub const REMEDY: &str = "Large packets are lost on the way (an MTU black hole): `sysctl -w net.ipv4.tcp_mtu_probing=1` \
+     on both machines, or a smaller MTU on the interface to the target, or have the router clamp the MSS \
+     (`iptables -t mangle -A FORWARD -p tcp --syn -j TCPMSS --clamp-mss-to-pmtu`)";
+
+/// What to say when no answer came in time on an open connection.
+pub fn late(stream: &TcpStream, patience: Duration) -> String {
+    if is_unacknowledged(stream) {
+        format!("timeout: {BLACK_HOLE} within {patience:?}, though the connection was opened. {REMEDY}")
+    } else {
+        format!("timeout: no answer within {patience:?}")
+    }
+}
+
+/// Whether the peer has not acknowledged all that was sent.
+fn is_unacknowledged(stream: &TcpStream) -> bool {
+    sys::unacknowledged(stream).is_ok_and(|bytes| bytes > 0)
 }
 
 /// Says that the connection is nobody's where `send_proxy` wants a header; with a server name sends a hello and waits for the answer.
@@ -40,6 +75,15 @@ pub async fn check(
 /// # Errors
 /// What came instead of a ServerHello, for people.
 pub async fn speak(stream: &mut TcpStream, send_proxy: SendProxy, server_name: Option<&str>) -> Result<(), String> {
+    speak_in(stream, send_proxy, server_name, true).await
+}
+
+async fn speak_in(
+    stream: &mut TcpStream,
+    send_proxy: SendProxy,
+    server_name: Option<&str>,
+    large: bool,
+) -> Result<(), String> {
     let mut first = Vec::new();
     match send_proxy {
         SendProxy::Off => {}
@@ -52,9 +96,63 @@ pub async fn speak(stream: &mut TcpStream, send_proxy: SendProxy, server_name: O
         let _ = stream.shutdown().await;
         return Ok(());
     };
-    client_hello(&mut first, name);
+    client_hello(&mut first, name, if large { PADDING } else { 0 });
     stream.write_all(&first).await.map_err(|error| format!("the hello: {}", in_words(&error)))?;
     server_hello(stream).await
+}
+
+/// What a connection without a hello meets.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Greeting {
+    /// Bytes came, and the connection stayed open; the first line of them.
+    Greeted(String),
+    /// It stayed open and nothing came.
+    Silent,
+    /// The peer closed it; what it had said before.
+    Closed(String),
+}
+
+/// Connects, sends the header that `send_proxy` wants, then `request`, and looks what comes in
+/// `patience`, or until the peer closes. At most 1 KiB is read.
+///
+/// # Errors
+/// Why the connection was not made, for people.
+pub async fn greeting(
+    address: SocketAddr,
+    send_proxy: SendProxy,
+    request: &[u8],
+    patience: Duration,
+) -> Result<Greeting, String> {
+    let connect = async { TcpStream::connect(address).await.map_err(|error| in_words(&error)) };
+    let late = |_| format!("timeout: no answer within {patience:?}");
+    let mut stream = timeout(patience, connect).await.map_err(late)??;
+    let mut first = Vec::new();
+    match send_proxy {
+        SendProxy::Off => {}
+        SendProxy::V1 => proxy_protocol::encode_local_v1(&mut first),
+        SendProxy::V2 => proxy_protocol::encode_local_v2(&mut first),
+    }
+    first.extend_from_slice(request);
+    let mut said = Vec::new();
+    let listen = async {
+        let _ = stream.write_all(&first).await;
+        let mut buffer = [0; 256];
+        while said.len() < 1024 {
+            match stream.read(&mut buffer).await {
+                Ok(0) | Err(_) => return true,
+                Ok(n) => said.extend_from_slice(&buffer[..n]),
+            }
+        }
+        false
+    };
+    let closed = timeout(patience, listen).await.unwrap_or(false);
+    let line = said.split(|byte| *byte == b'\n').next().unwrap_or_default();
+    let line = String::from_utf8_lossy(&line[..line.len().min(80)]).trim_end().escape_debug().to_string();
+    Ok(match (closed, said.is_empty()) {
+        (true, _) => Greeting::Closed(line),
+        (false, true) => Greeting::Silent,
+        (false, false) => Greeting::Greeted(line),
+    })
 }
 
 fn in_words(error: &io::Error) -> String {
@@ -78,8 +176,9 @@ async fn server_hello(stream: &mut TcpStream) -> Result<(), String> {
 }
 
 /// A ClientHello that any TLS 1.2 or 1.3 server can answer (RFC 8446 section 4.1.2), with this server name. Nobody means to finish the handshake, so the key share
-/// is a number that everybody knows: the base point of X25519 (RFC 7748 section 4.1).
-fn client_hello(out: &mut Vec<u8>, name: &str) {
+/// is a number that everybody knows: the base point of X25519 (RFC 7748 section 4.1). `padding` zeros
+/// make it as long as a browser's, which has a share of ML-KEM.
+fn client_hello(out: &mut Vec<u8>, name: &str, padding: usize) {
     const SUITES: [u16; 9] = [0x1301, 0x1302, 0x1303, 0xc02b, 0xc02f, 0xc02c, 0xc030, 0xcca9, 0xcca8];
     const GROUPS: [u16; 3] = [29, 23, 24];
     const SIGNATURES: [u16; 8] = [0x0403, 0x0503, 0x0603, 0x0804, 0x0805, 0x0806, 0x0807, 0x0401];
@@ -96,6 +195,7 @@ fn client_hello(out: &mut Vec<u8>, name: &str) {
         (23, Vec::new()),                 // extended_main_secret
         (43, prefixed(1, &[3, 4, 3, 3])), // supported_versions: 1.3, 1.2
         (51, prefixed(2, &share)),        // key_share
+        (21, vec![0; padding]),           // padding (RFC 7685)
     ];
     let extensions: Vec<u8> = extensions
         .iter()
@@ -130,7 +230,8 @@ mod tests {
     #[test]
     fn our_own_reader_of_hellos_finds_the_server_name_in_ours() {
         let mut bytes = Vec::new();
-        client_hello(&mut bytes, "blog.example.com");
+        client_hello(&mut bytes, "blog.example.com", PADDING);
+        assert!((1700..2000).contains(&bytes.len()), "a browser's hello is of some 1.8 KB: {}", bytes.len());
         let mut machine = Machine::new(16384);
         machine.input(Input::Bytes(&bytes));
         match machine.progress() {

@@ -174,15 +174,24 @@ async fn probe(pool: &Pool, target: &Target) -> Found {
     let tls = health.and_then(|check| check.tls.as_deref());
     let nobody = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0);
     let dial = Dial { client: nobody, own: [].into(), port: None, speaks_first: false };
-    let attempt = async {
-        let mut stream = match target.connect(&dial, pool.config.hedge_delay, patience).await {
-            Ok(stream) => stream,
-            Err(failure) if failure.is_our_own() => return Found::OurFault,
-            Err(failure) => return Found::Nothing(failure.to_string()),
-        };
-        socket::close_with_fin(&stream);
-        probe::speak(&mut stream, pool.config.send_proxy, tls).await.map_or_else(Found::WrongAnswer, |()| Found::Answer)
+    let begun = Instant::now();
+    let connect = async {
+        match target.connect(&dial, pool.config.hedge_delay, patience).await {
+            Ok(stream) => Ok(stream),
+            Err(failure) if failure.is_our_own() => Err(Found::OurFault),
+            Err(failure) => Err(Found::Nothing(failure.to_string())),
+        }
     };
-    let late = |_| Found::Nothing(format!("timeout: no answer within {patience:?}"));
-    timeout(patience, attempt).await.unwrap_or_else(late)
+    let mut stream = match timeout(patience, connect).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(found)) => return found,
+        Err(_) => return Found::Nothing(format!("timeout: no answer within {patience:?}")),
+    };
+    socket::close_with_fin(&stream);
+    let spoken = probe::speak(&mut stream, pool.config.send_proxy, tls);
+    match timeout(patience.saturating_sub(begun.elapsed()), spoken).await {
+        Ok(Ok(())) => Found::Answer,
+        Ok(Err(reason)) => Found::WrongAnswer(reason),
+        Err(_) => Found::Nothing(probe::late(&stream, patience)),
+    }
 }
