@@ -9,6 +9,7 @@ use std::os::unix::net::{UnixListener as StdUnixListener, UnixStream as StdUnixS
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use axum::extract::{Query, State};
 use axum::http::{StatusCode, header};
@@ -20,10 +21,11 @@ use serde_json::{Value, json};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::bounded_server::{self, Bounds};
 use crate::config::Mode;
 use crate::logging::unix_seconds;
 use crate::registry::Connection;
-use crate::shared::Shared;
+use crate::shared::{Role, Shared};
 use crate::source::follow::ReloadRequest;
 
 #[derive(Clone)]
@@ -34,28 +36,44 @@ struct App {
 
 /// The bound sockets.
 pub struct Sockets {
-    /// For Prometheus and health checks.
-    pub tcp: StdTcpListener,
+    /// For Prometheus and health checks; `None` when this machine does not have the address yet.
+    pub tcp: Option<StdTcpListener>,
     /// For the command line; `None` when it could not be made.
     pub unix: Option<StdUnixListener>,
 }
 
-/// Serves until the process ends.
-pub fn start(shared: Arc<Shared>, sockets: Sockets, reload: mpsc::Sender<ReloadRequest>) -> io::Result<()> {
+/// Connections to metrics and health at a time, and to the control socket.
+pub const AT_A_TIME: usize = 32;
+
+/// Prometheus asks again after 15 s to a minute.
+const PUBLIC: Bounds = Bounds { connections: AT_A_TIME, age: Duration::from_secs(120), grace: Duration::from_secs(30) };
+/// A reload waits for the repository.
+const CONTROL: Bounds =
+    Bounds { connections: AT_A_TIME, age: Duration::from_secs(30), grace: Duration::from_secs(3600) };
+
+/// Serves until the process ends. Where `[admin] bind` could not be bound yet, its socket may be sent later.
+pub fn start(
+    shared: Arc<Shared>,
+    sockets: Sockets,
+    reload: mpsc::Sender<ReloadRequest>,
+) -> io::Result<mpsc::UnboundedSender<StdTcpListener>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let (later, mut bound) = mpsc::unbounded_channel();
+    if let Some(tcp) = sockets.tcp {
+        let _ = later.send(tcp);
+    }
     std::thread::Builder::new().name("admin".into()).spawn(move || {
         let app = App { shared, reload };
         let outcome = runtime.block_on(async {
             let public = public(app.clone());
-            sockets.tcp.set_nonblocking(true)?;
-            let tcp = TcpListener::from_std(sockets.tcp)?;
             if let Some(unix) = sockets.unix {
                 unix.set_nonblocking(true)?;
-                let unix = UnixListener::from_std(unix)?;
                 let control = public.clone().merge(control(app));
-                tokio::try_join!(axum::serve(tcp, public).into_future(), axum::serve(unix, control).into_future())?;
-            } else {
-                axum::serve(tcp, public).await?;
+                tokio::spawn(bounded_server::serve(UnixListener::from_std(unix)?, control, CONTROL));
+            }
+            while let Some(tcp) = bound.recv().await {
+                tcp.set_nonblocking(true)?;
+                tokio::spawn(bounded_server::serve(TcpListener::from_std(tcp)?, public.clone(), PUBLIC));
             }
             io::Result::Ok(())
         });
@@ -63,7 +81,7 @@ pub fn start(shared: Arc<Shared>, sockets: Sockets, reload: mpsc::Sender<ReloadR
             tracing::error!(%error, "metrics and control ended; forwarding goes on");
         }
     })?;
-    Ok(())
+    Ok(later)
 }
 
 /// Binds the control socket. A file left behind by a dead daemon is replaced, a live daemon's is not.
@@ -111,12 +129,17 @@ async fn metrics(State(app): State<App>) -> Response {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], app.shared.metrics.render()).into_response()
 }
 
-async fn ready(State(app): State<App>) -> (StatusCode, &'static str) {
-    if app.shared.ready.load(Relaxed) {
-        (StatusCode::OK, "ready\n")
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, "draining\n")
+async fn ready(State(app): State<App>) -> (StatusCode, String) {
+    if !app.shared.ready.load(Relaxed) {
+        return (StatusCode::SERVICE_UNAVAILABLE, "draining\n".to_owned());
     }
+    let waiting = app.shared.waiting.lock().expect("no panic while held");
+    let text = waiting.iter().map(|waiting| format!("not listening on {} ({}) yet\n", waiting.addr, waiting.role));
+    let listeners = app.shared.generation.load().config.listeners.iter().map(|l| l.bind.len()).sum::<usize>();
+    let missing = waiting.iter().filter(|waiting| matches!(waiting.role, Role::Listener(_))).count();
+    // Whatever else is missing, clients are served.
+    let status = if missing < listeners { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, if missing < listeners { "ready\n" } else { "" }.to_owned() + &text.collect::<String>())
 }
 
 async fn connections(State(app): State<App>) -> Json<Vec<Connection>> {
@@ -188,6 +211,11 @@ fn status(shared: &Shared) -> Value {
                 "interval": repository.interval.as_secs_f64(),
             })),
         },
+        "waiting": shared.waiting.lock().expect("no panic while held").iter().map(|waiting| json!({
+            "address": waiting.addr.to_string(),
+            "for": waiting.role.to_string(),
+            "reason": "this machine does not have the address yet",
+        })).collect::<Vec<_>>(),
         "listeners": config.listeners.iter().map(|l| json!({
             "name": l.name,
             "mode": l.mode.as_str(),

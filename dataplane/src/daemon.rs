@@ -29,7 +29,7 @@ use crate::listen;
 use crate::logging::unix_seconds;
 use crate::metrics::Metrics;
 use crate::registry::Registry;
-use crate::shared::{LoadFailure, LoadStatus, Shared};
+use crate::shared::{LoadFailure, LoadStatus, Role, Shared, Waiting};
 use crate::source::follow::{self, Follower, News, ReloadRequest};
 use crate::source::{self, Loaded, Snapshot, kept, webhook};
 use crate::upstream::upkeep::Upkeep;
@@ -37,7 +37,7 @@ use crate::worker::{Command, Worker};
 
 /// Descriptors that are neither a connection's nor a pipe's nor a listener's: admin clients, the configuration, eBPF maps and programs, webhooks, git's pipes, and of the upkeep epoll, its
 /// wake-up, tailscaled, the resolver's questions and checks.
-const DESCRIPTORS_FOR_US: u64 = 72 + webhook::AT_A_TIME as u64;
+const DESCRIPTORS_FOR_US: u64 = 72 + (webhook::AT_A_TIME + 2 * admin::AT_A_TIME) as u64;
 
 /// Of a worker: epoll, its wake-up, signals' pipe, epoll for the sockmap.
 const DESCRIPTORS_PER_WORKER: u64 = 5;
@@ -47,6 +47,9 @@ const TIGHT: usize = 64;
 
 /// How often a draining daemon looks whether it is alone.
 const DRAIN_TICK: Duration = Duration::from_millis(50);
+
+/// How often an address that this machine did not have is tried again.
+const ADDRESS_AGAIN: Duration = Duration::from_secs(1);
 
 /// How long a worker may take to accept what is left in a socket's queue, and close it.
 const CLOSING: Duration = Duration::from_secs(1);
@@ -66,12 +69,14 @@ struct Daemon {
     webhook: Option<TcpListener>,
     /// Where that thread learns of another.
     webhooks: mpsc::UnboundedSender<Option<webhook::Served>>,
+    /// Where the admin thread learns of its socket, when that could not be bound at once.
+    admin: mpsc::UnboundedSender<TcpListener>,
 }
 
 /// Runs until SIGTERM or SIGINT.
 pub fn run(path: &Path) -> Result<()> {
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
-    let Beginning { loaded: Loaded { config, warnings, snapshot }, listening, missing } =
+    let Beginning { loaded: Loaded { config, warnings, snapshot }, listening, mut waiting, missing } =
         Beginning::find(path, workers)?;
     tell(&config, &warnings);
     let descriptors = raise_descriptor_limit().saturating_sub(open_descriptors() + DESCRIPTORS_FOR_US);
@@ -80,9 +85,9 @@ pub fn run(path: &Path) -> Result<()> {
     let engine = Effective::choose(config.engine, &abilities);
     engine.tell();
 
-    let sockets = bind_admin(&config)?;
+    let sockets = bind_admin(&config, &mut waiting)?;
     let control_socket = sockets.unix.is_some().then(|| config.admin.socket.clone());
-    let webhook = bind_webhook(&config, None)?;
+    let webhook = bind_webhook(&config, None, &mut waiting)?;
 
     metrics.set_engine(&kernel_release(), &engine);
     let generation = Generation::new(config, engine, None, &metrics);
@@ -94,6 +99,7 @@ pub fn run(path: &Path) -> Result<()> {
         in_flight: Arc::default(),
         rejections: Arc::default(),
         ready: AtomicBool::new(false),
+        waiting: std::sync::Mutex::default(),
         load: std::sync::Mutex::new(LoadStatus {
             last_success: missing.is_none().then(SystemTime::now),
             last_error: missing.clone().map(|text| LoadFailure {
@@ -111,15 +117,26 @@ pub fn run(path: &Path) -> Result<()> {
         .collect::<io::Result<Vec<_>>>()
         .context("cannot start a worker thread")?;
     let (reload, reload_requests) = mpsc::channel(4);
-    admin::start(shared.clone(), sockets, reload.clone()).context("cannot start the admin thread")?;
+    let admin = admin::start(shared.clone(), sockets, reload.clone()).context("cannot start the admin thread")?;
 
     let upkeep = Upkeep::start().context("cannot start the thread that looks after targets")?;
 
     let (webhooks, served) = mpsc::unbounded_channel();
     let bound = Vec::new();
-    let mut daemon =
-        Daemon { shared, workers, abilities, descriptors, control_socket, bound, upkeep, webhook: None, webhooks };
+    let mut daemon = Daemon {
+        shared,
+        workers,
+        abilities,
+        descriptors,
+        control_socket,
+        bound,
+        upkeep,
+        webhook: None,
+        webhooks,
+        admin,
+    };
     daemon.take_effect(listening);
+    daemon.wait_for(waiting);
     if missing.is_some() {
         daemon.shared.metrics.reload_success.set(0);
     }
@@ -148,6 +165,7 @@ struct Following {
 struct Beginning {
     loaded: Loaded,
     listening: HashMap<SocketAddr, Vec<TcpListener>>,
+    waiting: Vec<Waiting>,
     /// Why some of the addresses are not listened on.
     missing: Option<String>,
 }
@@ -160,9 +178,12 @@ impl Beginning {
         if let Some(why) = &not_kept {
             tracing::info!(why, "the repository was asked");
         }
-        let (listening, errors) = bind_each(&loaded.config, &[], workers);
-        if errors.is_empty() {
-            return Ok(Self { loaded, listening, missing: None });
+        let (listening, waiting, errors) = bind_each(&loaded.config, &[], workers);
+        let is_kept = loaded.snapshot.is_some() && not_kept.is_none();
+        // Its addresses may be gone for good, and the newest commit knows better.
+        let gone = listening.is_empty() && !waiting.is_empty() && is_kept;
+        if errors.is_empty() && !gone {
+            return Ok(Self { loaded, listening, waiting, missing: None });
         }
         if loaded.snapshot.is_none() {
             bail!(errors);
@@ -172,19 +193,28 @@ impl Beginning {
                 errors,
                 "the configuration is in force in part; the repository is looked at for a better one"
             );
-            return Ok(Self { loaded, listening, missing: Some(errors) });
+            return Ok(Self { loaded, listening, waiting, missing: Some(errors) });
         }
-        if not_kept.is_some() {
+        if !is_kept {
             bail!(errors);
         }
         tracing::error!(errors, "the commit that is kept cannot be put in force: the newest is fetched");
-        let loaded = source::newest(path, |_| ()).with_context(|| errors.clone())?;
-        let (listening, errors) = bind_each(&loaded.config, &[], workers);
-        if listening.is_empty() {
+        let newest = source::newest(path, |_| ());
+        let loaded = match newest {
+            Ok(newest) => newest,
+            // It may be the network that is missing, and with it the address.
+            Err(error) if errors.is_empty() => {
+                let missing = Some(format!("{error}"));
+                return Ok(Self { loaded, listening, waiting, missing });
+            }
+            Err(error) => return Err(anyhow::Error::from(error).context(errors)),
+        };
+        let (listening, waiting, errors) = bind_each(&loaded.config, &[], workers);
+        if listening.is_empty() && waiting.is_empty() {
             bail!(errors);
         }
         let missing = (!errors.is_empty()).then_some(errors);
-        Ok(Self { loaded, listening, missing })
+        Ok(Self { loaded, listening, waiting, missing })
     }
 }
 
@@ -219,6 +249,8 @@ impl Daemon {
         let watchdog = sd_notify::watchdog_enabled();
         let mut feed = tokio::time::interval(watchdog.map_or(Duration::from_secs(3600), |interval| interval / 2));
 
+        let mut again = tokio::time::interval(ADDRESS_AGAIN);
+        again.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         notify(&[NotifyState::Ready]);
         let config = self.shared.generation.load().config.clone();
         following.start(config).context("cannot start the thread that looks for new configurations")?;
@@ -231,6 +263,7 @@ impl Daemon {
                     let _ = reload.try_send(oneshot::channel().0);
                 }
                 Some(news) = news.recv() => self.hear(news).await,
+                _ = again.tick(), if self.waits() => self.try_waiting(),
                 _ = feed.tick(), if watchdog.is_some() => {
                     if self.workers_answer().await {
                         notify(&[NotifyState::Watchdog]);
@@ -323,13 +356,23 @@ impl Daemon {
 
     async fn put_in_force(&mut self, config: Config) -> Result<String> {
         let before = self.shared.generation.load_full();
-        let listening = bind_all(&config, &self.bound, self.workers.len())?;
-        let webhook = bind_webhook(&config, self.webhook.as_ref())?;
+        let (listening, mut waiting) = bind_all(&config, &self.bound, self.workers.len())?;
+        let webhook = bind_webhook(&config, self.webhook.as_ref(), &mut waiting)?;
         let mut text = format!("configuration {} is in force\n", config.hash);
         if config.admin.bind.addr != before.config.admin.bind.addr || config.admin.socket != before.config.admin.socket
         {
             text += "note: [admin] takes effect at the next start\n";
         }
+        for waiting in &waiting {
+            text += &format!(
+                "note: this machine does not have {} ({}) yet: it is listened on as soon as it does\n",
+                waiting.addr, waiting.role
+            );
+        }
+        // Takes effect at the next start, and so does what it waits for.
+        waiting.extend(
+            self.shared.waiting.lock().expect("no panic while held").iter().filter(|w| w.role == Role::Admin).cloned(),
+        );
         let engine = Effective::choose(config.engine, &self.abilities);
         if engine.configured != before.engine.configured {
             engine.tell();
@@ -342,9 +385,10 @@ impl Daemon {
         for closed in self.take_effect(listening) {
             let _ = tokio::time::timeout(CLOSING, closed).await;
         }
-        if generation.config.webhook() != before.config.webhook() {
+        if generation.config.webhook() != before.config.webhook() || (webhook.is_some() && self.webhook.is_none()) {
             self.serve_webhook(webhook);
         }
+        self.wait_for(waiting);
         let removed = self.shared.registry.judge(&generation);
         tracing::info!(
             hash = generation.config.hash,
@@ -353,6 +397,85 @@ impl Daemon {
             "configuration reloaded"
         );
         Ok(text)
+    }
+
+    fn waits(&self) -> bool {
+        !self.shared.waiting.lock().expect("no panic while held").is_empty()
+    }
+
+    /// From now on tries these addresses again, and no others.
+    fn wait_for(&self, waiting: Vec<Waiting>) {
+        for waiting in &waiting {
+            tracing::warn!(
+                addr = %waiting.addr,
+                role = %waiting.role,
+                "this machine does not have that address yet: it is listened on as soon as it does"
+            );
+        }
+        self.tell_waiting(waiting);
+    }
+
+    /// For `status`, `/readyz`, metrics and systemd.
+    fn tell_waiting(&self, waiting: Vec<Waiting>) {
+        let generation = self.shared.generation.load();
+        let listeners = generation.config.listeners.iter().flat_map(|l| l.bind.iter().map(|b| (&*l.name, b.addr)));
+        let is_bound = |addr: SocketAddr| waiting.iter().all(|waiting| waiting.addr != addr);
+        let mut all: Vec<_> = listeners.map(|(name, addr)| (name, addr, self.bound.contains(&addr))).collect();
+        let admin = generation.config.admin.bind.addr;
+        all.push(("admin", admin, is_bound(admin)));
+        if let Some(webhook) = generation.config.webhook() {
+            all.push(("webhook", webhook.bind.addr, is_bound(webhook.bind.addr)));
+        }
+        self.shared.metrics.set_bound(all);
+        let text = match &waiting[..] {
+            [] => "serving".to_owned(),
+            some => {
+                let some: Vec<_> = some.iter().map(|w| format!("{} ({})", w.addr, w.role)).collect();
+                format!("serving; this machine does not have {} yet", some.join(", "))
+            }
+        };
+        notify(&[NotifyState::Status(&text)]);
+        *self.shared.waiting.lock().expect("no panic while held") = waiting;
+    }
+
+    /// Tries each of the addresses that were missing.
+    fn try_waiting(&mut self) {
+        let generation = self.shared.generation.load_full();
+        let waiting = self.shared.waiting.lock().expect("no panic while held").clone();
+        let before = waiting.len();
+        let mut left = Vec::new();
+        for one in waiting {
+            let bound = match &one.role {
+                Role::Listener(_) => {
+                    let beside =
+                        self.bound.iter().any(|b| b.port() == one.addr.port() && b.is_ipv4() == one.addr.is_ipv4());
+                    listen::bind(one.addr, self.workers.len(), beside).map(|sockets| {
+                        for (worker, socket) in self.workers.iter().zip(sockets) {
+                            worker.send(Command::Listen(one.addr, socket));
+                        }
+                        self.bound.push(one.addr);
+                    })
+                }
+                Role::Admin => TcpListener::bind(one.addr).map(|tcp| drop(self.admin.send(tcp))),
+                Role::Webhook => match bind_webhook(&generation.config, None, &mut Vec::new()) {
+                    Ok(Some(webhook)) => {
+                        self.serve_webhook(Some(webhook));
+                        Ok(())
+                    }
+                    _ => Err(io::ErrorKind::AddrNotAvailable.into()),
+                },
+            };
+            match bound {
+                Ok(()) => tracing::info!(addr = %one.addr, role = %one.role, "listening"),
+                Err(error) => {
+                    tracing::debug!(addr = %one.addr, %error, "not yet");
+                    left.push(one);
+                }
+            }
+        }
+        if left.len() < before {
+            self.tell_waiting(left);
+        }
     }
 
     /// Has the source thread serve this and nothing else.
@@ -464,18 +587,21 @@ fn tell(config: &Config, warnings: &[Diagnostic]) {
     }
 }
 
-/// Binds the addresses of `config` that are not bound already; all or none, with every failure told.
-fn bind_all(config: &Config, bound: &[SocketAddr], workers: usize) -> Result<HashMap<SocketAddr, Vec<TcpListener>>> {
-    let (sockets, errors) = bind_each(config, bound, workers);
-    if errors.is_empty() { Ok(sockets) } else { bail!(errors) }
+/// The sockets of the workers, by address.
+type Bound = HashMap<SocketAddr, Vec<TcpListener>>;
+
+/// Binds the addresses of `config` that are not bound already; all or none, with every failure told. Addresses that this machine does not have are no failure.
+fn bind_all(config: &Config, bound: &[SocketAddr], workers: usize) -> Result<(Bound, Vec<Waiting>)> {
+    let (sockets, waiting, errors) = bind_each(config, bound, workers);
+    if errors.is_empty() { Ok((sockets, waiting)) } else { bail!(errors) }
 }
 
 /// Binds those of the addresses that can be, and says of each of the others why it cannot.
-fn bind_each(config: &Config, bound: &[SocketAddr], workers: usize) -> (HashMap<SocketAddr, Vec<TcpListener>>, String) {
-    let mut sockets = HashMap::new();
-    let mut errors = String::new();
+fn bind_each(config: &Config, bound: &[SocketAddr], workers: usize) -> (Bound, Vec<Waiting>, String) {
+    let (mut sockets, mut waiting, mut errors) = (HashMap::new(), Vec::new(), String::new());
     let beside_own = |addr: SocketAddr| bound.iter().any(|b| b.port() == addr.port() && b.is_ipv4() == addr.is_ipv4());
-    for bind in config.listeners.iter().flat_map(|l| &l.bind).filter(|b| !bound.contains(&b.addr)) {
+    let all = config.listeners.iter().flat_map(|l| l.bind.iter().map(move |bind| (l, bind)));
+    for (listener, bind) in all.filter(|(_, bind)| !bound.contains(&bind.addr)) {
         match listen::bind(bind.addr, workers, beside_own(bind.addr)) {
             Ok(listeners) => {
                 sockets.insert(bind.addr, listeners);
@@ -483,17 +609,32 @@ fn bind_each(config: &Config, bound: &[SocketAddr], workers: usize) -> (HashMap<
             Err(error) if listen::is_no_ipv6(bind.addr, &error) => {
                 tracing::warn!(addr = %bind.addr, "this machine has no IPv6: not listening there");
             }
+            Err(error) if is_missing(&error) => {
+                waiting.push(Waiting { addr: bind.addr, role: Role::Listener(listener.name.clone()) });
+            }
             Err(error) => {
                 let _ = write!(errors, "{}", bind_failure(config, bind, &error));
             }
         }
     }
-    (sockets, errors)
+    (sockets, waiting, errors)
 }
 
-fn bind_admin(config: &Config) -> Result<Sockets> {
+/// An address of a device that is not up yet, tailscale0's above all.
+fn is_missing(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::AddrNotAvailable
+}
+
+fn bind_admin(config: &Config, waiting: &mut Vec<Waiting>) -> Result<Sockets> {
     let bind = &config.admin.bind;
-    let tcp = TcpListener::bind(bind.addr).map_err(|e| anyhow::anyhow!(bind_failure(config, bind, &e)))?;
+    let tcp = match TcpListener::bind(bind.addr) {
+        Ok(tcp) => Some(tcp),
+        Err(error) if is_missing(&error) => {
+            waiting.push(Waiting { addr: bind.addr, role: Role::Admin });
+            None
+        }
+        Err(error) => bail!(bind_failure(config, bind, &error)),
+    };
     let socket = &config.admin.socket;
     let unix = match admin::bind_unix(socket) {
         Ok(unix) => Some(unix),
@@ -514,12 +655,23 @@ fn bind_admin(config: &Config) -> Result<Sockets> {
 }
 
 /// The socket, which may be bound already, and what is served with a copy of it.
-fn bind_webhook(config: &Config, bound: Option<&TcpListener>) -> Result<Option<(TcpListener, webhook::Served)>> {
+fn bind_webhook(
+    config: &Config,
+    bound: Option<&TcpListener>,
+    waiting: &mut Vec<Waiting>,
+) -> Result<Option<(TcpListener, webhook::Served)>> {
     let Some(Webhook { bind, secret_file }) = config.webhook() else { return Ok(None) };
     let bound = bound.filter(|bound| bound.local_addr().is_ok_and(|addr| addr == bind.addr));
     let listener = bound.map_or_else(|| TcpListener::bind(bind.addr), TcpListener::try_clone);
     let both = listener.and_then(|listener| Ok((listener.try_clone()?, listener)));
-    let (kept, listener) = both.map_err(|error| anyhow::anyhow!(bind_failure(config, bind, &error)))?;
+    let (kept, listener) = match both {
+        Ok(both) => both,
+        Err(error) if is_missing(&error) => {
+            waiting.push(Waiting { addr: bind.addr, role: Role::Webhook });
+            return Ok(None);
+        }
+        Err(error) => bail!(bind_failure(config, bind, &error)),
+    };
     Ok(Some((kept, webhook::Served { listener, secret_file: secret_file.clone() })))
 }
 
@@ -542,6 +694,14 @@ fn bind_failure(config: &Config, bind: &Bind, error: &io::Error) -> String {
         _ => "choose another address".to_owned(),
     };
     let message = format!("cannot listen on {}: {error}", bind.addr);
+    if bind.span.is_empty() {
+        // A default stands nowhere in the file.
+        return format!(
+            "{}: error: {message}\n  help: this is the default of `bind` in [admin], where metrics are served. {remedy}: `bind = \"127.0.0.1:{}\"` in [admin]\n",
+            config.source.path.display(),
+            if port == 9443 { 9444 } else { 9443 }
+        );
+    }
     Diagnostic::error(bind.span.clone(), message, remedy).render(&config.source).to_string()
 }
 

@@ -33,6 +33,7 @@ pub mod daemon;
 pub mod worker;
 
 pub mod admin;
+pub mod bounded_server;
 pub mod btf;
 pub mod control;
 pub mod doctor;

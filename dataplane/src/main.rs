@@ -375,6 +375,15 @@ fn describe_status(status: &Value) -> String {
         let _ = writeln!(out, "          not any more, {:.0} s ago: {error}", ago(&config["last_error_at"]));
     }
     let _ = writeln!(out, "open      {} of {} connections", limits["connections"], limits["max_connections"]);
+    for waiting in items(&status["waiting"]) {
+        let _ = writeln!(
+            out,
+            "waiting   for {} ({}): {}",
+            text(waiting, "address"),
+            text(waiting, "for"),
+            text(waiting, "reason")
+        );
+    }
     for listener in items(&status["listeners"]) {
         let _ = writeln!(
             out,

@@ -3,6 +3,7 @@
 //! Label values come from the configuration, never from a client. This module knows no socket; live connections are in [`crate::registry`].
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
 use prometheus::{
@@ -46,6 +47,7 @@ pub struct Metrics {
     /// Bytes queued in the kernel on our behalf, besides those in pipes.
     pub sockmap_backlog: IntGauge,
     sockmap_spills: IntCounterVec,
+    listener_bound: IntGaugeVec,
     engine_refused: IntGaugeVec,
     listeners: Mutex<HashMap<Arc<str>, Arc<ListenerMetrics>>>,
     routes: Mutex<HashMap<Arc<str>, Arc<RouteMetrics>>>,
@@ -189,6 +191,10 @@ impl Metrics {
             opts("sockmap_spills_total", "Times that a flow left the kernel path because its reader was slow."),
             &["direction"]
         ));
+        let listener_bound = register!(IntGaugeVec::new(
+            opts("listener_bound", "Whether an address is listened on; 0: this machine does not have it yet."),
+            &["listener", "address"]
+        ));
         let engine_refused = register!(IntGaugeVec::new(
             opts("engine_refused", "Engines that were wanted and do not run on this machine: 1, with the reason."),
             &["reason"]
@@ -216,6 +222,7 @@ impl Metrics {
             pipes,
             sockmap_backlog,
             sockmap_spills,
+            listener_bound,
             engine_refused,
             listeners: Mutex::default(),
             routes: Mutex::default(),
@@ -229,6 +236,14 @@ impl Metrics {
         self.engine_refused.reset();
         for reason in &engine.reasons {
             self.engine_refused.with_label_values(&[reason.as_str()]).set(1);
+        }
+    }
+
+    /// Sets `dataplane_listener_bound` of everything that is to be listened on.
+    pub fn set_bound<'a>(&self, all: impl IntoIterator<Item = (&'a str, SocketAddr, bool)>) {
+        self.listener_bound.reset();
+        for (listener, addr, bound) in all {
+            self.listener_bound.with_label_values(&[listener, &addr.to_string()]).set(i64::from(bound));
         }
     }
 

@@ -1,5 +1,7 @@
 //! What the threads of the process have in common.
 
+use std::fmt;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
 use std::time::{Instant, SystemTime};
@@ -29,6 +31,8 @@ pub struct Shared {
     pub rejections: Arc<RejectionLog>,
     /// Connections are accepted.
     pub ready: AtomicBool,
+    /// Addresses that this machine does not have yet.
+    pub waiting: Mutex<Vec<Waiting>>,
     /// How the configuration and its source are.
     pub load: Mutex<LoadStatus>,
     /// When the daemon started.
@@ -37,6 +41,36 @@ pub struct Shared {
     pub next_id: AtomicU64,
     /// Random per process: two daemons never give the same UNIQUE_ID.
     pub id_prefix: u64,
+}
+
+/// An address of this machine that is not there yet: it is listened on as soon as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Waiting {
+    /// What to listen on.
+    pub addr: SocketAddr,
+    /// What for.
+    pub role: Role,
+}
+
+/// See [`Waiting`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Role {
+    /// The listener of this name.
+    Listener(Arc<str>),
+    /// `[admin] bind`
+    Admin,
+    /// The webhook of `[source]`.
+    Webhook,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Listener(name) => write!(f, "listener {name}"),
+            Self::Admin => f.write_str("admin"),
+            Self::Webhook => f.write_str("webhook"),
+        }
+    }
 }
 
 /// What came of looking for a new configuration.
