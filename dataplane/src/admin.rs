@@ -211,6 +211,7 @@ fn status(shared: &Shared) -> Value {
                 "interval": repository.interval.as_secs_f64(),
             })),
         },
+        "shortages": shared.metrics.shortages.describe(),
         "waiting": shared.waiting.lock().expect("no panic while held").iter().map(|waiting| json!({
             "address": waiting.addr.to_string(),
             "for": waiting.role.to_string(),

@@ -101,6 +101,8 @@ struct Client {
     /// The address that it connected to.
     server: SocketAddr,
     server_name: Option<ServerName>,
+    /// What it sent in the place of one, escaped.
+    bad_name: Option<Box<str>>,
     /// Of the proxy in front of us, if it sent one.
     unique_id: Option<Vec<u8>>,
     /// The first protocol that it offers, as it came.
@@ -132,6 +134,7 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
         address: peer,
         server: stream.local_addr().unwrap_or(listener.bind[0].addr),
         server_name: None,
+        bad_name: None,
         unique_id: None,
         alpn: None,
         alpn_text: None,
@@ -159,12 +162,11 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
                 Purpose::Forward(destination, Listed::ByListener)
             }
             Mode::Tls => {
-                let (route, pattern) =
-                    hello_route(&stream, &mut client, &generation, index, (peer, start.1), &shared).await?;
+                let (route, pattern) = hello_route(&stream, &mut client, &generation, index, start.1, &shared).await?;
                 Purpose::Forward(generation.by_route(route), Listed::ByRoute(pattern))
             }
             Mode::Http { acme_port } => {
-                http_request(&stream, &mut client, &generation, index, acme_port, (peer, &shared)).await?
+                http_request(&stream, &mut client, &generation, index, acme_port, &shared).await?
             }
         };
         Ok((purpose, client_place))
@@ -174,7 +176,8 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
     let (purpose, client_place) = match routed {
         Ok(routed) => routed,
         Err(reason) => {
-            reject(&shared, &generation, index, &stream, client.address, client.server_name.as_deref(), reason, start);
+            let name = client.server_name.as_deref().or(client.bad_name.as_deref());
+            reject(&shared, &generation, index, &stream, client.address, name, reason, start);
             return None;
         }
     };
@@ -302,7 +305,7 @@ async fn hello_route(
     client: &mut Client,
     generation: &Generation,
     listener: usize,
-    (peer, accepted): (SocketAddr, Instant),
+    accepted: Instant,
     shared: &Shared,
 ) -> Result<(usize, Pattern), Reason> {
     let mut machine = Machine::new(generation.config.limits.hello_max_bytes);
@@ -310,15 +313,17 @@ async fn hello_route(
     let route = loop {
         match machine.progress() {
             Progress::NeedMore => {}
-            Progress::Reject(reason) => return Err(reason),
+            Progress::Reject(reason) => {
+                client.bad_name = machine.bad_name().and_then(|name| printable([name].into_iter()));
+                return Err(reason);
+            }
             Progress::Hello(hello) => {
                 shared.metrics.hello_duration.observe(accepted.elapsed().as_secs_f64());
                 client.server_name = hello.server_name;
                 // Nothing of a stranger's list is copied before its name is found.
                 let found = generation.table.find(listener, hello.server_name.as_deref(), hello.alpn.clone())?;
                 let id = shared.next_id.fetch_add(1, Relaxed);
-                client.in_flight =
-                    Some(shared.in_flight.hello(hello.random, peer.ip(), id).map_err(|target| came_back(&target))?);
+                client.in_flight = Some(shared.in_flight.hello(hello.random, id).map_err(|target| came_back(&target))?);
                 client.alpn = hello.alpn.clone().next().map(Into::into);
                 client.alpn_text = printable(hello.alpn);
                 break (found.route, found.by.into());
@@ -338,7 +343,7 @@ async fn http_request(
     generation: &Generation,
     listener: usize,
     acme_port: u16,
-    (peer, shared): (SocketAddr, &Shared),
+    shared: &Shared,
 ) -> Result<Purpose, Reason> {
     let mut machine = http::Machine::new(generation.config.limits.hello_max_bytes);
     machine.input(http::Input::Bytes(&std::mem::take(&mut client.read)));
@@ -356,8 +361,7 @@ async fn http_request(
     let listed = Listed::ByRoute(found.by.into());
     if let Some(challenge) = request.challenge() {
         let id = shared.next_id.fetch_add(1, Relaxed);
-        client.in_flight =
-            Some(shared.in_flight.challenge(challenge, peer.ip(), id).map_err(|target| came_back(&target))?);
+        client.in_flight = Some(shared.in_flight.challenge(challenge, id).map_err(|target| came_back(&target))?);
         client.read = challenge.to_vec();
         return Ok(Purpose::Challenge(generation.by_route(found.route), listed, acme_port));
     }

@@ -27,6 +27,7 @@ pub mod diff;
 pub mod generation;
 pub mod import;
 pub mod shared;
+pub mod shortages;
 pub mod source;
 
 pub mod daemon;

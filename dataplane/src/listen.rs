@@ -18,6 +18,7 @@ use tokio::sync::oneshot;
 use crate::connection;
 use crate::reject::Reason;
 use crate::shared::Shared;
+use crate::shortages::Shortage;
 use crate::socket::prepare;
 
 /// Connections that the kernel completes before we accept them; it caps this at net.core.somaxconn.
@@ -126,6 +127,7 @@ async fn take(
         Err(error) => match error.raw_os_error() {
             Some(libc::EMFILE | libc::ENFILE) => {
                 shared.metrics.accept_errors.inc();
+                shared.metrics.shortages.note(Shortage::Descriptors);
                 // The connection stays in the queue and the socket stays readable. With the spare descriptor it is taken out and refused.
                 if !spare.spend() {
                     tokio::time::sleep(BREATHER).await;

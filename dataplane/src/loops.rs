@@ -1,14 +1,13 @@
 //! Whether a connection is one of our own that came back: a target that is this machine behind NAT, or another entrance node that sends it here again.
 //!
 //! Addresses do not tell. A hello does: its random is 32 bytes that no two clients choose (RFC 8446 section 4.1.2). One that was sent to a target, which has
-//! answered nothing yet, and that comes in again from somebody else, has gone in a circle. A client that repeats itself is no loop, up to a bound. Of an
-//! ACME challenge the token is as unique; but an authority asks for it from several places at once, so that only their number tells.
+//! answered nothing yet, and that comes in again, has gone in a circle. Of an ACME challenge the token is as unique; but an authority asks for it from several
+//! places at once, so that only their number tells.
 //!
 //! It must not know how bytes move. What is remembered of a connection goes with it.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use sha2::{Digest, Sha256};
@@ -18,10 +17,6 @@ use crate::upstream::Target;
 
 /// What tells a request from all others: a hello's random, or a digest of a challenge.
 pub type Mark = [u8; 32];
-
-/// Connections that one address may have under way with the same random: programs that replay a recorded hello do that, and a client on the address that a
-/// loop comes from looks like one.
-const REPEATED: usize = 256;
 
 /// Requests for one challenge that may be under way: authorities ask from five to ten places (RFC 8555 section 11.2 says why).
 const CHALLENGED: usize = 32;
@@ -38,8 +33,6 @@ pub struct InFlight {
 #[derive(Debug)]
 struct Flight {
     id: u64,
-    /// Who sent it, as TCP says.
-    peer: IpAddr,
     /// Where it was sent, and what has come back.
     sent: Option<(Arc<Target>, Weak<Traffic>)>,
 }
@@ -57,37 +50,27 @@ impl InFlight {
     ///
     /// # Errors
     /// It is one that came back; the target that it was sent to.
-    pub fn hello(self: &Arc<Self>, random: Mark, peer: IpAddr, id: u64) -> Result<Guard, Arc<Target>> {
-        self.enter(random, peer, id, REPEATED, |other| other != peer)
+    pub fn hello(self: &Arc<Self>, random: Mark, id: u64) -> Result<Guard, Arc<Target>> {
+        self.enter(random, id, 1)
     }
 
     /// The same of the request that a challenge is asked for with.
     ///
     /// # Errors
     /// As for a hello.
-    pub fn challenge(self: &Arc<Self>, request: &[u8], peer: IpAddr, id: u64) -> Result<Guard, Arc<Target>> {
-        self.enter(Sha256::digest(request).into(), peer, id, CHALLENGED, |_| false)
+    pub fn challenge(self: &Arc<Self>, request: &[u8], id: u64) -> Result<Guard, Arc<Target>> {
+        self.enter(Sha256::digest(request).into(), id, CHALLENGED)
     }
 
-    fn enter(
-        self: &Arc<Self>,
-        mark: Mark,
-        peer: IpAddr,
-        id: u64,
-        most: usize,
-        is_foreign: impl Fn(IpAddr) -> bool,
-    ) -> Result<Guard, Arc<Target>> {
+    /// `most`: how often the mark may be under way.
+    fn enter(self: &Arc<Self>, mark: Mark, id: u64, most: usize) -> Result<Guard, Arc<Target>> {
         let mut shard = self.shard(&mark);
         let flights = shard.entry(mark).or_default();
-        let mut repeated = 0;
-        for flight in flights.iter() {
-            let Some(target) = flight.unanswered() else { continue };
-            repeated += 1;
-            if is_foreign(flight.peer) || repeated >= most {
-                return Err(target.clone());
-            }
+        let unanswered = flights.iter().filter_map(Flight::unanswered).nth(most - 1).cloned();
+        if let Some(target) = unanswered {
+            return Err(target);
         }
-        flights.push(Flight { id, peer, sent: None });
+        flights.push(Flight { id, sent: None });
         drop(shard);
         Ok(Guard { all: self.clone(), mark, id })
     }
@@ -136,9 +119,6 @@ mod tests {
     use crate::metrics::Metrics;
     use crate::upstream::Pool;
 
-    const CLIENT: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1));
-    const US: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 9));
-
     fn target() -> Arc<Target> {
         let text = "[listeners.a]\nmode = \"tcp\"\nbind = [\"192.0.2.1:1\"]\nupstream = \"u\"\n[upstreams.u]\ntargets = [\"192.0.2.2:1\"]\n";
         let config = parse(Arc::new(Source::new("test.toml", text.to_owned()))).unwrap().0;
@@ -146,32 +126,32 @@ mod tests {
     }
 
     #[test]
-    fn a_hello_that_comes_back_from_where_it_was_sent_is_a_loop_and_names_the_target() {
-        let (all, target, mark) = (Arc::new(InFlight::default()), target(), [7; 32]);
-        let first = all.hello(mark, CLIENT, 0).unwrap();
-        assert!(all.hello(mark, US, 1).is_ok(), "nothing was sent yet, so it cannot have come back");
+    fn a_hello_that_comes_back_is_a_loop_and_names_the_target() {
+        let (all, target, random) = (Arc::new(InFlight::default()), target(), [7; 32]);
+        let first = all.hello(random, 0).unwrap();
+        assert!(all.hello(random, 1).is_ok(), "nothing was sent yet, so it cannot have come back");
         let traffic = Arc::new(Traffic::by(Kind::Copy));
         first.sent(&target, &traffic);
-        let back = all.hello(mark, US, 2).unwrap_err();
+        let back = all.hello(random, 2).unwrap_err();
         assert_eq!(back.text(), target.text());
-        assert!(all.hello([8; 32], US, 3).is_ok());
+        assert!(all.hello([8; 32], 3).is_ok());
         traffic.to_client.add(Path::Userspace, 1);
-        assert!(all.hello(mark, US, 4).is_ok(), "the target has answered: it is no circle");
+        assert!(all.hello(random, 4).is_ok(), "the target has answered: it is no circle");
         drop(first);
-        assert!(all.shard(&mark).is_empty(), "nothing is left");
+        assert!(all.shard(&random).is_empty(), "nothing is left");
     }
 
     #[test]
-    fn a_client_may_repeat_itself_up_to_a_bound() {
-        let (all, target, mark) = (Arc::new(InFlight::default()), target(), [7; 32]);
+    fn several_may_ask_for_one_challenge_but_not_without_end() {
+        let (all, target) = (Arc::new(InFlight::default()), target());
         let mut under_way = Vec::new();
         let refused = (0..10_000).find(|n| {
-            let Ok(guard) = all.hello(mark, CLIENT, *n) else { return true };
+            let Ok(guard) = all.challenge(b"GET /token", *n) else { return true };
             let traffic = Arc::new(Traffic::by(Kind::Copy));
             guard.sent(&target, &traffic);
             under_way.push((guard, traffic));
             false
         });
-        assert_eq!(refused, Some(REPEATED as u64));
+        assert_eq!(refused, Some(CHALLENGED as u64));
     }
 }

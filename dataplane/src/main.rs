@@ -375,6 +375,10 @@ fn describe_status(status: &Value) -> String {
         let _ = writeln!(out, "          not any more, {:.0} s ago: {error}", ago(&config["last_error_at"]));
     }
     let _ = writeln!(out, "open      {} of {} connections", limits["connections"], limits["max_connections"]);
+    for shortage in items(&status["shortages"]) {
+        let (times, last) = (&shortage["times"], ago(&shortage["last"]));
+        let _ = writeln!(out, "SHORTAGE  {} ({times} times, last {last:.0} s ago)", text(shortage, "reason"));
+    }
     for waiting in items(&status["waiting"]) {
         let _ = writeln!(
             out,

@@ -13,6 +13,7 @@ use prometheus::{
 
 use crate::engine::{Effective, End, Kind, Path};
 use crate::reject::Reason;
+use crate::shortages::Shortages;
 use crate::tailnet::Way;
 
 /// All metrics of the process.
@@ -47,6 +48,8 @@ pub struct Metrics {
     /// Bytes queued in the kernel on our behalf, besides those in pipes.
     pub sockmap_backlog: IntGauge,
     sockmap_spills: IntCounterVec,
+    /// What this machine has run out of.
+    pub shortages: Arc<Shortages>,
     listener_bound: IntGaugeVec,
     engine_refused: IntGaugeVec,
     listeners: Mutex<HashMap<Arc<str>, Arc<ListenerMetrics>>>,
@@ -222,6 +225,7 @@ impl Metrics {
             pipes,
             sockmap_backlog,
             sockmap_spills,
+            shortages: Arc::default(),
             listener_bound,
             engine_refused,
             listeners: Mutex::default(),

@@ -39,11 +39,13 @@ pub enum Reason {
     MemoryLimit,
     /// It is a connection of our own that came back.
     Loop,
+    /// The server name is an address, or has a port (RFC 6066 section 3 forbids both).
+    BadServerName,
 }
 
 impl Reason {
     /// Every reason, for metrics that start at zero.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::NoSni,
         Self::UnknownHost,
         Self::NotTls,
@@ -60,6 +62,7 @@ impl Reason {
         Self::NoUpstream,
         Self::MemoryLimit,
         Self::Loop,
+        Self::BadServerName,
     ];
 
     /// The label of `dataplane_connections_rejected_total`.
@@ -81,6 +84,7 @@ impl Reason {
             Self::NoUpstream => "no_upstream",
             Self::MemoryLimit => "memory_limit",
             Self::Loop => "loop",
+            Self::BadServerName => "bad_server_name",
         }
     }
 
@@ -88,9 +92,9 @@ impl Reason {
     /// hello was seen.
     pub const fn alert(self) -> Option<u8> {
         match self {
-            Self::NoSni | Self::UnknownHost => Some(112), // unrecognized_name
-            Self::AlpnMismatch => Some(120),              // no_application_protocol
-            Self::NoUpstream | Self::MemoryLimit | Self::Loop => Some(80), // internal_error
+            Self::NoSni | Self::UnknownHost | Self::BadServerName => Some(112), // unrecognized_name
+            Self::AlpnMismatch => Some(120),                                    // no_application_protocol
+            Self::NoUpstream | Self::MemoryLimit | Self::Loop => Some(80),      // internal_error
             Self::NotTls
             | Self::Malformed
             | Self::TooLarge

@@ -6,6 +6,7 @@
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -222,6 +223,9 @@ pub fn send_with_fin(mut stream: &TcpStream, bytes: &[u8]) {
 
 /// A TLS 1.3 ClientHello in one record (RFC 8446 section 4.1.2): no real client's, and all that a server name needs. `None`: without the extension.
 pub fn client_hello(name: Option<&str>, alpn: &[&str]) -> Vec<u8> {
+    // Each is another one, as clients' are: the same again while it is under way is taken for a loop.
+    static MADE: AtomicU64 = AtomicU64::new(0);
+    let random = Pattern::new(1 << 32 | MADE.fetch_add(1, Relaxed));
     let mut extensions = Vec::new();
     if let Some(name) = name {
         // RFC 6066 section 3: a list of one host_name (0).
@@ -239,7 +243,7 @@ pub fn client_hello(name: Option<&str>, alpn: &[&str]) -> Vec<u8> {
     extensions.extend(extension(51, &prefixed(2, &share))); // key_share
     let body = [
         &[3, 3][..],
-        Pattern::new(1).at(0, 32),
+        random.at(0, 32),
         &prefixed(1, Pattern::new(2).at(0, 32)),
         &prefixed(2, &[0x13, 1, 0x13, 2, 0x13, 3]),
         &prefixed(1, &[0]),
@@ -247,6 +251,13 @@ pub fn client_hello(name: Option<&str>, alpn: &[&str]) -> Vec<u8> {
     ]
     .concat();
     record(&[&[1][..], &prefixed(3, &body)].concat())
+}
+
+/// Whether two hellos of one record each differ in nothing but their random.
+pub fn is_alike(a: &[u8], b: &[u8]) -> bool {
+    // Record header, message header, version.
+    let random = 5 + 4 + 2..5 + 4 + 2 + 32;
+    a.len() == b.len() && a[..random.start] == b[..random.start] && a[random.end..] == b[random.end..]
 }
 
 /// One TLS record of a handshake.

@@ -432,15 +432,18 @@ fn nothing_is_left_over_after_ten_thousand_connections(engine: &str) {
     let _turn = alone();
     let rig = Rig::new(&Config::new(engine));
     let server = Server::echo(rig.upstream.try_clone().expect("dup"));
-    let hello = client_hello(Some(tests::daemon::HOST), &[]);
     let connections = |count: u64, seed: u64| {
         std::thread::scope(|s| {
             for worker in 0..AT_ONCE {
-                let (hello, rig) = (&hello, &rig);
+                let rig = &rig;
                 s.spawn(move || {
                     rig.net.client.run(|| {
                         for i in 0..count / AT_ONCE {
-                            exchange(hello, seed + worker * count + i, i % 10 == 9);
+                            exchange(
+                                &client_hello(Some(tests::daemon::HOST), &[]),
+                                seed + worker * count + i,
+                                i % 10 == 9,
+                            );
                         }
                     });
                 });

@@ -147,7 +147,7 @@ fn when_all_are_down_they_are_tried_all_the_same() {
     let net = Net::new();
     // It answers everybody but the check.
     let _first = Server::start(net.cluster.listen(FIRST), |mut stream| {
-        if read_preamble(&stream, false).is_ok_and(|preamble| preamble.hello == hello()) {
+        if read_preamble(&stream, false).is_ok_and(|preamble| tests::stream::is_alike(&preamble.hello, &hello())) {
             stream.write_all(b"served").expect("the client waits for it");
         }
     });
@@ -284,7 +284,7 @@ fn connections_that_lose_a_race_are_closed_unused() {
     let mut client = net.client.connect(public()).expect("accepted");
     client.write_all(&hello()).expect("sent");
     let winner = accept_within(&second, PATIENCE).expect("the second is dialled beside the first");
-    assert_eq!(read_preamble(&winner, false).expect("a hello").hello, hello());
+    assert!(tests::stream::is_alike(&read_preamble(&winner, false).expect("a hello").hello, &hello()));
     swallow(false);
     let loser = accept_within(&first, PATIENCE).expect("the first answers at last");
     assert_eq!(read_to_end(&loser, PATIENCE), (Vec::new(), End::Fin), "not a byte");

@@ -254,13 +254,12 @@ fn idle(engine: &str) {
     let _turn = alone();
     let rig = Rig::new(&Config::new(engine));
     let open = |count: usize| {
-        let hello = hello();
         std::thread::scope(|s| {
             let clients = s.spawn(|| {
                 rig.net.client.run(|| {
                     let open = |_| {
                         let mut client = TcpStream::connect(public()).expect("the daemon accepts");
-                        client.write_all(&hello).expect("sent");
+                        client.write_all(&hello()).expect("sent");
                         client
                     };
                     (0..count).map(open).collect::<Vec<_>>()

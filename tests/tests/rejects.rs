@@ -106,7 +106,10 @@ fn what_is_not_tls_is_refused_at_its_first_byte() {
 fn a_broken_hello_is_refused_as_malformed() {
     let _turn = beside_others();
     let rig = rig(&Config::new("auto"));
-    refused(&rig, &client_hello(Some("192.0.2.1"), &[]), "malformed", None);
+    for name in ["192.0.2.1", "app.example.com:443", "[2001:db8::1]"] {
+        refused(&rig, &client_hello(Some(name), &[]), "bad_server_name", Some(UNRECOGNIZED_NAME));
+        rig.daemon.wait_log(&["bad_server_name", &format!("\"server_name\":\"{name}\"")]);
+    }
     refused(&rig, &client_hello(Some("app.example.com\0.evil.test"), &[]), "malformed", None);
     let mut longer_inside_than_outside = hello();
     // The session id's length, behind record header, message header, version and random.

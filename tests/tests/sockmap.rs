@@ -584,17 +584,16 @@ fn ten_thousand_connections_later_no_socket_is_left_in_the_map() {
     let _turn = alone();
     let rig = Rig::new(&Config::new("sockmap"));
     let server = Server::echo(rig.upstream.try_clone().expect("dup"));
-    let hello = client_hello(Some(HOST), &[]);
     std::thread::scope(|s| {
         for worker in 0..AT_ONCE {
-            let (hello, rig) = (&hello, &rig);
+            let rig = &rig;
             s.spawn(move || {
                 rig.net.client.run(|| {
                     for i in 0..CONNECTIONS / AT_ONCE {
                         let pattern = Pattern::new(worker * CONNECTIONS + i);
                         let mut client = TcpStream::connect(public()).expect("the daemon accepts");
                         never_hang(&client);
-                        client.write_all(hello).expect("sent");
+                        client.write_all(&client_hello(Some(HOST), &[])).expect("sent");
                         for message in 0..3 {
                             pattern.send(&client, message * MESSAGE, (message + 1) * MESSAGE).expect("sent");
                             pattern.receive_exactly(&client, message * MESSAGE, (message + 1) * MESSAGE);

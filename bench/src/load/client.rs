@@ -6,7 +6,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -102,6 +102,12 @@ fn until(tallies: &Receiver<Result<Count>>, what: &str, mut probe: impl FnMut() 
     }
     Ok(())
 }
+
+/// Where the random of [`HELLO`] is: behind record header, message header and version (RFC 8446 sections 5.1, 4 and 4.1.2).
+const RANDOM: usize = 5 + 4 + 2;
+
+/// Connections that were opened.
+static OPENED: AtomicU64 = AtomicU64::new(0);
 
 /// What the threads share.
 #[derive(Default)]
@@ -221,6 +227,8 @@ impl Worker {
         }
         flow.reset();
         flow.unsent.extend_from_slice(HELLO);
+        // Another one each time, as clients' are.
+        flow.unsent[RANDOM..RANDOM + 8].copy_from_slice(&OPENED.fetch_add(1, Relaxed).to_be_bytes());
         let Step::Ask(reply) = flow.behaviour.step(0) else { bail!("a connection must begin with a request") };
         flow.ask(reply, self.verify, Instant::now());
         flow.interest = epoll::EventFlags::IN | epoll::EventFlags::OUT;

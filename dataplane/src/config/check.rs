@@ -24,6 +24,7 @@ pub(super) struct Places {
 /// Errors that can be told without looking at the machine. Indices that resolve to nothing have been reported before.
 pub(super) fn conflicts(config: &Config, places: &Places) -> Vec<Diagnostic> {
     let mut found = bind_conflicts(config);
+    found.extend(webhook_conflicts(config));
     found.extend(overlapping_routes(config, places));
     found.extend(own_listener_targets(config, &[]));
     found
@@ -70,6 +71,20 @@ fn bind_conflicts(config: &Config) -> Vec<Diagnostic> {
         });
     }
     found
+}
+
+/// The webhook beside a listener, or beside metrics: start would refuse it.
+fn webhook_conflicts(config: &Config) -> Vec<Diagnostic> {
+    let Some(webhook) = config.webhook() else { return Vec::new() };
+    let mine = &webhook.bind;
+    let listeners = config.listeners.iter().flat_map(|listener| &listener.bind);
+    let first = listeners.chain([&config.admin.bind]).find(|other| clash(other.addr, mine.addr));
+    let Some(first) = first else { return Vec::new() };
+    let message = format!("the webhook's address {} is taken by {}", mine.addr, first.addr);
+    let remedy = "choose another port for one of the two";
+    let found = Diagnostic::error(mine.span.clone(), message, remedy);
+    // A default stands nowhere.
+    vec![if first.span.is_empty() { found } else { found.note(first.span.clone(), "bound here") }]
 }
 
 fn other_port(port: u16) -> u16 {

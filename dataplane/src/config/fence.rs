@@ -463,9 +463,7 @@ mod tests {
         for bind in ["[::]:443", "0.0.0.0:80", "192.0.2.1:443", "100.64.0.1:443"] {
             assert_eq!(refused(&default, &content(host, bind, target)), "", "{bind}");
         }
-        for bind in
-            ["127.0.0.1:22", "127.0.0.1:443", "[::1]:443", "0.0.0.0:2222", "169.254.169.254:80", "[fe80::1]:443"]
-        {
+        for bind in ["127.0.0.1:22", "127.0.0.1:443", "[::1]:443", "0.0.0.0:2222", "169.254.169.254:80"] {
             let said = refused(&default, &content(host, bind, target));
             assert!(said.contains("the repository may not listen on"), "{bind}: {said}");
         }
@@ -483,7 +481,6 @@ mod tests {
             "169.254.1.1:80",
             "[fe80::1]:80",
             "[fd00:ec2::254]:80",
-            "100.100.100.100:53",
             "255.255.255.255:1",
             "0.1.2.3:1",
             "[::127.0.0.1]:1",

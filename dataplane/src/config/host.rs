@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use idna::AsciiDenyList;
 
-use super::values::{Refused, refuse};
+use super::values::{Refused, has_zone, link_local, refuse};
 use super::{HostPattern, Span, Target, TargetHost};
 
 /// RFC 1035 section 2.3.4, without the trailing dot.
@@ -141,6 +141,9 @@ impl Target {
             };
             return refuse(format!("`{text}` is a URL; bytes are forwarded as they are"), remedy);
         }
+        if has_zone(text) {
+            return Err(link_local(text));
+        }
         if let Ok(ip) = text.parse::<Ipv6Addr>() {
             return refuse(
                 format!("`{text}` is an IPv6 address without brackets and port"),
@@ -183,6 +186,7 @@ impl Target {
             },
         };
         match host {
+            TargetHost::Ip(IpAddr::V6(ip)) if ip.is_unicast_link_local() => Err(link_local(text)),
             TargetHost::Ip(ip) if ip.is_unspecified() || ip.is_multicast() => refuse(
                 format!("nothing can be reached at `{ip}`"),
                 "write the address of the service: \"127.0.0.1:8443\" for this machine",

@@ -18,7 +18,7 @@ use super::diagnostic::shown_part;
 use super::keys;
 use super::reader::{Field, Reader, Section, quoted, some_of};
 use super::source::{File, Role};
-use super::values::{format_duration, parse_bind, parse_net};
+use super::values::{format_duration, has_zone, link_local, parse_bind, parse_net};
 use super::{
     Admin, Balance, Bind, Config, Diagnostic, EngineChoice, Fence, HealthCheck, HostPattern, Limits, Listener, Mode,
     OnDown, OnRemovedRoute, Repository, Resolver, Route, SendProxy, Source, Span, Tailnet, Target, TargetHost,
@@ -742,7 +742,13 @@ impl Parser {
             }
             for (span, text) in self.reader.strings(field, "the address of a DNS server", "\"100.100.100.100\"") {
                 let server = text.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, 53)).or_else(|_| text.parse());
+                let is_link_local =
+                    |server: &SocketAddr| matches!(server.ip(), IpAddr::V6(ip) if ip.is_unicast_link_local());
                 match server {
+                    _ if has_zone(text) => { let _: Option<()> = self.reader.accept(span, Err(link_local(text))); },
+                    Ok(server) if is_link_local(&server) => {
+                        { let _: Option<()> = self.reader.accept(span, Err(link_local(text))); };
+                    }
                     Ok(server) => servers.push(server),
                     Err(_) => self.reader.error(
                         span,

@@ -854,3 +854,25 @@ fn whoever_believes_everybodys_proxy_header_is_warned_and_loudly_where_networks_
     }
     assert_eq!(read(&listener("accept_proxy = [\"10.0.0.0/8\"]\nallow = [\"192.168.7.0/24\"]")).1, "");
 }
+
+#[test]
+fn what_a_start_would_refuse_a_check_refuses() {
+    let source = "[source]\ngit = \"/srv/x.git\"\n";
+    let webhook = |bind: &str| format!("{SMALL}{source}webhook = {{ bind = \"{bind}\", secret_file = \"/s\" }}\n");
+    for taken in ["192.0.2.1:443", "127.0.0.1:9443", "0.0.0.0:9443"] {
+        let said = refusal(&webhook(taken));
+        assert!(said.contains("the webhook's address") && said.contains("choose another port"), "{taken}: {said}");
+    }
+    read(&webhook("127.0.0.1:9080"));
+    for zoned in ["[fe80::1]:443", "[fe80::1%eth0]:443", "[fe80::1%2]:443"] {
+        for text in [
+            SMALL.replace("0.0.0.0:443", zoned),
+            SMALL.replace("thinkpad-1:443", zoned),
+            format!("{SMALL}[admin]\nbind = \"{zoned}\"\n"),
+            format!("{SMALL}[resolver]\nservers = [\"{zoned}\"]\n"),
+        ] {
+            let said = refusal(&text);
+            assert!(said.contains("is a link-local address: it belongs to one interface"), "{text}: {said}");
+        }
+    }
+}

@@ -144,9 +144,17 @@ fn split_digits(text: &str) -> (&str, &str) {
 /// `"0.0.0.0:443"`, `"[::]:443"`: an address of this machine with a port.
 pub fn parse_bind(text: &str) -> Result<SocketAddr, Refused> {
     const EXAMPLES: &str = "write an address and a port, such as \"0.0.0.0:443\" or \"[::]:443\"";
+    if has_zone(text) {
+        return Err(link_local(text));
+    }
     if let Ok(addr) = text.parse::<SocketAddr>() {
         if addr.port() == 0 {
             return refuse(format!("`{text}` has port 0"), "write a port from 1 to 65535");
+        }
+        if let IpAddr::V6(ip) = addr.ip()
+            && ip.is_unicast_link_local()
+        {
+            return Err(link_local(text));
         }
         if let IpAddr::V6(ip) = addr.ip()
             && let Some(v4) = ip.to_ipv4_mapped()
@@ -187,6 +195,19 @@ pub fn parse_bind(text: &str) -> Result<SocketAddr, Refused> {
         }
         _ => refuse(format!("`{text}` is not an address to listen on"), EXAMPLES),
     }
+}
+
+/// Link-local addresses mean nothing without an interface, and interfaces cannot be written here.
+pub fn link_local(text: &str) -> Refused {
+    Refused {
+        message: format!("`{text}` is a link-local address: it belongs to one interface, and none can be named here"),
+        remedy: "write an address that holds on every interface: a global one, or one of fd00::/8".into(),
+    }
+}
+
+/// Whether a text has a zone: `[fe80::1%eth0]:443` (RFC 4007 section 11).
+pub fn has_zone(text: &str) -> bool {
+    text.split_once('%').is_some_and(|(ip, _)| ip.trim_start_matches('[').parse::<Ipv6Addr>().is_ok())
 }
 
 /// `"10.0.0.0/8"`, `"fd00::/8"`, `"192.0.2.7"`. What is IPv4 written as IPv6 (`::ffff:10.0.0.0/104`) is read as IPv4.

@@ -3,6 +3,7 @@
 //! This module must not know of records or of how the bytes came; `super` does. It judges only what it reads: the outline of the message, the list of
 //! extensions, and the three extensions that it looks into.
 
+use std::net::IpAddr;
 use std::ops::Range;
 
 use tls_parser::{TlsExtensionType, TlsVersion};
@@ -18,6 +19,8 @@ const HOST_NAME: u8 = 0;
 #[derive(Debug)]
 pub(super) struct Outline {
     pub(super) server_name: Option<ServerName>,
+    /// It is none, but an address or a name with a port: what it says.
+    pub(super) bad_name: Option<Range<usize>>,
     /// The protocols of the ALPN extension, each behind a length byte; empty without that extension.
     pub(super) alpn: Range<usize>,
     /// Pairs of bytes, at least one.
@@ -42,7 +45,7 @@ pub(super) fn parse(body: &[u8]) -> Option<Outline> {
     if rest.block_u8()?.is_empty() {
         return None; // compression methods: at least "null"
     }
-    let mut server_name = None;
+    let (mut server_name, mut bad_name) = (None, None);
     let mut alpn = None;
     let mut versions = None;
     let mut ech = false;
@@ -57,7 +60,14 @@ pub(super) fn parse(body: &[u8]) -> Option<Outline> {
             let content = extensions.block_u16()?;
             // RFC 8446 section 4.2 forbids to repeat any extension. One that is not read here cannot mislead the choice of a route, and is the server's to refuse.
             let repeated = match kind {
-                TlsExtensionType::ServerName => server_name.replace(parse_server_name(content)?).is_some(),
+                TlsExtensionType::ServerName => {
+                    let repeated = server_name.is_some() || bad_name.is_some();
+                    match parse_server_name(content)? {
+                        Ok(name) => server_name = Some(name),
+                        Err(bad) => bad_name = Some(bad),
+                    }
+                    repeated
+                }
                 TlsExtensionType::ApplicationLayerProtocolNegotiation => alpn.replace(parse_alpn(content)?).is_some(),
                 TlsExtensionType::SupportedVersions => versions.replace(parse_versions(content)?).is_some(),
                 ENCRYPTED_CLIENT_HELLO => {
@@ -71,11 +81,18 @@ pub(super) fn parse(body: &[u8]) -> Option<Outline> {
             }
         }
     }
-    Some(Outline { server_name, alpn: alpn.unwrap_or(0..0), versions: versions.unwrap_or(legacy_version), ech, random })
+    Some(Outline {
+        server_name,
+        bad_name,
+        alpn: alpn.unwrap_or(0..0),
+        versions: versions.unwrap_or(legacy_version),
+        ech,
+        random,
+    })
 }
 
 /// RFC 6066 section 3. The list was made for several names; no client sends more than one, and a second one would be a guess which of them counts.
-fn parse_server_name(mut content: Reader<'_>) -> Option<ServerName> {
+fn parse_server_name(mut content: Reader<'_>) -> Option<Result<ServerName, Range<usize>>> {
     let mut list = content.block_u16()?;
     if !content.is_empty() || list.u8()? != HOST_NAME {
         return None;
@@ -84,7 +101,19 @@ fn parse_server_name(mut content: Reader<'_>) -> Option<ServerName> {
     if !list.is_empty() {
         return None;
     }
-    ServerName::parse(name.as_bytes())
+    match ServerName::parse(name.as_bytes()) {
+        Some(name) => Some(Ok(name)),
+        None => is_address_or_has_port(name.as_bytes()).then(|| Err(name.range())),
+    }
+}
+
+/// What people put there by mistake, and programs.
+fn is_address_or_has_port(name: &[u8]) -> bool {
+    let Ok(name) = str::from_utf8(name) else { return false };
+    let is_address = |text: &str| text.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().is_ok();
+    let with_port = name.rsplit_once(':').filter(|(_, port)| port.parse::<u16>().is_ok());
+    is_address(name.strip_suffix('.').unwrap_or(name))
+        || with_port.is_some_and(|(host, _)| is_address(host) || ServerName::parse(host.as_bytes()).is_some())
 }
 
 /// RFC 7301 section 3.1: a list of at least one protocol, none of them empty.

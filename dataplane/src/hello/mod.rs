@@ -14,6 +14,8 @@ mod server_name;
 #[cfg(test)]
 mod tests;
 
+use std::ops::Range;
+
 use bytes::BufMut;
 use tls_parser::{TlsHandshakeType, TlsRecordType};
 
@@ -93,6 +95,8 @@ pub struct Machine {
     body_len: usize,
     /// The message of a hello of several records; else empty.
     joined: Vec<u8>,
+    /// With [`Reason::BadServerName`]: where the name is in the message's body.
+    bad_name: Option<Range<usize>>,
     state: State,
 }
 
@@ -116,6 +120,7 @@ impl Machine {
             seen: 0,
             body_len: 0,
             joined: Vec::new(),
+            bad_name: None,
             state: State::Reading,
         }
     }
@@ -166,6 +171,12 @@ impl Machine {
         (&mut self.raw).limit(room)
     }
 
+    /// What stands in the place of a server name, with [`Reason::BadServerName`].
+    pub fn bad_name(&self) -> Option<&[u8]> {
+        let name = self.bad_name.clone()?;
+        Some(&self.message()[MESSAGE_HEADER..][name])
+    }
+
     /// All bytes that came: the hello and what followed it.
     pub fn bytes(&self) -> &[u8] {
         &self.raw
@@ -193,6 +204,10 @@ impl Machine {
                 self.end_record(whole);
                 if whole {
                     let outline = client_hello::parse(&self.message()[MESSAGE_HEADER..]).ok_or(Reason::Malformed)?;
+                    self.bad_name.clone_from(&outline.bad_name);
+                    if outline.bad_name.is_some() {
+                        return Err(Reason::BadServerName);
+                    }
                     self.state = State::Hello(outline);
                     break;
                 }

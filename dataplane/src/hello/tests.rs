@@ -607,12 +607,6 @@ fn names_that_are_no_dns_names_are_malformed() {
         b"b\xc3\xbccher.example",
         b"blog example.com",
         b"*.example.com",
-        b"blog.example.com:443",
-        b"192.0.2.1",
-        b"192.0.2.1.",
-        b"2001:db8::1",
-        b"[2001:db8::1]",
-        b"::",
         "a".repeat(64).as_bytes(),
         long.as_bytes(),
         "a.".repeat(200).as_bytes(),
@@ -620,6 +614,23 @@ fn names_that_are_no_dns_names_are_malformed() {
     ] {
         assert_eq!(answer_to_extensions(&[sni(name)]), MALFORMED, "{}", name.escape_ascii());
     }
+}
+
+#[test]
+fn a_name_that_is_an_address_or_has_a_port_has_a_reason_of_its_own() {
+    for name in [
+        "blog.example.com:443",
+        "192.0.2.1",
+        "192.0.2.1.",
+        "192.0.2.1:443",
+        "2001:db8::1",
+        "[2001:db8::1]",
+        "[2001:db8::1]:443",
+        "::",
+    ] {
+        assert_eq!(answer_to_extensions(&[sni(name.as_bytes())]), Answer::Reject(Reason::BadServerName), "{name}");
+    }
+    assert_eq!(answer_to_extensions(&[sni(b"192.0.2.1"), sni(b"a.example")]), MALFORMED, "once is enough");
 }
 
 #[test]

@@ -21,6 +21,7 @@ use super::health::Event;
 use super::{Address, Dialled, Lease, Pool, Resolution, Target};
 use crate::config::Balance;
 use crate::reject::Reason;
+use crate::shortages::Shortage;
 use crate::socket;
 
 /// Connections that may wait for room at the targets of one upstream. With more, the rest would only wait to be refused.
@@ -320,6 +321,11 @@ impl Pool {
                 Err(failure) => {
                     let labels = [&*pool.config.name, &*of.address.text, failure.reason];
                     pool.connect_failures.with_label_values(&labels).inc();
+                    match failure.blame {
+                        Blame::OurPorts => pool.shortages.note(Shortage::LocalPorts),
+                        Blame::OurDescriptors => pool.shortages.note(Shortage::Descriptors),
+                        Blame::Target => {}
+                    }
                     // The resolver's failures are told by who asks it.
                     if !failure.is_our_own() && failure.reason != "resolve" && dial.port.is_none() {
                         of.apply(Event::DialFailed { started, reason: failure.to_string() });

@@ -28,6 +28,7 @@ use tokio::sync::{Notify, watch};
 use crate::config::{self, OnDown, TargetHost};
 use crate::logging::unix_seconds;
 use crate::metrics::Metrics;
+use crate::shortages::Shortages;
 use crate::socket;
 use crate::tailnet::{Peer, Way};
 use balance::Standing;
@@ -54,6 +55,7 @@ pub struct Pool {
     queue: Arc<Queue>,
     connect_duration: Histogram,
     connect_failures: IntCounterVec,
+    shortages: Arc<Shortages>,
 }
 
 /// A target in use. It outlives reloads that keep it.
@@ -241,6 +243,7 @@ impl Pool {
             queue,
             connect_duration: metrics.connect_duration(&config.name),
             connect_failures: metrics.connect_failures.clone(),
+            shortages: metrics.shortages.clone(),
         }
     }
 
