@@ -43,7 +43,7 @@ pub struct Sockets {
 }
 
 /// Connections to metrics and health at a time, and to the control socket.
-pub const AT_A_TIME: usize = 32;
+pub const AT_A_TIME: usize = 16;
 
 /// Prometheus asks again after 15 s to a minute.
 const PUBLIC: Bounds = Bounds { connections: AT_A_TIME, age: Duration::from_secs(120), grace: Duration::from_secs(30) };
@@ -239,6 +239,7 @@ fn status(shared: &Shared) -> Value {
         "limits": {
             "connections": shared.admission.open(),
             "max_connections": shared.admission.max(),
+            "max_connections_by": *shared.limited_by.lock().expect("no panic while held"),
             "max_connections_per_client": limits.max_connections_per_client,
             "hello_timeout": limits.hello_timeout.as_secs_f64(),
             "hello_max_bytes": limits.hello_max_bytes,

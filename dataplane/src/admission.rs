@@ -1,11 +1,13 @@
-//! How many connections may exist: in all, and for one client.
+//! How many connections may exist: in all, for one client, and of those that have not said yet what they want.
 //!
 //! Counts only; what happens to a connection that is one too many is decided by who asks.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
+
+use tokio::sync::Notify;
 
 /// The counts of the process.
 #[derive(Debug, Default)]
@@ -13,6 +15,7 @@ pub struct Admission {
     open: AtomicUsize,
     max: AtomicUsize,
     clients: Mutex<HashMap<IpAddr, u32>>,
+    lobby: Mutex<Lobby>,
 }
 
 /// A connection's place in the total.
@@ -26,10 +29,74 @@ pub struct ClientPlace {
     client: IpAddr,
 }
 
+/// The connections that have not sent their hello, oldest first.
+#[derive(Debug, Default)]
+struct Lobby {
+    next: u64,
+    guests: BTreeMap<u64, (IpAddr, Arc<Notify>)>,
+    of_clients: HashMap<IpAddr, BTreeSet<u64>>,
+}
+
+/// A connection's stay in the lobby.
+#[derive(Debug)]
+pub struct Guest {
+    admission: Arc<Admission>,
+    number: u64,
+    leave: Arc<Notify>,
+}
+
+impl Guest {
+    /// Waits until it has to give way to a newer one.
+    pub async fn gives_way(&self) {
+        self.leave.notified().await;
+    }
+}
+
+impl Lobby {
+    fn remove(&mut self, number: u64) -> Option<Arc<Notify>> {
+        let (client, leave) = self.guests.remove(&number)?;
+        if let Some(numbers) = self.of_clients.get_mut(&client) {
+            numbers.remove(&number);
+            if numbers.is_empty() {
+                self.of_clients.remove(&client);
+            }
+        }
+        Some(leave)
+    }
+}
+
 impl Admission {
     /// Sets the most that may be open at once.
     pub fn set_max(&self, max: usize) {
         self.max.store(max, SeqCst);
+    }
+
+    /// Lets a connection in that has not sent its hello. Those may be half of all, and of one client a sixteenth of that; where there are more, the oldest
+    /// gives way: a client that means it sends its hello at once.
+    pub fn enter_lobby(self: &Arc<Self>, client: IpAddr) -> Guest {
+        let client = client_key(client);
+        let most = (self.max() / 2).max(1);
+        let most_of_client = (most / 16).max(16);
+        let leave = Arc::new(Notify::new());
+        let mut lobby = self.lobby.lock().expect("no panic while held");
+        let number = lobby.next;
+        lobby.next += 1;
+        lobby.guests.insert(number, (client, leave.clone()));
+        let of_client = lobby.of_clients.entry(client).or_default();
+        of_client.insert(number);
+        let oldest = if of_client.len() > most_of_client {
+            of_client.first().copied()
+        } else if lobby.guests.len() > most {
+            lobby.guests.first_key_value().map(|(number, _)| *number)
+        } else {
+            None
+        };
+        if let Some(leave) = oldest.and_then(|oldest| lobby.remove(oldest)) {
+            // Kept for whoever does not wait yet.
+            leave.notify_one();
+        }
+        drop(lobby);
+        Guest { admission: self.clone(), number, leave }
     }
 
     /// The most that may be open at once.
@@ -58,6 +125,12 @@ impl Admission {
         }
         *count += 1;
         Some(ClientPlace { admission: self.clone(), client })
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.admission.lobby.lock().expect("no panic while held").remove(self.number);
     }
 }
 
@@ -90,6 +163,29 @@ fn client_key(ip: IpAddr) -> IpAddr {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    async fn gave_way(guest: &Guest) -> bool {
+        tokio::time::timeout(std::time::Duration::ZERO, guest.gives_way()).await.is_ok()
+    }
+
+    #[tokio::test]
+    async fn of_those_that_say_nothing_the_oldest_gives_way_and_of_one_client_its_own() {
+        let admission = Arc::new(Admission::default());
+        admission.set_max(1000);
+        let from = |n: usize| IpAddr::from([192, 0, (n / 256) as u8, n as u8]);
+        let one = IpAddr::from([203, 0, 113, 1]);
+        let early = admission.enter_lobby(from(0));
+        let of_one: Vec<_> = (0..40).map(|_| admission.enter_lobby(one)).collect();
+        // 500 / 16
+        assert!(gave_way(&of_one[0]).await && gave_way(&of_one[8]).await && !gave_way(&of_one[9]).await);
+        assert!(!gave_way(&early).await, "a client that opens many costs nobody else");
+        let others: Vec<_> = (1..=500).map(|n| admission.enter_lobby(from(n))).collect();
+        assert!(gave_way(&early).await && gave_way(&of_one[39]).await && !gave_way(&others[0]).await);
+        assert_eq!(admission.lobby.lock().unwrap().guests.len(), 500);
+        drop((early, of_one, others));
+        let lobby = admission.lobby.lock().unwrap();
+        assert!(lobby.guests.is_empty() && lobby.of_clients.is_empty(), "nothing is left over");
+    }
 
     #[test]
     fn a_place_is_free_again_when_it_is_dropped() {

@@ -172,7 +172,14 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
         Ok((purpose, client_place))
     };
     let deadline = (start.1 + limits.hello_timeout).into();
-    let routed = timeout_at(deadline, preread).await.unwrap_or(Err(Reason::Timeout));
+    let guest = shared.admission.enter_lobby(peer.ip());
+    let routed = tokio::select! {
+        biased;
+        routed = timeout_at(deadline, preread) => routed.unwrap_or(Err(Reason::Timeout)),
+        // Newer ones want its place.
+        () = guest.gives_way() => Err(Reason::TotalLimit),
+    };
+    drop(guest);
     let (purpose, client_place) = match routed {
         Ok(routed) => routed,
         Err(reason) => {

@@ -27,6 +27,7 @@ use crate::engine::{Abilities, Effective, splice};
 use crate::generation::Generation;
 use crate::listen;
 use crate::logging::unix_seconds;
+use crate::machine_memory::MachineMemory;
 use crate::metrics::Metrics;
 use crate::registry::Registry;
 use crate::shared::{LoadFailure, LoadStatus, Role, Shared, Waiting};
@@ -37,7 +38,7 @@ use crate::worker::{Command, Worker};
 
 /// Descriptors that are neither a connection's nor a pipe's nor a listener's: admin clients, the configuration, eBPF maps and programs, webhooks, git's pipes, and of the upkeep epoll, its
 /// wake-up, tailscaled, the resolver's questions and checks.
-const DESCRIPTORS_FOR_US: u64 = 72 + (webhook::AT_A_TIME + 2 * admin::AT_A_TIME) as u64;
+const DESCRIPTORS_FOR_US: u64 = 40 + (webhook::AT_A_TIME + 2 * admin::AT_A_TIME) as u64;
 
 /// Of a worker: epoll, its wake-up, signals' pipe, epoll for the sockmap.
 const DESCRIPTORS_PER_WORKER: u64 = 5;
@@ -60,6 +61,7 @@ struct Daemon {
     abilities: Abilities,
     /// For workers, listeners, connections and pipes.
     descriptors: u64,
+    memory: MachineMemory,
     /// The control socket that this process made, whatever the file says by now.
     control_socket: Option<PathBuf>,
     /// Addresses that are listened on; the sockets are the workers'.
@@ -100,6 +102,7 @@ pub fn run(path: &Path) -> Result<()> {
         rejections: Arc::default(),
         ready: AtomicBool::new(false),
         waiting: std::sync::Mutex::default(),
+        limited_by: std::sync::Mutex::default(),
         load: std::sync::Mutex::new(LoadStatus {
             last_success: missing.is_none().then(SystemTime::now),
             last_error: missing.clone().map(|text| LoadFailure {
@@ -128,6 +131,7 @@ pub fn run(path: &Path) -> Result<()> {
         workers,
         abilities,
         descriptors,
+        memory: MachineMemory::read(),
         control_socket,
         bound,
         upkeep,
@@ -516,10 +520,20 @@ impl Daemon {
                 "max_connections is more than RLIMIT_NOFILE allows; raise LimitNOFILE"
             );
         }
-        self.shared.admission.set_max(match config.limits.max_connections {
-            0 => budget.connections,
-            max => max.min(budget.connections),
-        });
+        let (most, by) = match config.limits.max_connections {
+            0 => self.memory.connections().min((budget.connections, "descriptors".to_owned())),
+            max => (budget.connections, "descriptors".to_owned()).min((max, "configured".to_owned())),
+        };
+        if config.limits.max_connections > self.memory.connections().0 {
+            tracing::warn!(
+                configured = config.limits.max_connections,
+                advised = self.memory.connections().0,
+                by = self.memory.connections().1,
+                "max_connections is more than memory has room for"
+            );
+        }
+        self.shared.admission.set_max(most);
+        *self.shared.limited_by.lock().expect("no panic while held") = by;
         splice::set_limit(budget.pipes);
 
         let wanted: Vec<SocketAddr> = config.listeners.iter().flat_map(|l| &l.bind).map(|b| b.addr).collect();

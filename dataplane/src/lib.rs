@@ -40,6 +40,7 @@ pub mod control;
 pub mod doctor;
 pub mod ebpf;
 pub mod logging;
+pub mod machine_memory;
 pub mod metrics;
 
 pub mod socket;

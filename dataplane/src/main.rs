@@ -374,7 +374,13 @@ fn describe_status(status: &Value) -> String {
     if let Some(error) = config["last_error"].as_str() {
         let _ = writeln!(out, "          not any more, {:.0} s ago: {error}", ago(&config["last_error_at"]));
     }
-    let _ = writeln!(out, "open      {} of {} connections", limits["connections"], limits["max_connections"]);
+    let _ = writeln!(
+        out,
+        "open      {} of {} connections (the limit is by {})",
+        limits["connections"],
+        limits["max_connections"],
+        text(limits, "max_connections_by")
+    );
     for shortage in items(&status["shortages"]) {
         let (times, last) = (&shortage["times"], ago(&shortage["last"]));
         let _ = writeln!(out, "SHORTAGE  {} ({times} times, last {last:.0} s ago)", text(shortage, "reason"));

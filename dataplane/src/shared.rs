@@ -31,6 +31,8 @@ pub struct Shared {
     pub rejections: Arc<RejectionLog>,
     /// Connections are accepted.
     pub ready: AtomicBool,
+    /// What bounds the number of connections.
+    pub limited_by: Mutex<String>,
     /// Addresses that this machine does not have yet.
     pub waiting: Mutex<Vec<Waiting>>,
     /// How the configuration and its source are.

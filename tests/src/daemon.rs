@@ -127,6 +127,8 @@ pub struct Limits {
     pub user: Option<u32>,
     /// RLIMIT_NOFILE, soft and hard.
     pub files: Option<u64>,
+    /// Bytes of a control group of its own.
+    pub memory: Option<u64>,
 }
 
 /// A running daemon; killed when dropped.
@@ -136,6 +138,40 @@ pub struct Daemon {
     dir: PathBuf,
     notify: UnixDatagram,
     log: Arc<Mutex<Vec<String>>>,
+    /// Removed when the process is gone.
+    _group: Option<MemoryGroup>,
+}
+
+/// A control group with a memory limit, of either version.
+struct MemoryGroup(PathBuf);
+
+impl MemoryGroup {
+    #[track_caller]
+    fn new(bytes: u64) -> Self {
+        let mounts = std::fs::read_to_string("/proc/mounts").expect("procfs");
+        let of = |kind: &str, option: &str| {
+            let fields = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
+            let mut all = mounts.lines().map(fields);
+            all.find(|m| m[2] == kind && m[3].split(',').any(|o| o == option)).map(|m| PathBuf::from(&m[1]))
+        };
+        let (root, file) = match of("cgroup", "memory") {
+            Some(root) => (root, "memory.limit_in_bytes"),
+            None => (of("cgroup2", "rw").expect("a control group with a memory limit is needed"), "memory.max"),
+        };
+        if file == "memory.max" {
+            let _ = std::fs::write(root.join("cgroup.subtree_control"), "+memory");
+        }
+        let group = root.join(format!("dp-test-{}-{bytes}", std::process::id()));
+        std::fs::create_dir(&group).expect("root may make control groups");
+        std::fs::write(group.join(file), bytes.to_string()).expect("the memory controller is there");
+        Self(group)
+    }
+}
+
+impl Drop for MemoryGroup {
+    fn drop(&mut self) {
+        let _ = within(PATIENCE, || std::fs::remove_dir(&self.0).ok());
+    }
 }
 
 impl Daemon {
@@ -200,6 +236,13 @@ impl Daemon {
             // SAFETY: setrlimit(2) is a bare system call, async-signal-safe between fork and exec.
             unsafe { command.pre_exec(set) };
         }
+        let group = limits.memory.map(MemoryGroup::new);
+        if let Some(MemoryGroup(group)) = &group {
+            let procs = std::fs::File::options().write(true).open(group.join("cgroup.procs")).expect("made above");
+            let join = move || rustix::io::write(&procs, b"0").map(drop).map_err(Into::into);
+            // SAFETY: write(2) is a bare system call, async-signal-safe between fork and exec.
+            unsafe { command.pre_exec(join) };
+        }
         let mut process = host.spawn(&mut command).expect("the daemon's binary can be run");
         let log = Arc::new(Mutex::new(Vec::new()));
         let lines = BufReader::new(process.child().stderr.take().expect("piped"));
@@ -209,7 +252,7 @@ impl Daemon {
                 sink.lock().expect("no panic while held").push(line);
             }
         });
-        Self { process, host: host.clone(), dir, notify, log }
+        Self { process, host: host.clone(), dir, notify, log, _group: group }
     }
 
     /// Waits for READY=1; panics with the log when the daemon ends before that.

@@ -1,15 +1,19 @@
 //! What connections cost in memory when nobody reads, and when nobody speaks. Timing never decides here.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Write;
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use tests::daemon::{Config, Daemon};
-use tests::rig::{Rig, hello, public};
-use tests::stream::Pattern;
-use tests::{PATIENCE, alone};
+use socket2::{Domain, Socket, Type};
+use tests::daemon::{Config, Daemon, Limits};
+use tests::netns::{CLIENT, CLUSTER, Net};
+use tests::rig::{Rig, accept, hello, public};
+use tests::stream::{Pattern, never_hang};
+use tests::{PATIENCE, alone, eventually};
 
 macro_rules! engines {
     ($($engine:ident),+) => { $(
@@ -302,4 +306,73 @@ fn idle(engine: &str) {
         }
     }
     assert_eq!(served, IDLE.div_ceil(500), "connections that were idle and then carried 5,000 bytes");
+}
+
+#[test]
+fn a_flood_of_silent_connections_keeps_nobody_out_of_a_machine_of_one_gibibyte() {
+    /// Many addresses, as a botnet has.
+    const FLOOD: &str = "203.0.113";
+    /// Open at a time: what this process may have.
+    const OPEN: usize = 12_000;
+    let _turn = alone();
+    let net = Net::new();
+    net.client.ip(&format!("route add local {FLOOD}.0/24 dev lo\n"));
+    net.entrance.ip(&format!("route add {FLOOD}.0/24 via {}\n", CLIENT[0]));
+    let upstream = net.cluster.listen(&format!("{}:443", CLUSTER[0]));
+    let limits = Limits { memory: Some(1 << 30), ..Limits::default() };
+    let daemon = Daemon::start_with(&net, &Config::new("auto").limits("hello_timeout = \"60s\""), limits);
+    let status = daemon.json(&["status", "--json"]);
+    assert!(status["limits"]["max_connections"].as_u64() <= Some(16384), "{}", status["limits"]);
+    let good = || {
+        let mut client = net.client.connect(public()).expect("accepted");
+        never_hang(&client);
+        client.write_all(&hello()).expect("sent");
+        (client, accept(&upstream, false).0)
+    };
+    let established = good();
+    let (stop, pattern) = (AtomicBool::new(false), Pattern::new(6));
+    let opened = std::thread::scope(|s| {
+        let flood = s.spawn(|| {
+            net.client.run(|| {
+                let mut open: VecDeque<Socket> = VecDeque::new();
+                let mut opened = 0_u32;
+                while !stop.load(Relaxed) {
+                    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+                    socket.set_nonblocking(true).expect("fcntl");
+                    let from: SocketAddr = format!("{FLOOD}.{}:0", opened % 250 + 1).parse().expect("an address");
+                    socket.bind(&from.into()).expect("bound");
+                    let _ = socket.connect(&public().into());
+                    open.push_back(socket);
+                    opened += 1;
+                    if open.len() > OPEN {
+                        open.pop_front();
+                    }
+                }
+                opened
+            })
+        });
+        // Until the limit was met many times over, whatever this machine's pace is.
+        let refused = || daemon.metric("dataplane_connections_rejected_total", &[("reason", "total_limit")]);
+        let mut moved = 0;
+        let mut exchange = || {
+            pattern.send(&established.0, moved, moved + 1000).expect("sent");
+            pattern.receive_exactly(&established.1, moved, moved + 1000);
+            moved += 1000;
+        };
+        eventually(PATIENCE * 6, "the lobby is full, and full again", || {
+            exchange();
+            (refused() > 20_000.0).then_some(())
+        });
+        let mut all = Vec::new();
+        for _ in 0..8 {
+            exchange();
+            all.push(good());
+        }
+        stop.store(true, Relaxed);
+        flood.join().expect("no panic")
+    });
+    assert!(opened > 20_000);
+    let pss = daemon.pss();
+    assert!(pss < 300 << 20, "{} MiB", pss >> 20);
+    println!("{opened} silent connections: {} MiB of PSS", pss >> 20);
 }

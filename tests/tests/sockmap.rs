@@ -667,7 +667,7 @@ fn where_the_kernel_does_not_let_it_splice_serves_and_the_reason_is_told() {
     let net = Net::new();
     let mut config = Config::new("auto");
     config.port = 8443;
-    let daemon = Daemon::start_with(&net, &config, Limits { user: Some(65_534), files: None });
+    let daemon = Daemon::start_with(&net, &config, Limits { user: Some(65_534), ..Limits::default() });
     let status = daemon.json(&["status", "--json"]);
     assert_eq!(status["engine"]["effective"], "splice");
     let reason = status["engine"]["reasons"][0].as_str().expect("a reason").to_owned();

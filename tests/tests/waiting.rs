@@ -122,7 +122,7 @@ fn idle_connections_to_metrics_and_control_take_nothing_from_clients() {
     let _turn = beside_others();
     let net = Net::new();
     let upstream = net.cluster.listen("100.64.0.2:443");
-    let limits = Limits { user: None, files: Some(700) };
+    let limits = Limits { files: Some(700), ..Limits::default() };
     let daemon = Daemon::start_with(&net, &Config::new("splice"), limits);
     let at = "127.0.0.1:9443".parse().expect("an address");
     let tcp: Vec<TcpStream> = (0..600).map(|_| net.entrance.connect(at).expect("accepted")).collect();

@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use super::nat::{self, Met, Syn};
 use crate::config::{Config, DEFAULT_TAILSCALED, TargetHost};
+use crate::machine_memory::MachineMemory;
 use crate::tailnet::{self, View, Way};
 
 /// From here on nf_conntrack is nearly full: it drops packets of new connections when it is.
@@ -44,7 +45,21 @@ pub fn look(config: Option<&Config>) -> Vec<Finding> {
     let socket = config.map_or(Path::new(DEFAULT_TAILSCALED), |config| &config.tailnet.socket);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let view = runtime.ok().and_then(|runtime| runtime.block_on(tailnet::look(socket)).ok());
-    vec![nat(config), conntrack(), path(config, view.as_ref()), udp_gro(view.is_some())]
+    vec![nat(config), conntrack(), path(config, view.as_ref()), udp_gro(view.is_some()), connections(config)]
+}
+
+/// How many there may be, as far as it can be told without the daemon: its RLIMIT_NOFILE is its own.
+fn connections(config: Option<&Config>) -> Finding {
+    let (most, by) = MachineMemory::read().connections();
+    let configured = config.map_or(0, |config| config.limits.max_connections);
+    let text = match configured {
+        0 => format!("at most {most}, by {by}; `dataplane status` says whether descriptors allow fewer"),
+        _ if configured <= most => format!("at most {configured}, as configured; {most} by {by}"),
+        _ => format!(
+            "max_connections is {configured}, but there is room for {most} by {by}\n  help: lower `max_connections` in [limits], or remove it"
+        ),
+    };
+    Finding::new("connections", configured <= most, text)
 }
 
 /// What a program prints; `None`: it is not there or may not.

@@ -35,7 +35,7 @@ const MOST_BYTES: usize = 1 << 20;
 const BUFFER: usize = 16 << 10;
 
 /// Connections at a time from near (see [`is_near`]), and from elsewhere.
-const PLACES: usize = 32;
+const PLACES: usize = 16;
 
 /// Connections at a time.
 pub const AT_A_TIME: usize = 2 * PLACES;
