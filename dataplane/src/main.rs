@@ -11,6 +11,7 @@ use dataplane::config::{self, Config, HostPattern, LoadError, Mode};
 use dataplane::logging::unix_seconds;
 use dataplane::route::{By, Table};
 use dataplane::source::{self, Loaded};
+use dataplane::upstream::names;
 use dataplane::{control, daemon, doctor, import, logging};
 use hyper::Method;
 use serde_json::{Value, json};
@@ -152,7 +153,10 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
         Command::Check { format, repository, path: inside, node } => {
             let outcome = match repository {
                 Some(folder) => source::content(folder, inside, node.as_deref()),
-                None => source::newest(path, say_where_to),
+                None => source::newest(path, say_where_to).map(|mut loaded| {
+                    loaded.warnings.extend(names::ambiguous(&loaded.config));
+                    loaded
+                }),
             };
             if matches!(format, Format::Text) {
                 write!(out, "{}", config::routing_table(&shown_warnings(outcome?)))?;

@@ -194,6 +194,10 @@ impl Metrics {
             opts("sockmap_spills_total", "Times that a flow left the kernel path because its reader was slow."),
             &["direction"]
         ));
+        let shortages = register!(IntCounterVec::new(
+            opts("shortages_total", "Times that local ports or file descriptors of this machine were used up."),
+            &["what"]
+        ));
         let listener_bound = register!(IntGaugeVec::new(
             opts("listener_bound", "Whether an address is listened on; 0: this machine does not have it yet."),
             &["listener", "address"]
@@ -225,7 +229,7 @@ impl Metrics {
             pipes,
             sockmap_backlog,
             sockmap_spills,
-            shortages: Arc::default(),
+            shortages: Arc::new(Shortages::new(|what| shortages.with_label_values(&[what]))),
             listener_bound,
             engine_refused,
             listeners: Mutex::default(),

@@ -3,6 +3,7 @@
 use std::sync::Mutex;
 use std::time::{Duration, SystemTime};
 
+use prometheus::IntCounter;
 use serde_json::{Value, json};
 
 use crate::logging::unix_seconds;
@@ -43,17 +44,22 @@ impl Shortage {
 }
 
 /// How often each was met, and when it last was.
-#[derive(Debug, Default)]
-pub struct Shortages([Mutex<Option<(u64, SystemTime)>>; 2]);
+#[derive(Debug)]
+pub struct Shortages([(IntCounter, Mutex<Option<SystemTime>>); 2]);
 
 impl Shortages {
+    /// None was met yet; `counter` gives the metric of each by its name.
+    pub fn new(counter: impl Fn(&str) -> IntCounter) -> Self {
+        Self(Shortage::ALL.map(|shortage| (counter(shortage.as_str()), Mutex::default())))
+    }
+
     /// It was met just now.
     pub fn note(&self, shortage: Shortage) {
+        let (counter, last) = &self.0[shortage as usize];
+        counter.inc();
         let now = SystemTime::now();
-        let mut met = self.0[shortage as usize].lock().expect("no panic while held");
-        let told = met.and_then(|(_, at)| now.duration_since(at).ok()).is_some_and(|ago| ago < TOLD);
-        *met = Some((met.map_or(0, |(count, _)| count) + 1, now));
-        drop(met);
+        let before = last.lock().expect("no panic while held").replace(now);
+        let told = before.and_then(|at| now.duration_since(at).ok()).is_some_and(|ago| ago < TOLD);
         if !told {
             tracing::error!(shortage = shortage.as_str(), "{}", shortage.text());
         }
@@ -62,10 +68,11 @@ impl Shortages {
     /// For `dataplane status`.
     pub fn describe(&self) -> Value {
         let met = Shortage::ALL.iter().filter_map(|shortage| {
-            let (count, at) = (*self.0[*shortage as usize].lock().expect("no panic while held"))?;
+            let (counter, last) = &self.0[*shortage as usize];
+            let at = (*last.lock().expect("no panic while held"))?;
             Some(json!({
                 "what": shortage.as_str(),
-                "times": count,
+                "times": counter.get(),
                 "last": unix_seconds(at),
                 "reason": shortage.text(),
             }))

@@ -177,3 +177,50 @@ fn all_addresses_of_a_name_are_used_and_one_that_is_dead_is_passed_over() {
     assert!(daemon.metric(UP, &[]) > 0.5, "one of its addresses answers: it is up");
     drop(six);
 }
+
+#[test]
+fn a_name_that_both_the_tailnet_and_dns_know_is_told_by_check() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let _dns = Dns::start(&net, "100.64.0.3 laptop\n100.64.0.2 same\n");
+    // What tailscaled's LocalAPI answers, of two machines.
+    let socket = net.dir().join("tailscaled.sock");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).expect("bound");
+    std::thread::spawn(move || {
+        let peer = |name: &str, ip: &str| {
+            format!(
+                "\"{name}\": {{\"DNSName\": \"{name}.tailnet.example.\", \"TailscaleIPs\": [\"{ip}\"], \"Online\": true}}"
+            )
+        };
+        let peers = [peer("laptop", "100.64.0.66"), peer("same", "100.64.0.2")].join(",");
+        let status = format!(
+            "{{\"BackendState\": \"Running\", \"MagicDNSSuffix\": \"tailnet.example\", \"Peer\": {{{peers}}}}}"
+        );
+        for stream in listener.incoming() {
+            let mut stream = stream.expect("accepted");
+            let _ = stream.read(&mut [0; 4096]);
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", status.len());
+            let _ = stream.write_all((head + &status).as_bytes());
+        }
+    });
+    let check = |target: &str| {
+        let text = format!(
+            "[listeners.public]\nbind = [\"198.51.100.1:443\"]\n[upstreams.a]\ntargets = [\"{target}:443\"]\n\
+             [[routes]]\nhosts = [\"a.example\"]\nupstream = \"a\"\n[resolver]\nservers = [\"127.0.0.1:5300\"]\n\
+             [tailnet]\nsocket = \"{}\"\n",
+            socket.display()
+        );
+        let file = net.file("check.toml", text);
+        let mut command = Command::new(tests::daemon::binary());
+        let out = net.entrance.run(|| command.args(["check", "--config"]).arg(&file).output()).expect("it runs");
+        assert!(out.status.success());
+        String::from_utf8_lossy(&out.stderr).into_owned()
+    };
+    let said = check("laptop");
+    assert!(
+        said.contains("the tailnet has a machine called `laptop`") && said.contains("laptop.tailnet.example:443"),
+        "{said}"
+    );
+    assert_eq!(check("same"), "", "both lead to the same place");
+    assert_eq!(check("laptop.tailnet.example"), "");
+}

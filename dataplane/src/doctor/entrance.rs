@@ -4,9 +4,12 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::io::Read as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::Value;
@@ -40,6 +43,11 @@ impl Finding {
     }
 }
 
+/// For a program to print what it has. `nft` with thousands of rules takes a second.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Bytes: a hundred thousand rules.
+const MOST: u64 = 16 << 20;
+
 /// Looks.
 pub fn look(config: Option<&Config>) -> Vec<Finding> {
     let socket = config.map_or(Path::new(DEFAULT_TAILSCALED), |config| &config.tailnet.socket);
@@ -62,12 +70,26 @@ fn connections(config: Option<&Config>) -> Finding {
     Finding::new("connections", configured <= most, text)
 }
 
-/// What a program prints; `None`: it is not there or may not.
+/// What a program prints; `None`: it is not there, may not, takes longer than [`PATIENCE`] or prints more than [`MOST`].
 fn said(program: &str, arguments: &[&str]) -> Option<String> {
     // A service's PATH may lack the system's own programs.
     let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
-    let output = Command::new(program).args(arguments).env("PATH", path).stdin(Stdio::null()).output().ok()?;
-    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+    let mut command = Command::new(program);
+    command.args(arguments).env("PATH", path).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut child = command.spawn().ok()?;
+    let output = child.stdout.take()?;
+    let (tell, told) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        let read = output.take(MOST + 1).read_to_end(&mut bytes);
+        let _ = tell.send(read.map(|_| bytes));
+    });
+    let bytes = told.recv_timeout(PATIENCE).ok().and_then(Result::ok).filter(|bytes| bytes.len() as u64 <= MOST);
+    if bytes.is_none() {
+        let _ = child.kill();
+    }
+    let ended = child.wait().ok()?;
+    bytes.filter(|_| ended.success()).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
 }
 
 fn nat(config: Option<&Config>) -> Finding {

@@ -18,8 +18,8 @@ use hickory_resolver::{Hosts, TokioResolver};
 use tokio::sync::{Notify, watch};
 use tokio::time::sleep;
 
-use crate::config;
-use crate::tailnet::View;
+use crate::config::{self, Config, Diagnostic, TargetHost};
+use crate::tailnet::{self, View};
 
 /// A name is asked for at least this often, whatever its TTL: hosts files and tailnets have none.
 const LONGEST: Duration = Duration::from_secs(60);
@@ -142,6 +142,25 @@ impl Names {
         *system = Some((fingerprint, resolver.clone()));
         Ok(resolver)
     }
+}
+
+/// Targets of one label that the tailnet has a machine of while DNS knows other addresses for the name. Asks tailscaled and DNS.
+pub fn ambiguous(config: &Config) -> Vec<Diagnostic> {
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return Vec::new() };
+    runtime.block_on(async {
+        let Ok(view) = tailnet::look(&config.tailnet.socket).await else { return Vec::new() };
+        let names = Names::new(config.resolver.clone());
+        let mut found = Vec::new();
+        for target in config.upstreams.iter().flat_map(|upstream| &upstream.targets) {
+            let TargetHost::Name(name) = &target.host else { continue };
+            if names.is_ambiguous(name, &view).await {
+                let message = format!("the tailnet has a machine called `{name}`, and DNS knows the name with other addresses: the tailnet's counts");
+                let remedy = format!("write the name in full: \"{name}.{}:{}\" for the machine", view.suffix, target.port);
+                found.push(Diagnostic::warning(target.span.clone(), message, remedy));
+            }
+        }
+        found
+    })
 }
 
 /// RFC 6761 section 6.3: these are loopback, whatever anybody says.
