@@ -29,11 +29,14 @@ pub struct ClientPlace {
     client: IpAddr,
 }
 
+/// However few connections there may be in all, so many may be about to send their hello.
+const FEWEST: usize = 16;
+
 /// The connections that have not sent their hello, oldest first.
 #[derive(Debug, Default)]
 struct Lobby {
     next: u64,
-    guests: BTreeMap<u64, (IpAddr, Arc<Notify>)>,
+    guests: BTreeMap<u64, (Option<IpAddr>, Arc<Notify>)>,
     of_clients: HashMap<IpAddr, BTreeSet<u64>>,
 }
 
@@ -55,7 +58,9 @@ impl Guest {
 impl Lobby {
     fn remove(&mut self, number: u64) -> Option<Arc<Notify>> {
         let (client, leave) = self.guests.remove(&number)?;
-        if let Some(numbers) = self.of_clients.get_mut(&client) {
+        if let Some(client) = client
+            && let Some(numbers) = self.of_clients.get_mut(&client)
+        {
             numbers.remove(&number);
             if numbers.is_empty() {
                 self.of_clients.remove(&client);
@@ -72,20 +77,23 @@ impl Admission {
     }
 
     /// Lets a connection in that has not sent its hello. Those may be half of all, and of one client a sixteenth of that; where there are more, the oldest
-    /// gives way: a client that means it sends its hello at once.
-    pub fn enter_lobby(self: &Arc<Self>, client: IpAddr) -> Guest {
-        let client = client_key(client);
-        let most = (self.max() / 2).max(1);
-        let most_of_client = (most / 16).max(16);
+    /// gives way: a client that means it sends its hello at once. `None`: who the client is comes later, in a PROXY header.
+    pub fn enter_lobby(self: &Arc<Self>, client: Option<IpAddr>) -> Guest {
+        let client = client.map(client_key);
+        let most = (self.max() / 2).max(FEWEST);
+        let most_of_client = (most / 16).max(FEWEST);
         let leave = Arc::new(Notify::new());
         let mut lobby = self.lobby.lock().expect("no panic while held");
         let number = lobby.next;
         lobby.next += 1;
         lobby.guests.insert(number, (client, leave.clone()));
-        let of_client = lobby.of_clients.entry(client).or_default();
-        of_client.insert(number);
-        let oldest = if of_client.len() > most_of_client {
-            of_client.first().copied()
+        let of_client = client.and_then(|client| {
+            let numbers = lobby.of_clients.entry(client).or_default();
+            numbers.insert(number);
+            numbers.first().copied().filter(|_| numbers.len() > most_of_client)
+        });
+        let oldest = if of_client.is_some() {
+            of_client
         } else if lobby.guests.len() > most {
             lobby.guests.first_key_value().map(|(number, _)| *number)
         } else {
@@ -174,15 +182,18 @@ mod tests {
         admission.set_max(1000);
         let from = |n: usize| IpAddr::from([192, 0, (n / 256) as u8, n as u8]);
         let one = IpAddr::from([203, 0, 113, 1]);
-        let early = admission.enter_lobby(from(0));
-        let of_one: Vec<_> = (0..40).map(|_| admission.enter_lobby(one)).collect();
+        let early = admission.enter_lobby(Some(from(0)));
+        let of_one: Vec<_> = (0..40).map(|_| admission.enter_lobby(Some(one))).collect();
         // 500 / 16
         assert!(gave_way(&of_one[0]).await && gave_way(&of_one[8]).await && !gave_way(&of_one[9]).await);
         assert!(!gave_way(&early).await, "a client that opens many costs nobody else");
-        let others: Vec<_> = (1..=500).map(|n| admission.enter_lobby(from(n))).collect();
+        let others: Vec<_> = (1..=500).map(|n| admission.enter_lobby(Some(from(n)))).collect();
         assert!(gave_way(&early).await && gave_way(&of_one[39]).await && !gave_way(&others[0]).await);
         assert_eq!(admission.lobby.lock().unwrap().guests.len(), 500);
         drop((early, of_one, others));
+        let proxied: Vec<_> = (0..100).map(|_| admission.enter_lobby(None)).collect();
+        assert!(!gave_way(&proxied[0]).await, "whoever is in front of us is not one client");
+        drop(proxied);
         let lobby = admission.lobby.lock().unwrap();
         assert!(lobby.guests.is_empty() && lobby.of_clients.is_empty(), "nothing is left over");
     }

@@ -141,10 +141,10 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
         read: Vec::new(),
         in_flight: None,
     };
+    let is_proxied = contains(&listener.accept_proxy, peer.ip());
     let preread = async {
         let mut client_place = None;
-        let proxied = contains(&listener.accept_proxy, peer.ip());
-        if proxied {
+        if is_proxied {
             proxy_header(&stream, &mut client).await?;
         }
         let address = client.address.ip();
@@ -172,7 +172,7 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
         Ok((purpose, client_place))
     };
     let deadline = (start.1 + limits.hello_timeout).into();
-    let guest = shared.admission.enter_lobby(peer.ip());
+    let guest = shared.admission.enter_lobby((!is_proxied).then(|| peer.ip()));
     let routed = tokio::select! {
         biased;
         routed = timeout_at(deadline, preread) => routed.unwrap_or(Err(Reason::Timeout)),

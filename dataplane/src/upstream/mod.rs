@@ -193,6 +193,14 @@ impl Lease {
     }
 }
 
+impl Drop for Target {
+    fn drop(&mut self) {
+        if !self.is_up.load(Relaxed) {
+            self.endpoint.down.fetch_sub(1, Relaxed);
+        }
+    }
+}
+
 impl Drop for Lease {
     fn drop(&mut self) {
         self.give_up_place();

@@ -225,7 +225,7 @@ async fn ask(resolver: &TokioResolver, name: &str) -> Result<(Vec<IpAddr>, Durat
 }
 
 /// Looks a name up again and again, and tells `tell` of each outcome. What the tailnet tells is looked at at once, and so is the name when somebody wants
-/// it and it has no answer; but never more often than once in [`SHORTEST`].
+/// it and it has no answer; but never more often than once a second.
 pub async fn follow(
     names: Arc<Names>,
     name: &str,
