@@ -168,7 +168,7 @@ impl Lease {
         &self.target
     }
 
-    /// The target has closed its side: it has nothing left of the connection, and another one may have the place.
+    /// The target has closed its side, so another connection may have the place. One that only half-closes and reads on cannot be told from that.
     pub fn give_up_place(&mut self) {
         if std::mem::take(&mut self.has_place) {
             self.target.active.fetch_sub(1, Relaxed);

@@ -19,7 +19,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::sleep;
 
 use crate::config::{self, Config, Diagnostic, TargetHost};
-use crate::tailnet::{self, View};
+use crate::tailnet::{self, Peer, View};
 
 /// A name is asked for at least this often, whatever its TTL: hosts files and tailnets have none.
 const LONGEST: Duration = Duration::from_secs(60);
@@ -90,6 +90,16 @@ impl Names {
         let Some(peer) = view.by_name(name) else { return false };
         let Ok(resolver) = self.system() else { return false };
         ask(&resolver, name).await.is_ok_and(|(found, _)| found.iter().any(|ip| !peer.addresses.contains(ip)))
+    }
+
+    /// The machine of the tailnet that a target is; none where this machine's own word on the name counts: else the owner of a machine that is called so could
+    /// take the target down.
+    pub fn peer<'v>(&self, host: &TargetHost, view: &'v View) -> Option<&'v Peer> {
+        match host {
+            TargetHost::Ip(ip) => view.by_address(*ip),
+            TargetHost::Name(name) if is_localhost(name) || self.of_hosts_file(name).is_some() => None,
+            TargetHost::Name(name) => view.by_name(name),
+        }
     }
 
     /// What /etc/hosts says.
@@ -303,5 +313,11 @@ mod tests {
             [here],
             "/etc/hosts is this machine's owner's"
         );
+        let peer = |name: &str| names.peer(&TargetHost::Name(name.to_owned()), &view).is_some();
+        assert!(
+            !peer("localhost") && !peer("thinkpad"),
+            "nor does such a machine take a target down when it goes offline"
+        );
+        assert!(peer("thinkpad.tailnet.example"));
     }
 }

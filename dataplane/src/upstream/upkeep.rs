@@ -78,7 +78,7 @@ async fn run(mut inbox: mpsc::UnboundedReceiver<Work>) {
                 }
             }
         }
-        tasks.spawn(see(pools, view.subscribe()));
+        tasks.spawn(see(pools, names, view.subscribe()));
     }
 }
 
@@ -91,14 +91,11 @@ async fn resolve(target: Arc<Target>, name: String, names: Arc<Names>, mut view:
 }
 
 /// Tells the targets what the tailnet says of them.
-async fn see(pools: Vec<Arc<Pool>>, mut view: watch::Receiver<Option<Arc<View>>>) {
+async fn see(pools: Vec<Arc<Pool>>, names: Arc<Names>, mut view: watch::Receiver<Option<Arc<View>>>) {
     loop {
         let now = view.borrow_and_update().clone();
         for target in pools.iter().flat_map(|pool| pool.targets()) {
-            target.see(now.as_deref().and_then(|view| match &target.address.host {
-                TargetHost::Ip(ip) => view.by_address(*ip),
-                TargetHost::Name(name) => view.by_name(name),
-            }));
+            target.see(now.as_deref().and_then(|view| names.peer(&target.address.host, view)));
         }
         if view.changed().await.is_err() {
             return;
