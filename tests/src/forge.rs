@@ -130,10 +130,15 @@ impl Forge {
 
     /// Has pushes checked by the hook that the project ships.
     pub fn guard(&self, dataplane: &Path) {
+        self.guard_for(dataplane, Path::new(""));
+    }
+
+    /// The same, with the lists of what is allowed in this file of a node.
+    pub fn guard_for(&self, dataplane: &Path, node: &Path) {
         let hook = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dist/git/pre-receive");
         let text = std::fs::read_to_string(hook).expect("it is shipped");
         let text = text.replace(":-dataplane}", &format!(":-{}}}", dataplane.display()));
-        self.hook("pre-receive", &text);
+        self.hook("pre-receive", &text.replace("NODE:-}", &format!("NODE:-{}}}", node.display())));
     }
 
     fn hook(&self, name: &str, text: &str) {

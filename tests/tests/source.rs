@@ -319,7 +319,19 @@ fn a_hook_of_the_repository_refuses_what_the_nodes_would() {
     let wrong = more.replace("cluster", "clutser");
     let said = forge.try_push(&[("routes.d/more.toml", &wrong)]).expect_err("it is wrong");
     assert!(said.contains("routes.d/more.toml:3:12: error: there is no upstream \"clutser\""), "{said}");
+    // An attribute of the commit hides nothing from it that the nodes would read.
+    let hidden = [(".gitattributes", "routes.d/* export-ignore\n"), ("routes.d/more.toml", &*wrong)];
+    let said = forge.try_push(&hidden).expect_err("it is as wrong as before");
+    assert!(said.contains("there is no upstream \"clutser\""), "{said}");
     forge.push(&[("routes.d/more.toml", more)]);
+
+    // What a node's owner allows, the hook allows where it knows of it.
+    let private = [("dataplane.toml", &*include.replace("100.64.0.9", "127.0.0.1"))];
+    let said = forge.try_push(&private).expect_err("nobody has allowed it");
+    assert!(said.contains("`allow_targets`"), "{said}");
+    let node = net.file("node.toml", "[source]\ngit = \"/srv/x.git\"\nallow_targets = [\"127.0.0.1:8443\"]\n");
+    forge.guard_for(&tests::daemon::binary(), &node);
+    forge.push(&private);
 }
 
 #[test]
