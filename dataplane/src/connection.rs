@@ -7,12 +7,12 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use ipnet::IpNet;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
-use tokio::time::timeout_at;
+use tokio::time::{timeout, timeout_at};
 
 use crate::admission::{ClientPlace, Place};
 use crate::config::{Listener, Mode, SendProxy};
@@ -33,6 +33,9 @@ use crate::upstream::{Lease, Pool, Target};
 
 /// Room for a PROXY header and the usual hello behind it.
 const FIRST_READ: usize = 2048;
+
+/// How long a hello of which bytes are there may take to be read when its connection has to give way.
+const LATE: Duration = Duration::from_millis(100);
 
 /// Connections on a listener of mode `tcp` that may come from the address of one of its own targets at a time. NAT that changes ports hides whether they are ours.
 const FROM_A_TARGET: usize = 64;
@@ -173,11 +176,19 @@ async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
     };
     let deadline = (start.1 + limits.hello_timeout).into();
     let guest = shared.admission.enter_lobby((!is_proxied).then(|| peer.ip()));
-    let routed = tokio::select! {
-        biased;
-        routed = timeout_at(deadline, preread) => routed.unwrap_or(Err(Reason::Timeout)),
-        // Newer ones want its place.
-        () = guest.gives_way() => Err(Reason::TotalLimit),
+    let routed = {
+        let mut preread = std::pin::pin!(timeout_at(deadline, preread));
+        tokio::select! {
+            biased;
+            routed = &mut preread => routed.unwrap_or(Err(Reason::Timeout)),
+            // Newer ones want its place. What has come is looked at first: this worker may be late.
+            () = guest.gives_way() => match rustix::io::ioctl_fionread(&stream) {
+                Ok(1..) => timeout(LATE, preread).await.map_or(Err(Reason::TotalLimit), |routed| {
+                    routed.unwrap_or(Err(Reason::Timeout))
+                }),
+                _ => Err(Reason::TotalLimit),
+            },
+        }
     };
     drop(guest);
     let (purpose, client_place) = match routed {

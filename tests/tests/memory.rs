@@ -5,14 +5,14 @@ use std::fs::File;
 use std::io::Write;
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, Socket, Type};
 use tests::daemon::{Config, Daemon, Limits};
 use tests::netns::{CLIENT, CLUSTER, Net};
-use tests::rig::{Rig, accept, hello, public};
-use tests::stream::{Pattern, never_hang};
+use tests::rig::{Rig, accept_within, hello, public};
+use tests::stream::{Pattern, never_hang, read_preamble};
 use tests::{PATIENCE, alone, eventually};
 
 macro_rules! engines {
@@ -314,6 +314,8 @@ fn a_flood_of_silent_connections_keeps_nobody_out_of_a_machine_of_one_gibibyte()
     const FLOOD: &str = "203.0.113";
     /// Open at a time: what this process may have.
     const OPEN: usize = 12_000;
+    /// Connections that may wait to be accepted: half of what one queue takes.
+    const AHEAD: u64 = 2048;
     let _turn = alone();
     let net = Net::new();
     net.client.ip(&format!("route add local {FLOOD}.0/24 dev lo\n"));
@@ -323,20 +325,40 @@ fn a_flood_of_silent_connections_keeps_nobody_out_of_a_machine_of_one_gibibyte()
     let daemon = Daemon::start_with(&net, &Config::new("auto").limits("hello_timeout = \"60s\""), limits);
     let status = daemon.json(&["status", "--json"]);
     assert!(status["limits"]["max_connections"].as_u64() <= Some(16384), "{}", status["limits"]);
+    // As a browser does, it tries again when it is refused.
     let good = || {
-        let mut client = net.client.connect(public()).expect("accepted");
-        never_hang(&client);
-        client.write_all(&hello()).expect("sent");
-        (client, accept(&upstream, false).0)
+        eventually(PATIENCE, "a good hello gets through", || {
+            let mut client = net.client.connect(public()).ok()?;
+            never_hang(&client);
+            client.write_all(&hello()).ok()?;
+            let server = accept_within(&upstream, Duration::from_secs(1))?;
+            read_preamble(&server, false).ok()?;
+            never_hang(&server);
+            Some((client, server))
+        })
     };
     let established = good();
     let (stop, pattern) = (AtomicBool::new(false), Pattern::new(6));
+    let accepted = AtomicU64::new(0);
     let opened = std::thread::scope(|s| {
+        // Also when a step below fails.
+        let _stop = StopWhenDropped(&stop);
+        s.spawn(|| {
+            while !stop.load(Relaxed) {
+                accepted.store(daemon.metric("dataplane_connections_accepted_total", &[]) as u64, Relaxed);
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
         let flood = s.spawn(|| {
             net.client.run(|| {
                 let mut open: VecDeque<Socket> = VecDeque::new();
-                let mut opened = 0_u32;
+                let mut opened = 0_u64;
                 while !stop.load(Relaxed) {
+                    // As fast as this machine accepts: beyond that the kernel drops SYNs, good ones with the others.
+                    if opened > accepted.load(Relaxed) + AHEAD {
+                        std::thread::sleep(Duration::from_millis(1));
+                        continue;
+                    }
                     let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
                     socket.set_nonblocking(true).expect("fcntl");
                     let from: SocketAddr = format!("{FLOOD}.{}:0", opened % 250 + 1).parse().expect("an address");
@@ -361,7 +383,7 @@ fn a_flood_of_silent_connections_keeps_nobody_out_of_a_machine_of_one_gibibyte()
         };
         eventually(PATIENCE * 6, "the lobby is full, and full again", || {
             exchange();
-            (refused() > 20_000.0).then_some(())
+            (refused() > 10_000.0).then_some(())
         });
         let mut all = Vec::new();
         for _ in 0..8 {
@@ -371,8 +393,17 @@ fn a_flood_of_silent_connections_keeps_nobody_out_of_a_machine_of_one_gibibyte()
         stop.store(true, Relaxed);
         flood.join().expect("no panic")
     });
-    assert!(opened > 20_000);
+    assert!(opened > 10_000);
     let pss = daemon.pss();
     assert!(pss < 300 << 20, "{} MiB", pss >> 20);
     println!("{opened} silent connections: {} MiB of PSS", pss >> 20);
+}
+
+/// Tells threads to end.
+struct StopWhenDropped<'a>(&'a AtomicBool);
+
+impl Drop for StopWhenDropped<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
 }
