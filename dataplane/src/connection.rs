@@ -35,7 +35,7 @@ use crate::upstream::{Lease, Pool, Target};
 const FIRST_READ: usize = 2048;
 
 /// How long a hello of which bytes are there may take to be read when its connection has to give way.
-const LATE: Duration = Duration::from_millis(100);
+const LATE: Duration = Duration::from_secs(2);
 
 /// Connections on a listener of mode `tcp` that may come from the address of one of its own targets at a time. NAT that changes ports hides whether they are ours.
 const FROM_A_TARGET: usize = 64;

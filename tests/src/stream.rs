@@ -225,7 +225,8 @@ pub fn send_with_fin(mut stream: &TcpStream, bytes: &[u8]) {
 pub fn client_hello(name: Option<&str>, alpn: &[&str]) -> Vec<u8> {
     // Each is another one, as clients' are: the same again while it is under way is taken for a loop.
     static MADE: AtomicU64 = AtomicU64::new(0);
-    let random = Pattern::new(1 << 32 | MADE.fetch_add(1, Relaxed));
+    let mut random = Pattern::new(1).at(0, 32).to_vec();
+    random[..8].copy_from_slice(&MADE.fetch_add(1, Relaxed).to_be_bytes());
     let mut extensions = Vec::new();
     if let Some(name) = name {
         // RFC 6066 section 3: a list of one host_name (0).
@@ -243,7 +244,7 @@ pub fn client_hello(name: Option<&str>, alpn: &[&str]) -> Vec<u8> {
     extensions.extend(extension(51, &prefixed(2, &share))); // key_share
     let body = [
         &[3, 3][..],
-        random.at(0, 32),
+        &random[..],
         &prefixed(1, Pattern::new(2).at(0, 32)),
         &prefixed(2, &[0x13, 1, 0x13, 2, 0x13, 3]),
         &prefixed(1, &[0]),
