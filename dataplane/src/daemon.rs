@@ -33,6 +33,7 @@ use crate::registry::Registry;
 use crate::shared::{LoadFailure, LoadStatus, Role, Shared, Waiting};
 use crate::source::follow::{self, Follower, News, ReloadRequest};
 use crate::source::{self, Loaded, Snapshot, kept, webhook};
+use crate::systemd::notify;
 use crate::upstream::upkeep::Upkeep;
 use crate::worker::{Command, Worker};
 
@@ -756,12 +757,6 @@ fn random_prefix() -> u64 {
     use std::hash::{BuildHasher, RandomState};
     // The standard library's keys come from getrandom(2); a unique id needs no secrecy.
     RandomState::new().hash_one(std::process::id())
-}
-
-fn notify(states: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
-        tracing::debug!(%error, "sd_notify");
-    }
 }
 
 #[cfg(test)]

@@ -45,3 +45,4 @@ pub mod metrics;
 
 pub mod socket;
 pub mod sys;
+pub mod systemd;
