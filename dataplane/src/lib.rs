@@ -38,5 +38,6 @@ pub mod doctor;
 pub mod logging;
 pub mod machine_memory;
 pub mod metrics;
+pub mod systemd;
 
 pub mod kernel;

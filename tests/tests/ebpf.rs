@@ -8,10 +8,9 @@ use std::time::{Duration, Instant};
 
 use aya::programs::{ProgramInfo, loaded_programs};
 use aya::sys::{Stats, enable_stats};
-use dataplane::config::EngineChoice;
+use dataplane::engine::sockmap::Table;
 use dataplane::engine::sockmap::programs::{self, Programs};
-use dataplane::engine::sockmap::{self, Left, Outcome, Table};
-use dataplane::engine::{Legs, Selection, StreamState, Support, Timeouts, Traffic};
+use dataplane::engine::{InKernel, Kind, Left, Legs, Outcome, PerSide, StreamState, Timeouts, Traffic};
 use dataplane::metrics::Metrics;
 use rustix::net::sockopt::socket_cookie;
 
@@ -190,8 +189,7 @@ fn a_connection_of_which_only_one_socket_can_be_inserted_goes_on_with_the_relay(
     let ((mut client, client_near), (mut server, upstream_near)) = (connected_pair(), connected_pair());
     server.set_read_timeout(Some(LIMIT)).expect("a timeout");
     client.write_all(b"before").expect("connected");
-    let support = Support { splice: Ok(()), sockmap: Err("not asked".to_owned()), known_bugs: Ok(()) };
-    let traffic = Traffic::new(&Selection::choose(EngineChoice::Copy, &support));
+    let traffic = Traffic::by(Kind::Copy);
     let timeouts = Timeouts { idle: LIMIT, half_closed: LIMIT, dead_peer: LIMIT };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let (client_near, upstream_near) = runtime.block_on(async {
@@ -202,12 +200,12 @@ fn a_connection_of_which_only_one_socket_can_be_inserted_goes_on_with_the_relay(
         let legs = Legs {
             client: tokio_stream(client_near),
             upstream: tokio_stream(upstream_near),
-            streams: [StreamState::Open; 2],
+            streams: PerSide::new(|_| StreamState::Open),
         };
-        let Outcome::Left(legs, why) = sockmap::forward(&table, legs, false, timeouts, &traffic).await else {
+        let Outcome::Left(legs, why) = table.clone().forward(legs, false, timeouts, &traffic).await else {
             panic!("the connection ended");
         };
-        assert_eq!((why, legs.streams), (Left::Refused, [StreamState::Open; 2]));
+        assert_eq!((why, legs.streams), (Left::Refused, PerSide::new(|_| StreamState::Open)));
         (legs.client.into_std().expect("a socket"), legs.upstream.into_std().expect("a socket"))
     });
     // What came meanwhile is still there, and no verdict gets in the way.

@@ -8,7 +8,7 @@ mod beginning;
 mod binding;
 mod descriptors;
 mod waiting;
-mod worker;
+pub mod worker;
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -35,14 +35,14 @@ use crate::config::{Config, Diagnostic};
 use crate::engine::{Selection, Support, splice};
 use crate::generation::Generation;
 use crate::kernel::sys::kernel_release;
-use crate::listen;
 use crate::logging::unix_seconds;
 use crate::machine_memory::MachineMemory;
 use crate::metrics::Metrics;
 use crate::registry::Registry;
-use crate::shared::{LoadFailure, LoadStatus, Role, Shared, Waiting};
+use crate::shared::{LoadFailure, LoadStatus, Role, Shared};
 use crate::source::follow::{self, Follower, News, ReloadRequest};
 use crate::source::{Loaded, Snapshot, kept, webhook};
+use crate::systemd::notify;
 use crate::upstream::maintenance::Maintenance;
 
 /// Fewer connections than this are hardly meant.
@@ -466,10 +466,4 @@ fn random_prefix() -> u64 {
     use std::hash::{BuildHasher, RandomState};
     // The standard library's keys come from getrandom(2); a unique id needs no secrecy.
     RandomState::new().hash_one(std::process::id())
-}
-
-fn notify(states: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
-        tracing::debug!(%error, "sd_notify");
-    }
 }

@@ -1,10 +1,19 @@
 //! Addresses that this machine does not have yet, tailscale0's at boot above all: they stop nothing, and are tried again.
 
-use std::net::TcpListener;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
 
-use super::*;
+use sd_notify::NotifyState;
+
+use super::Daemon;
+use super::binding::bind_webhook;
+use super::worker::Command;
+use crate::listen;
+use crate::shared::{Role, Waiting};
+use crate::systemd::notify;
 
 impl Daemon {
+    /// Whether there are any.
     pub(super) fn waits(&self) -> bool {
         !self.shared.waiting.lock().expect("no panic while held").is_empty()
     }

@@ -16,13 +16,13 @@ pub trait InKernel: fmt::Debug + Send + Sync {
     fn set_memory(&self, bytes: u64);
 
     /// Forwards, for as long as that is good for the connection. `leave_on_bulk`: the relay is better at bulk.
-    fn forward<'a>(
+    fn forward(
         self: Arc<Self>,
         legs: Legs,
         leave_on_bulk: bool,
         timeouts: Timeouts,
-        traffic: &'a Traffic,
-    ) -> Forwarding<'a>;
+        traffic: &Traffic,
+    ) -> Forwarding<'_>;
 }
 
 /// In a box: most connections never get here, and should not pay for the room.

@@ -51,13 +51,17 @@ pub struct View {
 
 impl View {
     /// Of the directions whose sources are in the map.
-    pub fn of<'s>(streams: impl Iterator<Item = &'s Stream> + Clone, owes_fin: bool) -> Self {
-        let may_leave = streams.clone().all(|stream| match stream.phase {
-            Phase::Complete => true,
-            Phase::Userspace => !stream.is_blocked(),
-            Phase::Kernel | Phase::Proving => false,
-        });
-        Self { may_leave, is_open: streams.clone().any(|stream| stream.phase != Phase::Complete), owes_fin }
+    pub fn of<'s>(streams: impl Iterator<Item = &'s Stream>, owes_fin: bool) -> Self {
+        let (mut may_leave, mut is_open) = (true, false);
+        for stream in streams {
+            may_leave &= match stream.phase {
+                Phase::Complete => true,
+                Phase::Userspace => !stream.is_blocked(),
+                Phase::Kernel | Phase::Proving => false,
+            };
+            is_open |= stream.phase != Phase::Complete;
+        }
+        Self { may_leave, is_open, owes_fin }
     }
 }
 

@@ -34,13 +34,13 @@ impl InKernel for Table {
         Table::set_memory(self, bytes);
     }
 
-    fn forward<'a>(
+    fn forward(
         self: Arc<Self>,
         legs: Legs,
         leave_on_bulk: bool,
         timeouts: Timeouts,
-        traffic: &'a Traffic,
-    ) -> Forwarding<'a> {
+        traffic: &Traffic,
+    ) -> Forwarding<'_> {
         Box::pin(flow::forward(self, legs, leave_on_bulk, timeouts, traffic))
     }
 }
