@@ -6,7 +6,7 @@
 
 pub mod balance;
 pub mod connect;
-mod dial;
+pub mod dial;
 pub mod health;
 pub mod inventory;
 pub mod maintenance;
