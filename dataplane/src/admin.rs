@@ -125,7 +125,7 @@ fn control(app: App) -> Router {
 }
 
 async fn metrics(State(app): State<App>) -> Response {
-    app.shared.metrics.sockmap_backlog.set(app.shared.registry.collect() as i64);
+    app.shared.metrics.engine.backlog.set(app.shared.registry.collect() as i64);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], app.shared.metrics.render()).into_response()
 }
 

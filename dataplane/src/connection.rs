@@ -417,7 +417,7 @@ async fn hello_route(
                 return Err(reason);
             }
             Progress::Hello(hello) => {
-                shared.metrics.hello_duration.observe(accepted.elapsed().as_secs_f64());
+                shared.metrics.listen.hello_duration.observe(accepted.elapsed().as_secs_f64());
                 client.server_name = hello.server_name;
                 // Nothing of a stranger's list is copied before its name is found.
                 let found = generation.table.find(listener, hello.server_name.as_deref(), hello.alpn.clone())?;

@@ -9,7 +9,9 @@ use std::time::SystemTime;
 
 use crate::config::{Config, Mode};
 use crate::engine::Selection;
-use crate::metrics::{ListenerMetrics, Metrics, RouteMetrics};
+use crate::listen::ListenerMetrics;
+use crate::metrics::Metrics;
+use crate::registry::RouteMetrics;
 use crate::route::{Pattern, Table};
 use crate::upstream::Pool;
 use crate::upstream::inventory::Inventory;
@@ -69,7 +71,9 @@ impl Generation {
         let pools = config
             .upstreams
             .iter()
-            .map(|upstream| Arc::new(Pool::new(upstream, known.get(&*upstream.name).copied(), &inventory, metrics)))
+            .map(|upstream| {
+                Arc::new(Pool::new(upstream, known.get(&*upstream.name).copied(), &inventory, &metrics.upstreams))
+            })
             .collect();
         let mut own: Vec<SocketAddr> = config.listeners.iter().flat_map(|l| &l.bind).map(|b| b.addr).collect();
         let by_bind =
@@ -79,12 +83,12 @@ impl Generation {
             table: Table::new(&config),
             pools,
             inventory,
-            listener_metrics: config.listeners.iter().map(|l| metrics.listener(&l.name)).collect(),
-            route_metrics: config.routes.iter().map(|r| metrics.route(&r.name)).collect(),
+            listener_metrics: config.listeners.iter().map(|l| metrics.listen.of(&l.name)).collect(),
+            route_metrics: config.routes.iter().map(|r| metrics.registry.of(&r.name)).collect(),
             tcp_metrics: config
                 .listeners
                 .iter()
-                .map(|l| matches!(l.mode, Mode::Tcp { .. }).then(|| metrics.route(&l.name)))
+                .map(|l| matches!(l.mode, Mode::Tcp { .. }).then(|| metrics.registry.of(&l.name)))
                 .collect(),
             by_bind,
             own: own.into(),

@@ -38,6 +38,7 @@ pub mod doctor;
 pub mod logging;
 pub mod machine_memory;
 pub mod metrics;
+pub mod register;
 pub mod systemd;
 
 pub mod kernel;

@@ -122,7 +122,7 @@ mod tests {
     fn target() -> Arc<Target> {
         let text = "[listeners.a]\nmode = \"tcp\"\nbind = [\"192.0.2.1:1\"]\nupstream = \"u\"\n[upstreams.u]\ntargets = [\"192.0.2.2:1\"]\n";
         let config = parse(Arc::new(Source::new("test.toml", text.to_owned()))).unwrap().0;
-        Pool::new(&config.upstreams[0], None, &Arc::default(), &Metrics::new()).targets()[0].clone()
+        Pool::new(&config.upstreams[0], None, &Arc::default(), &Metrics::new().upstreams).targets()[0].clone()
     }
 
     #[test]

@@ -7,6 +7,7 @@ use prometheus::IntCounter;
 use serde_json::{Value, json};
 
 use crate::logging::unix_seconds;
+use crate::register::Register;
 
 /// How long the log is silent about a shortage after it was told.
 const TOLD: Duration = Duration::from_secs(60);
@@ -48,9 +49,15 @@ impl Shortage {
 pub struct Shortages([(IntCounter, Mutex<Option<SystemTime>>); 2]);
 
 impl Shortages {
-    /// None was met yet; `counter` gives the metric of each by its name.
-    pub fn new(counter: impl Fn(&str) -> IntCounter) -> Self {
-        Self(Shortage::ALL.map(|shortage| (counter(shortage.as_str()), Mutex::default())))
+    /// None was met yet.
+    pub fn new(register: &Register) -> Self {
+        let counters = register.counters(
+            "shortages_total",
+            "Times that local ports or file descriptors of this machine were used up.",
+            &["what"],
+        );
+        let of = |shortage: Shortage| counters.with_label_values(&[shortage.as_str()]);
+        Self(Shortage::ALL.map(|shortage| (of(shortage), Mutex::default())))
     }
 
     /// It was met just now.

@@ -183,7 +183,7 @@ fn braked_a_socket_gets_no_data_while_too_much_is_unread() {
 /// The last entry of a full map is taken by somebody else, as if the client had sent FIN between the look at its state and the insertion.
 #[test]
 fn a_connection_of_which_only_one_socket_can_be_inserted_goes_on_with_the_relay() {
-    let table = Table::load(1, Metrics::new().sockmap_spills()).unwrap_or_else(|error| panic!("{error}"));
+    let table = Table::load(1, Metrics::new().engine.spills()).unwrap_or_else(|error| panic!("{error}"));
     table.set_memory(1 << 20);
     table.programs.keys.lock().expect("no panic").insert(u64::MAX, 0, 0).expect("room for two");
     let ((mut client, client_near), (mut server, upstream_near)) = (connected_pair(), connected_pair());

@@ -34,7 +34,6 @@ use crate::admission::Admission;
 use crate::config::{Config, Diagnostic};
 use crate::engine::{Selection, Support, splice};
 use crate::generation::Generation;
-use crate::kernel::sys::kernel_release;
 use crate::logging::unix_seconds;
 use crate::machine_memory::MachineMemory;
 use crate::metrics::Metrics;
@@ -85,7 +84,7 @@ pub fn run(path: &Path) -> Result<()> {
     tell(&config, &warnings);
     let descriptors = descriptors::available();
     let metrics = Metrics::new();
-    let support = Support::test(descriptors as usize / 2, metrics.sockmap_spills());
+    let support = Support::test(descriptors as usize / 2, metrics.engine.spills());
     let engine = Selection::choose(config.engine, &support);
     engine.tell();
 
@@ -93,7 +92,7 @@ pub fn run(path: &Path) -> Result<()> {
     let control_socket = sockets.unix.is_some().then(|| config.admin.socket.clone());
     let webhook = bind_webhook(&config, None, &mut waiting)?;
 
-    metrics.set_engine(&kernel_release(), &engine);
+    metrics.engine.set(&engine);
     let generation = Generation::new(config, engine, None, &metrics);
     let shared = Arc::new(Shared {
         generation: ArcSwap::from_pointee(generation),
@@ -144,7 +143,7 @@ pub fn run(path: &Path) -> Result<()> {
     daemon.take_effect(listening);
     daemon.wait_for(waiting);
     if missing.is_some() {
-        daemon.shared.metrics.reload_success.set(0);
+        daemon.shared.metrics.config.reload_success.set(0);
     }
     daemon.serve_webhook(webhook);
     let (news, inbox) = mpsc::channel(1);
@@ -273,7 +272,7 @@ impl Daemon {
                     Err(error) => {
                         tracing::error!(error, "reload failed; the configuration in force stays");
                         failed(error.clone(), false);
-                        self.shared.metrics.reload_success.set(0);
+                        self.shared.metrics.config.reload_success.set(0);
                     }
                 }
                 let _ = answer.send(outcome);
@@ -281,7 +280,7 @@ impl Daemon {
             News::Broken(error) => {
                 tracing::error!(error, "reload failed; the configuration in force stays");
                 failed(error, false);
-                self.shared.metrics.reload_success.set(0);
+                self.shared.metrics.config.reload_success.set(0);
             }
             News::Unreachable(error) => {
                 tracing::error!(error, "the repository was not reached; the configuration in force stays");
@@ -299,7 +298,7 @@ impl Daemon {
             *load = LoadStatus { last_success: Some(now), last_error: None };
         }
         if self.shared.generation.load().config.repository.is_some() {
-            self.shared.metrics.repository_reached.set(unix_seconds(now));
+            self.shared.metrics.config.repository_reached.set(unix_seconds(now));
         }
     }
 
@@ -326,7 +325,7 @@ impl Daemon {
         if engine.configured != before.engine.configured {
             engine.tell();
         }
-        self.shared.metrics.set_engine(&kernel_release(), &engine);
+        self.shared.metrics.engine.set(&engine);
         let generation = Arc::new(Generation::new(config, engine, Some(&before), &self.shared.metrics));
         forget_targets(&before, &generation, &self.shared.metrics);
         self.shared.generation.store(generation.clone());
@@ -361,7 +360,7 @@ impl Daemon {
         let generation = self.shared.generation.load_full();
         let config = &generation.config;
         let commit = config.source.commit.as_deref().unwrap_or_default();
-        self.shared.metrics.set_config(&config.hash, commit, unix_seconds(SystemTime::now()));
+        self.shared.metrics.config.set(&config.hash, commit, unix_seconds(SystemTime::now()));
         self.maintenance.follow(config, &generation.pools);
 
         let binds = config.listeners.iter().map(|l| l.bind.len()).sum::<usize>() as u64;
@@ -458,7 +457,7 @@ fn forget_targets(before: &Generation, after: &Generation, metrics: &Metrics) {
     };
     let kept: HashSet<_> = names(after).into_iter().collect();
     for (upstream, target) in names(before).into_iter().filter(|n| !kept.contains(n)) {
-        metrics.remove_target(&upstream, &target);
+        metrics.upstreams.remove_target(&upstream, &target);
     }
 }
 

@@ -41,7 +41,7 @@ impl Daemon {
         if let Some(webhook) = generation.config.webhook() {
             all.push(("webhook", webhook.bind.addr, is_bound(webhook.bind.addr)));
         }
-        self.shared.metrics.set_bound(all);
+        self.shared.metrics.listen.set_bound(all);
         let text = match &waiting[..] {
             [] => "serving".to_owned(),
             some => {

@@ -42,7 +42,7 @@ impl Findings {
     pub fn gather(path: &Path) -> Self {
         let config = source::kept(path).map(|loaded| loaded.config).map_err(|e| e.to_string());
         // Room for the self-test's connections.
-        let support = Support::test(16, Metrics::new().sockmap_spills());
+        let support = Support::test(16, Metrics::new().engine.spills());
         let choice = config.as_ref().map_or(EngineChoice::Auto, |c| c.engine);
         let entrance = entrance::look(config.as_ref().ok());
         Self { engine: Selection::choose(choice, &support), support, config, entrance }

@@ -10,6 +10,7 @@ mod dead_peer;
 mod driver;
 mod idle;
 mod in_kernel;
+mod metrics;
 mod pair;
 mod promotion;
 mod relay;
@@ -20,6 +21,7 @@ mod traffic;
 
 pub use driver::{Plan, forward};
 pub use in_kernel::{InKernel, Left, Outcome};
+pub use metrics::EngineMetrics;
 pub use pair::{End, First, Kind, Legs, Pair, PerSide, SIDES, Side, StreamState, Timeouts};
 pub use selection::{Candidate, Selection, Support};
 pub use traffic::{Counter, Look, Offload, Path, Traffic};

@@ -7,6 +7,7 @@ pub mod folder;
 pub mod follow;
 pub mod git;
 pub mod kept;
+mod metrics;
 pub mod secret;
 pub mod watch;
 pub mod webhook;
@@ -18,6 +19,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use folder::Folder;
+pub use metrics::ConfigMetrics;
 
 use crate::config::{self, Config, Diagnostic, Files, LoadError, Repository, Source, TargetHost};
 use crate::kernel::socket;

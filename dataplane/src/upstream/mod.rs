@@ -10,6 +10,7 @@ pub mod dial;
 pub mod health;
 pub mod inventory;
 pub mod maintenance;
+mod metrics;
 pub mod probe;
 mod queue;
 pub mod resolver;
@@ -30,12 +31,12 @@ use tokio::sync::{Notify, watch};
 use crate::config::{self, OnDown, TargetHost};
 use crate::kernel::socket;
 use crate::logging::unix_seconds;
-use crate::metrics::Metrics;
 use crate::shortages::Shortages;
 use crate::tailnet::{Peer, Way};
 use balance::Standing;
 use health::{Change, Event, Health};
 use inventory::{Endpoint, Inventory};
+pub use metrics::UpstreamMetrics;
 use queue::Queue;
 
 /// How long an address of several is tried last after a failed connect.
@@ -232,7 +233,7 @@ impl Pool {
         config: &config::Upstream,
         previous: Option<&Self>,
         inventory: &Arc<Inventory>,
-        metrics: &Metrics,
+        metrics: &UpstreamMetrics,
     ) -> Self {
         let mut known: HashMap<&str, &Arc<Target>> =
             previous.iter().flat_map(|p| &p.targets).map(|t| (&**t.text(), t)).collect();
@@ -264,7 +265,12 @@ impl Pool {
 }
 
 impl Target {
-    fn new(upstream: &Arc<str>, address: &config::Target, inventory: &Arc<Inventory>, metrics: &Metrics) -> Arc<Self> {
+    fn new(
+        upstream: &Arc<str>,
+        address: &config::Target,
+        inventory: &Arc<Inventory>,
+        metrics: &UpstreamMetrics,
+    ) -> Arc<Self> {
         let up = metrics.target_up(upstream, &address.text);
         up.set(1);
         let known =

@@ -27,7 +27,7 @@ fn pool_of(config: &Config) -> Arc<Pool> {
 }
 
 fn pool_with(config: &Config, inventory: &Arc<Inventory>) -> Arc<Pool> {
-    Arc::new(Pool::new(&config.upstreams[0], None, inventory, &Metrics::new()))
+    Arc::new(Pool::new(&config.upstreams[0], None, inventory, &crate::metrics::Metrics::new().upstreams))
 }
 
 fn refused() -> Event {

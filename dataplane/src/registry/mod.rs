@@ -3,6 +3,8 @@
 //! A connection costs the lock twice, when it begins and when it ends; its bytes are counted in its own [`Traffic`] and collected when
 //! somebody asks. Nothing here knows how bytes move.
 
+mod metrics;
+
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -13,11 +15,12 @@ use serde::Serialize;
 use tokio::sync::Notify;
 use tokio::time::sleep_until;
 
+pub use metrics::{RegistryMetrics, RouteMetrics};
+
 use crate::config::OnRemovedRoute;
 use crate::engine::{End, Kind, Look, Path, Traffic};
 use crate::generation::{Generation, Listed};
 use crate::logging::unix_seconds;
-use crate::metrics::RouteMetrics;
 
 /// All live connections.
 #[derive(Debug, Default)]

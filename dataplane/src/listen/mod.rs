@@ -3,6 +3,8 @@
 //! Each worker has a socket of its own on each address (SO_REUSEPORT), so that the kernel spreads connections and no thread hands one to
 //! another. What a connection is for is not known here; it goes to [`crate::connection`] as it comes.
 
+mod metrics;
+
 use std::fs::File;
 use std::future::poll_fn;
 use std::io;
@@ -14,6 +16,8 @@ use std::time::Duration;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
+
+pub use metrics::{ListenMetrics, ListenerMetrics};
 
 use crate::connection;
 use crate::kernel::socket::prepare;
@@ -126,7 +130,7 @@ async fn take(
         }
         Err(error) => match error.raw_os_error() {
             Some(libc::EMFILE | libc::ENFILE) => {
-                shared.metrics.accept_errors.inc();
+                shared.metrics.listen.accept_errors.inc();
                 shared.metrics.shortages.note(Shortage::Descriptors);
                 // The connection stays in the queue and the socket stays readable. With the spare descriptor it is taken out and refused.
                 if !spare.spend() {
@@ -135,7 +139,7 @@ async fn take(
                 }
             }
             Some(libc::ENOBUFS | libc::ENOMEM) => {
-                shared.metrics.accept_errors.inc();
+                shared.metrics.listen.accept_errors.inc();
                 tokio::time::sleep(BREATHER).await;
             }
             // accept(2): errors of the connection that was in the queue; the next one is not concerned.
