@@ -9,9 +9,9 @@ use std::time::SystemTime;
 
 use crate::config::{Config, Mode};
 use crate::engine::Selection;
-use crate::listen::ListenerMetrics;
+use crate::listen::metrics::ListenerMetrics;
 use crate::metrics::Metrics;
-use crate::registry::RouteMetrics;
+use crate::registry::metrics::RouteMetrics;
 use crate::route::{Pattern, Table};
 use crate::upstream::Pool;
 use crate::upstream::inventory::Inventory;

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use crate::engine::EngineMetrics;
-use crate::listen::ListenMetrics;
+use crate::listen::metrics::ListenMetrics;
 use crate::register::Register;
-use crate::registry::RegistryMetrics;
+use crate::registry::metrics::RegistryMetrics;
 use crate::shortages::Shortages;
 use crate::source::ConfigMetrics;
 use crate::upstream::UpstreamMetrics;

@@ -3,7 +3,7 @@
 //! Each worker has a socket of its own on each address (SO_REUSEPORT), so that the kernel spreads connections and no thread hands one to
 //! another. What a connection is for is not known here; it goes to [`crate::connection`] as it comes.
 
-mod metrics;
+pub mod metrics;
 
 use std::fs::File;
 use std::future::poll_fn;
@@ -16,8 +16,6 @@ use std::time::Duration;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
-
-pub use metrics::{ListenMetrics, ListenerMetrics};
 
 use crate::connection;
 use crate::kernel::socket::prepare;

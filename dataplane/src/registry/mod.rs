@@ -3,7 +3,7 @@
 //! A connection costs the lock twice, when it begins and when it ends; its bytes are counted in its own [`Traffic`] and collected when
 //! somebody asks. Nothing here knows how bytes move.
 
-mod metrics;
+pub mod metrics;
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -15,7 +15,7 @@ use serde::Serialize;
 use tokio::sync::Notify;
 use tokio::time::sleep_until;
 
-pub use metrics::{RegistryMetrics, RouteMetrics};
+use metrics::RouteMetrics;
 
 use crate::config::OnRemovedRoute;
 use crate::engine::{End, Kind, Look, Path, Traffic};
