@@ -90,13 +90,7 @@ pub fn load(connections: u32) -> Result<Programs, LoadError> {
 }
 
 fn attach(mut ebpf: Ebpf, keys: usize) -> Result<Programs, EbpfError> {
-    let mut take = |map| ebpf::take(&mut ebpf, map);
-    let sockets = SockMap::try_from(take(sockmap::SOCKS))?;
-    let by_cookie = HashMap::try_from(take(sockmap::KEYS))?;
-    let rows = ebpf::shared(&take(sockmap::ROWS), keys)?;
-    let budget = ebpf::shared(&take(sockmap::BUDGET), 1)?;
-    let events = RingBuf::try_from(take(sockmap::EVENTS))?;
-
+    let sockets = SockMap::try_from(ebpf::take(&mut ebpf, sockmap::SOCKS))?;
     let sockets_fd = sockets.fd().try_clone().map_err(MapError::IoError)?;
     let verdict: &mut SkSkb = ebpf.program_mut(sockmap::VERDICT).expect("in dataplane-ebpf").try_into()?;
     verdict.load()?;
@@ -106,12 +100,14 @@ fn attach(mut ebpf: Ebpf, keys: usize) -> Result<Programs, EbpfError> {
         let filter: &mut SocketFilter = ebpf.program_mut(name).expect("in dataplane-ebpf").try_into()?;
         filter.load()?;
     }
+    // Only now: a program is loaded with the descriptors of the maps that it uses.
+    let mut take = |map| ebpf::take(&mut ebpf, map);
     Ok(Programs {
         sockets: Mutex::new(sockets),
-        keys: Mutex::new(by_cookie),
-        rows,
-        budget,
-        events: Some(events),
+        keys: Mutex::new(HashMap::try_from(take(sockmap::KEYS))?),
+        rows: ebpf::shared(&take(sockmap::ROWS), keys)?,
+        budget: ebpf::shared(&take(sockmap::BUDGET), 1)?,
+        events: Some(RingBuf::try_from(take(sockmap::EVENTS))?),
         verdict_id,
         ebpf,
     })
