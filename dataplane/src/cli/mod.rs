@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use hyper::Method;
 use serde_json::{Value, json};
 
@@ -23,7 +23,7 @@ use crate::{daemon, doctor, import, logging};
 
 /// Forwards TLS connections by server name to the nodes of a cluster, without decrypting them.
 #[derive(Parser)]
-#[command(version)]
+#[command(version = env!("DATAPLANE_VERSION"), max_term_width = 80)]
 struct Arguments {
     /// The configuration.
     #[arg(long, global = true, default_value = config::DEFAULT_PATH, value_name = "FILE")]
@@ -103,6 +103,17 @@ enum Command {
     },
     /// Make the running daemon read its configuration again.
     Reload,
+    /// Print the completions of a shell.
+    Completions {
+        /// Whose.
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages into a folder.
+    #[command(hide = true)]
+    Man {
+        /// An existing one.
+        folder: PathBuf,
+    },
     /// Give a target no new connections.
     Drain {
         /// As written in the configuration.
@@ -215,6 +226,12 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             let (text, routed) = explain::explain(&config, host, listener.as_deref(), alpn)?;
             write!(out, "{text}")?;
             return Ok(if routed { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        Command::Completions { shell } => {
+            clap_complete::generate(*shell, &mut Arguments::command(), "dataplane", &mut out);
+        }
+        Command::Man { folder } => {
+            clap_mangen::generate_to(Arguments::command().disable_help_subcommand(true), folder)?
         }
         Command::Reload => write!(out, "{}", ask(path, Method::POST, "/reload")?)?,
         Command::Drain { target } => write!(out, "{}", ask(path, Method::POST, &about("/drain", target))?)?,
