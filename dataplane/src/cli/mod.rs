@@ -42,9 +42,11 @@ enum Command {
     },
     /// Validate the configuration, with the newest commit of its repository if it has one, and print the routing table.
     Check {
-        /// For people, or one JSON document with file, line and column of everything that is wrong.
-        #[arg(long, value_enum, default_value = "text")]
-        format: Format,
+        /// The configuration, in the place of --config; `-` is standard input.
+        #[arg(conflicts_with = "repository")]
+        file: Option<PathBuf>,
+        #[command(flatten)]
+        output: Output,
         /// Check the content of a repository instead, which lies in this folder: without a network, without a file outside of it, and as strictly as a node does.
         #[arg(long, value_name = "DIR")]
         repository: Option<PathBuf>,
@@ -74,21 +76,21 @@ enum Command {
     },
     /// Say what this machine can do, and why an engine is refused.
     Doctor {
-        #[arg(long)]
-        json: bool,
+        #[command(flatten)]
+        output: Output,
         /// Say what each target answers to a hello, with and without the PROXY header, and what to change.
         #[arg(long)]
         upstreams: bool,
     },
     /// Ask the running daemon for its listeners, routes, targets and engine.
     Status {
-        #[arg(long)]
-        json: bool,
+        #[command(flatten)]
+        output: Output,
     },
     /// Ask the running daemon for its connections.
     Connections {
-        #[arg(long)]
-        json: bool,
+        #[command(flatten)]
+        output: Output,
     },
     /// Say which route a server name takes, or why it is rejected; from the configuration alone.
     Explain {
@@ -124,6 +126,23 @@ enum Command {
         /// As written in the configuration.
         target: String,
     },
+}
+
+/// How a command prints.
+#[derive(clap::Args)]
+struct Output {
+    /// For people, or one JSON document.
+    #[arg(long, value_enum, default_value = "text")]
+    format: Format,
+    /// The same as `--format json`.
+    #[arg(long, conflicts_with = "format")]
+    json: bool,
+}
+
+impl Output {
+    fn is_json(&self) -> bool {
+        self.json || matches!(self.format, Format::Json)
+    }
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -167,15 +186,15 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             let _flush = logging::init(*log_format);
             daemon::run(path)?;
         }
-        Command::Check { format, repository, path: inside, node } => {
+        Command::Check { file, output, repository, path: inside, node } => {
             let outcome = match repository {
                 Some(folder) => source::content(folder, inside, node.as_deref()),
-                None => source::newest(path, say_where_to).map(|mut loaded| {
+                None => source::newest(file.as_ref().unwrap_or(path), say_where_to).map(|mut loaded| {
                     loaded.warnings.extend(resolver::ambiguous(&loaded.config));
                     loaded
                 }),
             };
-            if matches!(format, Format::Text) {
+            if !output.is_json() {
                 write!(out, "{}", config::routing_table(&shown_warnings(outcome?)))?;
                 return Ok(ExitCode::SUCCESS);
             }
@@ -195,31 +214,31 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             }
             write!(out, "{}", imported.toml)?;
         }
-        Command::Doctor { json, upstreams: true } => {
+        Command::Doctor { output, upstreams: true } => {
             let answers = doctor::upstreams::ask(&shown_warnings(source::kept(path)?))?;
-            if *json {
+            if output.is_json() {
                 writeln!(out, "{:#}", serde_json::to_value(&answers)?)?;
             } else {
                 write!(out, "{}", doctor::upstreams::text(&answers))?;
             }
             return Ok(if answers.iter().all(|a| a.ok) { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
-        Command::Doctor { json, upstreams: false } => {
+        Command::Doctor { output, upstreams: false } => {
             let findings = doctor::Findings::gather(path);
-            if *json {
+            if output.is_json() {
                 writeln!(out, "{:#}", findings.json())?;
             } else {
                 write!(out, "{}", findings.text())?;
             }
             return Ok(if findings.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
-        Command::Status { json } => {
+        Command::Status { output } => {
             let status = ask(path, Method::GET, "/status")?;
-            write!(out, "{}", shown(status, *json, describe_status)?)?;
+            write!(out, "{}", shown(status, output.is_json(), describe_status)?)?;
         }
-        Command::Connections { json } => {
+        Command::Connections { output } => {
             let connections = ask(path, Method::GET, "/connections")?;
-            write!(out, "{}", shown(connections, *json, describe_connections)?)?;
+            write!(out, "{}", shown(connections, output.is_json(), describe_connections)?)?;
         }
         Command::Explain { host, listener, alpn } => {
             let config = shown_warnings(source::kept(path)?);
@@ -231,7 +250,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             clap_complete::generate(*shell, &mut Arguments::command(), "dataplane", &mut out);
         }
         Command::Man { folder } => {
-            clap_mangen::generate_to(Arguments::command().disable_help_subcommand(true), folder)?
+            clap_mangen::generate_to(Arguments::command().disable_help_subcommand(true), folder)?;
         }
         Command::Reload => write!(out, "{}", ask(path, Method::POST, "/reload")?)?,
         Command::Drain { target } => write!(out, "{}", ask(path, Method::POST, &about("/drain", target))?)?,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use idna::AsciiDenyList;
 
-use super::values::{Refused, has_zone, link_local, refuse};
+use super::values::{Refused, has_zone, is_quotation_mark, link_local, refuse};
 use super::{HostPattern, Span, Target, TargetHost};
 
 /// RFC 1035 section 2.3.4, without the trailing dot.
@@ -22,6 +22,13 @@ pub fn normalize_name(text: &str) -> Result<String, Refused> {
     let bad = |why: &str| refuse(format!("`{text}` is not a host name: {why}"), REMEDY);
     if text.is_empty() {
         return refuse("the host name is empty", "write a name such as \"blog.example.com\"");
+    }
+    if text.chars().any(is_quotation_mark) {
+        let plain = text.replace(is_quotation_mark, "");
+        return refuse(
+            format!("`{text}` has quotation marks in it"),
+            format!("write \"{plain}\", in plain quotes, those of the keyboard"),
+        );
     }
     let Ok(name) = idna::domain_to_ascii_cow(text.as_bytes(), AsciiDenyList::URL) else {
         return bad("it has characters that no name can have");
@@ -144,7 +151,25 @@ impl Target {
         if has_zone(text) {
             return Err(link_local(text));
         }
+        if let Some(socket) = text.strip_prefix("unix:") {
+            return refuse(
+                format!("`{socket}` is a unix socket; targets are reached by TCP"),
+                "have the service listen on an address of this machine, and write that: \"127.0.0.1:8443\"",
+            );
+        }
         if let Ok(ip) = text.parse::<Ipv6Addr>() {
+            // Its last group may be meant as a port.
+            let meant = text.rsplit_once(':').and_then(|(ip, port)| {
+                Some((ip.parse::<Ipv6Addr>().ok()?, port.parse::<u16>().ok().filter(|port| *port > 0)?))
+            });
+            if let Some((before, port)) = meant {
+                return refuse(
+                    format!(
+                        "`{text}` is an IPv6 address without brackets: whether `{port}` is its port cannot be told"
+                    ),
+                    format!("write \"[{before}]:{port}\", or \"[{ip}]:443\" if `{port}` belongs to the address"),
+                );
+            }
             return refuse(
                 format!("`{text}` is an IPv6 address without brackets and port"),
                 format!("write \"[{ip}]:443\", with the port of the service"),

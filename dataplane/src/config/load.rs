@@ -34,6 +34,9 @@ pub trait Files {
     fn read(&self, path: &Path) -> io::Result<Vec<u8>>;
 }
 
+/// In the place of a file's name.
+const STANDARD_INPUT: &str = "-";
+
 const LARGER: &str = "larger than 1MiB";
 
 /// Why there is no configuration.
@@ -232,7 +235,12 @@ impl Files for Disk {
 
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
         let mut bytes = Vec::new();
-        std::fs::File::open(path)?.take(LARGEST as u64 + 1).read_to_end(&mut bytes)?;
+        let file: Box<dyn io::Read> = if path == Path::new(STANDARD_INPUT) {
+            Box::new(io::stdin())
+        } else {
+            Box::new(std::fs::File::open(path)?)
+        };
+        file.take(LARGEST as u64 + 1).read_to_end(&mut bytes)?;
         Ok(bytes)
     }
 }

@@ -58,6 +58,19 @@ impl<'t> Field<'t> {
         self.spanned.get_ref()
     }
 
+    pub(super) fn is_table(&self) -> bool {
+        self.value().is_table()
+    }
+
+    /// The entries of a table.
+    pub(super) fn children(&self) -> Option<Vec<Self>> {
+        let entry = |(key, spanned): (&'t Spanned<_>, &'t Spanned<DeValue<'t>>)| {
+            let key: &std::borrow::Cow<'t, str> = key.get_ref();
+            Field { key, entry: false, spanned, base: self.base }
+        };
+        Some(self.value().as_table()?.iter().map(entry).collect())
+    }
+
     pub(super) fn is_empty_list(&self) -> bool {
         self.value().as_array().is_some_and(|items| items.is_empty())
     }
@@ -175,8 +188,15 @@ impl Reader {
             matches!(field.value(), DeValue::Array(items) if items.iter().any(|item| item.get_ref().is_table()));
         let (found, remedy) = if is_list {
             ("a list of tables".into(), format!("write `{name}`, with single brackets"))
-        } else {
+        } else if name.starts_with('[') {
             (describe(field.value()), format!("write `{name}` on a line of its own, and its keys below"))
+        } else {
+            let remedy = match field.value() {
+                DeValue::Boolean(true) => format!("write `{} = {{}}` for the defaults", field.key),
+                DeValue::Boolean(false) => "remove it".to_owned(),
+                _ => format!("write `{} = {{ … }}`, with its keys in the braces", field.key),
+            };
+            (describe(field.value()), remedy)
         };
         self.error(field.span(), format!("{} must be a table, not {found}", field.subject()), remedy);
         None
@@ -299,9 +319,9 @@ impl Reader {
         if let Some((_, value)) = choices.iter().find(|(word, _)| word == text) {
             return Some(*value);
         }
-        let remedy = match self.suggest(text, &words) {
-            Some(word) => format!("did you mean \"{word}\"?"),
-            None => format!("write one of {listed}"),
+        let remedy = match other_value(field.key, text).or_else(|| self.suggest(text, &words)) {
+            Some(word) if words.contains(&word) => format!("did you mean \"{word}\"?"),
+            _ => format!("write one of {listed}"),
         };
         self.error(field.span(), format!("`{}` cannot be {}", field.key, quoted(text)), remedy);
         None
@@ -442,8 +462,9 @@ fn suggest<'c>(word: &str, candidates: &[&'c str]) -> Option<&'c str> {
     let folded = word.to_lowercase().replace('-', "_");
     let distance = |candidate: &str| strsim::damerau_levenshtein(&folded, &candidate.to_lowercase().replace('-', "_"));
     let near = candidates.map(|candidate| (distance(candidate), *candidate));
-    // A third of the letters may be wrong; of short words one.
-    near.filter(|(distance, _)| *distance <= (folded.chars().count() / 3).clamp(1, 4))
+    // A third of the letters may be wrong; of short words one, of the shortest none.
+    let letters = folded.chars().count();
+    near.filter(|(distance, _)| *distance <= if letters < 3 { 0 } else { (letters / 3).clamp(1, 4) })
         .min_by_key(|(distance, _)| *distance)
         .map(|(_, candidate)| candidate)
 }
@@ -477,6 +498,41 @@ const OTHER_NAMES: [(&str, &str); 26] = [
     ("timeout", "connect_timeout"),
     ("metrics", "admin"),
 ];
+
+/// What other programs call a value, by key.
+const OTHER_VALUES: [(&str, &str, &str); 26] = [
+    ("mode", "https", "tls"),
+    ("mode", "ssl", "tls"),
+    ("mode", "sni", "tls"),
+    ("mode", "passthrough", "tls"),
+    ("mode", "stream", "tcp"),
+    ("mode", "raw", "tcp"),
+    ("mode", "acme", "http"),
+    ("mode", "redirect", "http"),
+    ("balance", "least_conn", "least-connections"),
+    ("balance", "leastconn", "least-connections"),
+    ("balance", "least_request", "least-connections"),
+    ("balance", "roundrobin", "round-robin"),
+    ("balance", "rr", "round-robin"),
+    ("balance", "wrr", "round-robin"),
+    ("balance", "ip_hash", "hash"),
+    ("balance", "source", "hash"),
+    ("balance", "ring_hash", "hash"),
+    ("balance", "maglev", "hash"),
+    ("balance", "failover", "first"),
+    ("send_proxy", "on", "v2"),
+    ("send_proxy", "true", "v2"),
+    ("send_proxy", "none", "off"),
+    ("send_proxy", "false", "off"),
+    ("on_down", "close", "reset"),
+    ("on_removed_route", "reset", "close"),
+    ("on_removed_route", "keep", "drain"),
+];
+
+fn other_value(key: &str, value: &str) -> Option<&'static str> {
+    let plain = value.to_lowercase();
+    OTHER_VALUES.iter().find(|(of, other, _)| *of == key && *other == plain).map(|(.., word)| *word)
+}
 
 fn meant<'k>(key: &str, keys: &[&'k str]) -> Option<&'k str> {
     let plain = key.to_lowercase().replace('-', "_");

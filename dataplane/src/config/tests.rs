@@ -876,3 +876,70 @@ fn what_a_start_would_refuse_a_check_refuses() {
         }
     }
 }
+
+/// What is obeyed to the letter must lead to what was meant.
+#[test]
+fn a_remedy_that_is_obeyed_leads_to_what_was_meant() {
+    let with = |from: &str, to: &str| SMALL.replacen(from, to, 1);
+    for (wrong, place, remedy) in [
+        (with("\"blog.example.com\"", "“blog.example.com”"), "7:10", "write \"blog.example.com\""),
+        (
+            with("\"blog.example.com\"", "\"“blog.example.com”\""),
+            "7:10",
+            "write \"blog.example.com\", in plain quotes, those of the keyboard",
+        ),
+        (with("bind =", "mode = \"https\"\nbind ="), "3:8", "did you mean \"tls\"?"),
+        (with("targets", "balance = \"least_conn\"\ntargets"), "5:11", "did you mean \"least-connections\"?"),
+        (with("targets", "send_proxy = \"v3\"\ntargets"), "5:14", "write one of \"off\", \"v1\" or \"v2\""),
+        (with("targets", "health = true\ntargets"), "5:10", "write `health = {}` for the defaults"),
+        (with("\"thinkpad-1:443\"", "\"thinkpad-1:443\" \"b:443\""), "5:28", "put `,` between the entries"),
+        (with("\"thinkpad-1:443\"", "\n  \"thinkpad-1:443\"\n  \"b:443\"\n"), "6:19", "put `,` between the entries"),
+        (
+            SMALL.replace("upstreams.cluster]", "upstreams.clu.ster]").replace("\"cluster\"", "\"clu.ster\""),
+            "4:12",
+            "write `[upstreams.\"clu.ster\"]`",
+        ),
+        (with("0.0.0.0:443", "::443"), "3:9", "write \"[::]:443\""),
+        (
+            with("thinkpad-1:443", "fd7a::1:443"),
+            "5:12",
+            "write \"[fd7a::1]:443\", or \"[fd7a::1:443]:443\" if `443` belongs to the address",
+        ),
+        (
+            with("thinkpad-1:443", "unix:/run/x"),
+            "5:12",
+            "have the service listen on an address of this machine, and write that: \"127.0.0.1:8443\"",
+        ),
+        (
+            format!("{SMALL}[limits]\nidle_timeout = \"1s\"\n[limits]\nhello_timeout = \"1s\"\n"),
+            "11:2",
+            "write its keys below the first one, and remove this header",
+        ),
+        (with("blog.example", "blog\u{1}.example"), "7:15", "remove it: an editor may not show it"),
+    ] {
+        let said = refusal(&wrong);
+        assert!(said.starts_with(&format!("dataplane.toml:{place}: error: ")), "{said}");
+        assert!(said.contains(&format!("  help: {remedy}\n")), "{remedy}\n{said}");
+        assert!(said.ends_with("dataplane.toml: 1 error"), "{said}");
+    }
+}
+
+#[test]
+fn a_mode_on_the_port_of_another_is_a_warning() {
+    let (_, said) = read(&SMALL.replace("0.0.0.0:443", "0.0.0.0:80"));
+    assert!(said.contains("3:9: warning: ") && said.contains("write `mode = \"http\"`, or another port"), "{said}");
+    let (_, said) = read(&SMALL.replace("bind = [", "mode = \"http\"\nbind = ["));
+    assert!(said.contains("4:9: warning: ") && said.contains("write `mode = \"tls\"`, or another port"), "{said}");
+}
+
+#[test]
+fn what_is_wrong_beside_a_source_that_is_wrong_is_told_with_it() {
+    let text = "[source]\ngit = 3\nbranch = \"main\"\n[limits]\nidle_timeout = 5\n[admin]\nbogus = 1\n";
+    let source = source(text);
+    let diagnostics = super::repository(&source).expect_err("it is wrong");
+    let said = LoadError::Report { source, diagnostics }.to_string();
+    for place in ["2:7", "3:1", "5:16", "7:1"] {
+        assert!(said.contains(&format!("dataplane.toml:{place}: error: ")), "{place}\n{said}");
+    }
+    assert!(said.ends_with("4 errors"), "listeners and routes may be in the repository: {said}");
+}

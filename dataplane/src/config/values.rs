@@ -166,6 +166,14 @@ pub fn parse_bind(text: &str) -> Result<SocketAddr, Refused> {
         }
         return Ok(addr);
     }
+    if let Some(socket) = text.strip_prefix("unix:") {
+        return refuse(format!("`{socket}` is a unix socket, and clients come by TCP"), EXAMPLES);
+    }
+    if let Some(("", port)) = text.strip_prefix(':').and_then(|text| text.split_once(':'))
+        && let Ok(port) = port.parse::<u16>()
+    {
+        return refuse(format!("the IPv6 address of `{text}` has no brackets"), format!("write \"[::]:{port}\""));
+    }
     if let Ok(ip) = text.parse::<IpAddr>() {
         return refuse(format!("`{text}` has no port"), format!("write \"{}\"", SocketAddr::new(ip, 443)));
     }
@@ -195,6 +203,11 @@ pub fn parse_bind(text: &str) -> Result<SocketAddr, Refused> {
         }
         _ => refuse(format!("`{text}` is not an address to listen on"), EXAMPLES),
     }
+}
+
+/// Quotation marks, plain and typographic: a text that was copied from a web page may have them.
+pub fn is_quotation_mark(c: char) -> bool {
+    matches!(c, '"' | '\'' | '`' | '´' | '«' | '»' | '‹' | '›' | '\u{2018}'..='\u{201f}' | '\u{ff02}' | '\u{ff07}')
 }
 
 /// Link-local addresses mean nothing without an interface, and interfaces cannot be written here.

@@ -89,9 +89,21 @@ impl Parser {
             }
             _ => Mode::Tls,
         };
+        let bind = self.binds(section);
+        let unusual = match mode {
+            Mode::Http { .. } => Some((443, "clients speak TLS on port 443, which mode \"http\" does not", "tls")),
+            Mode::Tls => Some((80, "clients speak plain HTTP on port 80, which mode \"tls\" does not", "http")),
+            Mode::Tcp { .. } => None,
+        };
+        if let Some((port, message, usual)) = unusual {
+            for bind in bind.iter().filter(|bind| bind.addr.port() == port) {
+                let remedy = format!("write `mode = \"{usual}\"`, or another port");
+                self.reader.warning(bind.span.clone(), message, remedy);
+            }
+        }
         Listener {
             name,
-            bind: self.binds(section),
+            bind,
             mode,
             accept_proxy: self.nets(section, "accept_proxy"),
             allow: self.nets(section, "allow"),

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
-use toml::de::DeTable;
+use toml::de::{DeTable, Error};
 
 pub use repository::{Repository, Webhook};
 
@@ -42,16 +42,8 @@ pub fn parse(source: Arc<Source>) -> Result<(Config, Vec<Diagnostic>), Vec<Diagn
 
 /// As [`parse`], with another fence for the files of a repository than that of `[source]`.
 pub fn parse_within(source: Arc<Source>, fence: Option<Fence>) -> Result<(Config, Vec<Diagnostic>), Vec<Diagnostic>> {
-    let shared_from = source.repository_start();
-    let mut parser = Parser { local: source.local_files().count(), shared_from, ..Parser::default() };
-    source.findings.iter().for_each(|finding| parser.reader.push(finding.clone()));
-    let (root, errors) = {
-        let trees: Vec<_> =
-            source.files().iter().map(|file| DeTable::parse_recoverable(&source.text[file.range.clone()])).collect();
-        let roots = source.files().iter().zip(&trees);
-        let roots: Vec<_> = roots.map(|(file, (tree, _))| parser.file(file, tree.get_ref())).collect();
-        (parser.root(&roots), trees.into_iter().map(|(_, errors)| errors).collect::<Vec<_>>())
-    };
+    let (parser, root, errors) = read(&source);
+    let shared_from = parser.shared_from;
     let Root {
         engine,
         listeners,
@@ -99,7 +91,21 @@ pub fn parse_within(source: Arc<Source>, fence: Option<Fence>) -> Result<(Config
     if diagnostics.iter().any(Diagnostic::is_error) { Err(diagnostics) } else { Ok((config, diagnostics)) }
 }
 
-/// Reads `[source]` alone: what it names has to be fetched before the whole can be read. Errors are those of this table, and of the file as TOML.
+/// Reads all tables. With them, the errors of each file as TOML.
+fn read(source: &Source) -> (Parser, Root, Vec<Vec<Error>>) {
+    let shared_from = source.repository_start();
+    let mut parser = Parser { local: source.local_files().count(), shared_from, ..Parser::default() };
+    source.findings.iter().for_each(|finding| parser.reader.push(finding.clone()));
+    let trees: Vec<_> =
+        source.files().iter().map(|file| DeTable::parse_recoverable(&source.text[file.range.clone()])).collect();
+    let roots = source.files().iter().zip(&trees);
+    let roots: Vec<_> = roots.map(|(file, (tree, _))| parser.file(file, tree.get_ref())).collect();
+    let root = parser.root(&roots);
+    (parser, root, trees.into_iter().map(|(_, errors)| errors).collect())
+}
+
+/// Reads `[source]` alone: what it names has to be fetched before the whole can be read. Errors are those of this table, and with them whatever
+/// else is wrong with the files.
 pub fn repository(source: &Source) -> Result<Option<Repository>, Vec<Diagnostic>> {
     let mut reader = Reader::default();
     let file = &source.files()[0];
@@ -109,9 +115,14 @@ pub fn repository(source: &Source) -> Result<Option<Repository>, Vec<Diagnostic>
     let mut reader = Reader::default();
     let repository = repository::read(&mut reader, field);
     let Reader { diagnostics, absences, mut left_out, .. } = reader;
-    let diagnostics = syntax::combine(source, &[errors], diagnostics, absences, &mut left_out);
-    let diagnostics = shown_part(diagnostics, left_out);
-    if diagnostics.iter().any(Diagnostic::is_error) { Err(diagnostics) } else { Ok(repository) }
+    let own = syntax::combine(source, &[errors], diagnostics, absences.clone(), &mut left_out);
+    if !own.iter().any(Diagnostic::is_error) {
+        return Ok(repository);
+    }
+    let (Parser { reader: Reader { diagnostics, mut left_out, .. }, .. }, _, errors) = read(source);
+    // What is nowhere here may be in the repository; not so of this table.
+    let diagnostics = syntax::combine(source, &errors, diagnostics, absences, &mut left_out);
+    Err(shown_part(diagnostics, left_out))
 }
 
 /// First 16 hex digits of the SHA-256 of the files that all entrance nodes share.
@@ -137,6 +148,14 @@ struct Parser {
     shared_from: usize,
     /// Addresses to listen on up to now.
     binds: usize,
+}
+
+/// The one table in a table, where that has nothing else and none of `keys`.
+fn dotted<'t>(field: Field<'t>, keys: &[&str]) -> Option<(&'t str, Field<'t>)> {
+    match &field.children()?[..] {
+        [inner] if inner.is_table() && !keys.contains(&inner.key) => Some((inner.key, *inner)),
+        _ => None,
+    }
 }
 
 /// Stands in for a reference that was reported as an error.
@@ -265,6 +284,17 @@ impl Parser {
                     self.defined_twice(span.clone(), &format!("[{key}.{name}]"), first.clone());
                 } else {
                     seen.insert(name, span.clone());
+                }
+                if let Some((inner, field)) = dotted(field, keys) {
+                    let message =
+                        format!("[{key}.{name}.{inner}] is a table in [{key}.{name}]: a name with a dot needs quotes");
+                    self.reader.error(span.clone(), message, format!("write `[{key}.\"{name}.{inner}\"]`"));
+                    // It is there, under the name that was meant.
+                    let name = format!("{name}.{inner}");
+                    if let Some(section) = self.reader.section(field, format!("[{key}.{name}]"), keys) {
+                        sections.push((span, Arc::from(name), section));
+                    }
+                    continue;
                 }
                 if let Some(section) = self.reader.section(field, format!("[{key}.{name}]"), keys) {
                     sections.push((span, Arc::from(name), section));
