@@ -209,9 +209,15 @@ fn before_a_push_check_tells_programs_where_mistakes_are_and_diff_says_what_chan
     rig.daemon.rewrite(&Config::new("auto").more(&also(OTHER)));
     let out = rig.daemon.cli(&["diff", &old.to_string_lossy()]);
     let said = String::from_utf8_lossy(&out.stdout).into_owned();
-    assert!(out.status.success() && said.starts_with(&format!("{OTHER} is let through, to `other` ")), "{said}");
+    // As diff(1): the same, different, trouble.
+    assert_eq!(out.status.code(), Some(1));
+    assert!(said.starts_with(&format!("WIDER: {OTHER} is let through, to `other` ")), "{said}");
     let same = rig.daemon.cli(&["diff", &old.to_string_lossy(), &old.to_string_lossy()]);
-    assert_eq!(String::from_utf8_lossy(&same.stdout), "nothing changes\n");
+    assert_eq!((same.status.code(), &*String::from_utf8_lossy(&same.stdout)), (Some(0), "nothing changes\n"));
+    let out = rig.daemon.cli(&["diff", &old.to_string_lossy(), "--format", "json"]);
+    let document: serde_json::Value = serde_json::from_slice(&out.stdout).expect("JSON");
+    assert_eq!(document["changes"][0]["widens"], true, "{document}");
+    assert_eq!(rig.daemon.cli(&["diff", "/nowhere"]).status.code(), Some(2));
 
     std::fs::create_dir(dir.join("routes.d")).expect("made");
     std::fs::write(dir.join("routes.d/a.toml"), also(HOST)).expect("written");

@@ -63,6 +63,8 @@ enum Command {
         old: PathBuf,
         /// The configuration after; the one of --config when left out.
         new: Option<PathBuf>,
+        #[command(flatten)]
+        output: Output,
     },
     /// Print a commented starter configuration.
     Init,
@@ -128,6 +130,17 @@ enum Command {
     },
 }
 
+impl Command {
+    /// The exit code where it could not do its work.
+    fn trouble(&self) -> ExitCode {
+        match self {
+            // 1 is an answer of theirs.
+            Self::Diff { .. } | Self::Explain { .. } => ExitCode::from(2),
+            _ => ExitCode::FAILURE,
+        }
+    }
+}
+
 /// How a command prints.
 #[derive(clap::Args)]
 struct Output {
@@ -172,7 +185,7 @@ pub fn main() -> ExitCode {
             // Diagnostics of the configuration name their place first and need no prefix.
             let prefix = if text.contains(": error: ") { "" } else { "error: " };
             let _ = writeln!(std::io::stderr(), "{prefix}{}", text.trim_end());
-            ExitCode::FAILURE
+            arguments.command.trouble()
         }
     }
 }
@@ -201,10 +214,19 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             writeln!(out, "{:#}", checked(&outcome))?;
             return Ok(if outcome.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
-        Command::Diff { old, new } => {
+        Command::Diff { old, new, output } => {
             let (old, new) = (source::kept(old)?.config, source::kept(new.as_ref().unwrap_or(path))?.config);
-            let text = config::diff(&old, &new);
-            write!(out, "{}", if text.is_empty() { "nothing changes\n" } else { &text })?;
+            let changes = config::diff(&old, &new);
+            if output.is_json() {
+                writeln!(out, "{:#}", json!({ "changes": changes }))?;
+            } else if changes.is_empty() {
+                writeln!(out, "nothing changes")?;
+            }
+            for change in changes.iter().filter(|_| !output.is_json()) {
+                writeln!(out, "{change}")?;
+            }
+            // As diff(1).
+            return Ok(ExitCode::from(u8::from(!changes.is_empty())));
         }
         Command::Init => write!(out, "{}", config::STARTER)?,
         Command::Import { from: Foreign::Nginx, file } => {

@@ -3,6 +3,7 @@
 //! What stands in the node's own files is never fenced in. Names of targets are judged twice: as they are written, and by [`Target::admit`] each time that
 //! they have been resolved, because whoever answers for a name chooses its addresses.
 
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
@@ -64,7 +65,42 @@ enum Who {
     Name(HostPattern),
 }
 
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let port = self.port.map_or("*".to_owned(), |port| port.to_string());
+        match self.net {
+            None => write!(f, "*:{port}"),
+            Some(net) => write!(f, "{net}:{port}"),
+        }
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.who {
+            Who::Any => f.write_str("*")?,
+            Who::Net(net) => write!(f, "{net}")?,
+            Who::Name(name) => write!(f, "{name}")?,
+        }
+        self.port.map_or(Ok(()), |port| write!(f, ":{port}"))
+    }
+}
+
 impl Fence {
+    /// The keys that say something else in `new`, with both values in words.
+    pub(super) fn compared(&self, new: &Self) -> Vec<(&'static str, String, String)> {
+        fn words<T: fmt::Display>(items: &[T]) -> String {
+            let items: Vec<_> = items.iter().map(T::to_string).collect();
+            if items.is_empty() { "[]".to_owned() } else { items.join(", ") }
+        }
+        let keys = |Self { hosts, listeners, targets }: &Self| {
+            let hosts = hosts.as_ref().map_or("names of two labels and more".to_owned(), |hosts| words(hosts));
+            [("allow_hosts", hosts), ("allow_listeners", words(listeners)), ("allow_targets", words(targets))]
+        };
+        let pairs = keys(self).into_iter().zip(keys(new));
+        pairs.filter(|(old, new)| old != new).map(|((key, old), (_, new))| (key, old, new)).collect()
+    }
+
     /// Reads the three keys of `[source]`.
     pub(super) fn read(reader: &mut Reader, section: &Section<'_>) -> Self {
         let mut fence = Self::default();

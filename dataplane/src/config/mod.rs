@@ -28,7 +28,7 @@ use ipnet::IpNet;
 
 pub use check::own_listener_targets;
 pub use diagnostic::{Diagnostic, Severity, redacted};
-pub use diff::diff;
+pub use diff::{Change, diff};
 pub use fence::{Fence, own_targets};
 pub use load::{
     Files, LARGEST, LoadError, WILDCARDS, add_repository, glob, includes, is_pattern, read, read_repository,
@@ -101,6 +101,11 @@ pub enum OnRemovedRoute {
     Close,
 }
 
+impl OnRemovedRoute {
+    /// As in the configuration.
+    pub const WORDS: [(&str, Self); 2] = [("drain", Self::Drain), ("close", Self::Close)];
+}
+
 /// `engine = "…"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -115,6 +120,17 @@ pub enum EngineChoice {
     Splice,
     /// read and write through a buffer.
     Copy,
+}
+
+impl EngineChoice {
+    /// As in the configuration.
+    pub const WORDS: [(&str, Self); 5] = [
+        ("auto", Self::Auto),
+        ("translate", Self::Translate),
+        ("sockmap", Self::Sockmap),
+        ("splice", Self::Splice),
+        ("copy", Self::Copy),
+    ];
 }
 
 /// `[listeners.NAME]`
@@ -234,6 +250,11 @@ pub enum OnDown {
     Reset,
 }
 
+impl OnDown {
+    /// As in the configuration.
+    pub const WORDS: [(&str, Self); 2] = [("keep", Self::Keep), ("reset", Self::Reset)];
+}
+
 /// `[resolver]`
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Resolver {
@@ -292,6 +313,11 @@ pub enum SendProxy {
     V2,
 }
 
+impl SendProxy {
+    /// As in the configuration.
+    pub const WORDS: [(&str, Self); 3] = [("off", Self::Off), ("v1", Self::V1), ("v2", Self::V2)];
+}
+
 /// `balance = "…"`
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -304,6 +330,16 @@ pub enum Balance {
     Hash,
     /// The first that works, in the order of the file.
     First,
+}
+
+impl Balance {
+    /// As in the configuration.
+    pub const WORDS: [(&str, Self); 4] = [
+        ("least-connections", Self::LeastConnections),
+        ("round-robin", Self::RoundRobin),
+        ("hash", Self::Hash),
+        ("first", Self::First),
+    ];
 }
 
 /// `[[routes]]`

@@ -1,5 +1,6 @@
 //! The routing table as `dataplane check` prints it: what wins stands first.
 
+use super::values::word;
 use super::{Config, HostPattern, Mode, SendProxy, Upstream};
 
 /// Every host with where it goes, in the order in which they are tried, then listeners that forward a port as it is. Ends with a newline.
@@ -66,11 +67,7 @@ pub fn routing_table(config: &Config) -> String {
 
 fn describe(upstream: &Upstream) -> [String; 3] {
     let targets: Vec<&str> = upstream.targets.iter().map(|target| &*target.text).collect();
-    let proxy = match upstream.send_proxy {
-        SendProxy::Off => "off",
-        SendProxy::V1 => "v1",
-        SendProxy::V2 => "v2",
-    };
+    let proxy = word(upstream.send_proxy, &SendProxy::WORDS);
     [upstream.name.to_string(), targets.join(","), proxy.to_owned()]
 }
 

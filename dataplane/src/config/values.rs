@@ -205,6 +205,11 @@ pub fn parse_bind(text: &str) -> Result<SocketAddr, Refused> {
     }
 }
 
+/// What the configuration calls a value.
+pub fn word<T: PartialEq>(value: T, words: &[(&'static str, T)]) -> &'static str {
+    words.iter().find(|(_, other)| *other == value).map_or("", |(word, _)| word)
+}
+
 /// Quotation marks, plain and typographic: a text that was copied from a web page may have them.
 pub fn is_quotation_mark(c: char) -> bool {
     matches!(c, '"' | '\'' | '`' | '´' | '«' | '»' | '‹' | '›' | '\u{2018}'..='\u{201f}' | '\u{ff02}' | '\u{ff07}')

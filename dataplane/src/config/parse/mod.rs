@@ -206,21 +206,9 @@ impl Parser {
 
     fn root(&mut self, roots: &[Section<'_>]) -> Root {
         let own = &roots[..self.local];
-        let engine = self.once(own, "engine").and_then(|field| {
-            self.reader.choice(
-                field,
-                &[
-                    ("auto", EngineChoice::Auto),
-                    ("translate", EngineChoice::Translate),
-                    ("sockmap", EngineChoice::Sockmap),
-                    ("splice", EngineChoice::Splice),
-                    ("copy", EngineChoice::Copy),
-                ],
-            )
-        });
-        let on_removed_route = self.once(roots, "on_removed_route").and_then(|field| {
-            self.reader.choice(field, &[("drain", OnRemovedRoute::Drain), ("close", OnRemovedRoute::Close)])
-        });
+        let engine = self.once(own, "engine").and_then(|field| self.reader.choice(field, &EngineChoice::WORDS));
+        let on_removed_route =
+            self.once(roots, "on_removed_route").and_then(|field| self.reader.choice(field, &OnRemovedRoute::WORDS));
         // Its patterns were looked at when the files were read.
         for field in roots.iter().filter_map(|root| root.get("include")) {
             self.reader.strings(field, "a file name or a pattern", "\"routes.d/*.toml\"");

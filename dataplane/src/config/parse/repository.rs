@@ -42,6 +42,13 @@ pub struct Repository {
     pub fence: Fence,
 }
 
+impl Repository {
+    /// For people: without a password.
+    pub fn shown(&self) -> String {
+        crate::config::redacted(&self.git)
+    }
+}
+
 /// `webhook = { … }`
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Webhook {

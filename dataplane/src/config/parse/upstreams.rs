@@ -26,28 +26,14 @@ impl Parser {
 
     fn upstream(&mut self, name: Arc<str>, section: &Section<'_>, prefer_direct: bool) -> Upstream {
         let reader = &mut self.reader;
-        let send_proxy = section.get("send_proxy").and_then(|field| {
-            reader.choice(field, &[("off", SendProxy::Off), ("v1", SendProxy::V1), ("v2", SendProxy::V2)])
-        });
-        let balance = section.get("balance").and_then(|field| {
-            reader.choice(
-                field,
-                &[
-                    ("least-connections", Balance::LeastConnections),
-                    ("round-robin", Balance::RoundRobin),
-                    ("hash", Balance::Hash),
-                    ("first", Balance::First),
-                ],
-            )
-        });
+        let send_proxy = section.get("send_proxy").and_then(|field| reader.choice(field, &SendProxy::WORDS));
+        let balance = section.get("balance").and_then(|field| reader.choice(field, &Balance::WORDS));
         let connect_timeout = section.get("connect_timeout").and_then(|field| reader.duration(field, &DEADLINE));
         let most = section
             .get("max_connections_per_target")
             .and_then(|field| reader.integer(field, &(0..=u64::from(u32::MAX)), "1000"));
         let hedge_delay = section.get("hedge_delay").and_then(|field| reader.duration(field, &(Duration::ZERO..=HOUR)));
-        let on_down = section
-            .get("on_down")
-            .and_then(|field| reader.choice(field, &[("keep", OnDown::Keep), ("reset", OnDown::Reset)]));
+        let on_down = section.get("on_down").and_then(|field| reader.choice(field, &OnDown::WORDS));
         let prefer_direct =
             section.get("prefer_direct").and_then(|field| reader.boolean(field)).unwrap_or(prefer_direct);
         let connect_timeout = connect_timeout.unwrap_or(Duration::from_secs(3));
