@@ -96,7 +96,7 @@ enum Command {
     },
     /// Say which route a server name takes, or why it is rejected; from the configuration alone.
     Explain {
-        /// The server name, as a client would send it.
+        /// The server name, as a client would send it, `host:port` or a URL.
         host: String,
         /// Only on this listener.
         #[arg(long, value_name = "NAME")]
@@ -104,6 +104,8 @@ enum Command {
         /// A protocol that the client offers; may be repeated.
         #[arg(long, value_name = "P")]
         alpn: Vec<String>,
+        #[command(flatten)]
+        output: Output,
     },
     /// Make the running daemon read its configuration again.
     Reload,
@@ -262,11 +264,15 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             let connections = ask(path, Method::GET, "/connections")?;
             write!(out, "{}", shown(connections, output.is_json(), describe_connections)?)?;
         }
-        Command::Explain { host, listener, alpn } => {
+        Command::Explain { host, listener, alpn, output } => {
             let config = shown_warnings(source::kept(path)?);
-            let (text, routed) = explain::explain(&config, host, listener.as_deref(), alpn)?;
-            write!(out, "{text}")?;
-            return Ok(if routed { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+            let found = explain::explain(&config, host, listener.as_deref(), alpn)?;
+            if output.is_json() {
+                writeln!(out, "{:#}", serde_json::to_value(&found)?)?;
+            } else {
+                write!(out, "{}", found.text())?;
+            }
+            return Ok(if found.forwarded { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         Command::Completions { shell } => {
             clap_complete::generate(*shell, &mut Arguments::command(), "dataplane", &mut out);
