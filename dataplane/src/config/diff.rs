@@ -55,7 +55,7 @@ impl Changes {
     }
 
     /// A key of `whose`, if its value differs.
-    fn key(&mut self, whose: &str, key: &str, before: String, after: String) {
+    fn key(&mut self, whose: &str, key: &str, before: &str, after: &str) {
         if before != after {
             self.other(format!("{whose}`{key}` is {after} and no longer {before}"));
         }
@@ -265,17 +265,17 @@ fn upstream(old: &Upstream, new: &Upstream, changes: &mut Changes) {
         let order = listed(new.targets.iter().map(|target| &target.text));
         changes.other(format!("upstream `{name}` has its targets in another order: {order}"));
     }
-    let mut key = |key: &str, before: String, after: String| changes.key(&whose, key, before, after);
-    let proxy = |value| word(value, &SendProxy::WORDS).to_owned();
+    let mut key = |key: &str, before: String, after: String| changes.key(&whose, key, &before, &after);
+    let proxy = |value| word(&value, &SendProxy::WORDS).to_owned();
     key("send_proxy", proxy(*send_proxy), proxy(new.send_proxy));
-    let words = |value| word(value, &Balance::WORDS).to_owned();
+    let words = |value| word(&value, &Balance::WORDS).to_owned();
     key("balance", words(*balance), words(new.balance));
     key("health", checks(health.as_ref()), checks(new.health.as_ref()));
     key("connect_timeout", format_duration(*connect_timeout), format_duration(new.connect_timeout));
     let most = |most: u32| most.to_string();
     key("max_connections_per_target", most(*max_connections_per_target), most(new.max_connections_per_target));
     key("hedge_delay", format_duration(*hedge_delay), format_duration(new.hedge_delay));
-    let words = |value| word(value, &OnDown::WORDS).to_owned();
+    let words = |value| word(&value, &OnDown::WORDS).to_owned();
     key("on_down", words(*on_down), words(new.on_down));
     key("prefer_direct", prefer_direct.to_string(), new.prefer_direct.to_string());
 }
@@ -293,7 +293,7 @@ fn described(upstream: &Upstream) -> String {
 
 fn targets(upstream: &Upstream) -> String {
     let targets = listed(upstream.targets.iter().map(|target| &target.text));
-    format!("{targets}; PROXY {}", word(upstream.send_proxy, &SendProxy::WORDS))
+    format!("{targets}; PROXY {}", word(&upstream.send_proxy, &SendProxy::WORDS))
 }
 
 fn settings(old: &Config, new: &Config, changes: &mut Changes) {
@@ -314,10 +314,10 @@ fn settings(old: &Config, new: &Config, changes: &mut Changes) {
         source: _,
         hash: _,
     } = old;
-    let mut key = |key: &str, before: String, after: String| changes.key("", key, before, after);
-    let words = |value| word(value, &EngineChoice::WORDS).to_owned();
+    let mut key = |key: &str, before: String, after: String| changes.key("", key, &before, &after);
+    let words = |value| word(&value, &EngineChoice::WORDS).to_owned();
     key("engine", words(*engine), words(new.engine));
-    let words = |value| word(value, &OnRemovedRoute::WORDS).to_owned();
+    let words = |value| word(&value, &OnRemovedRoute::WORDS).to_owned();
     key("on_removed_route", words(*on_removed_route), words(new.on_removed_route));
     key("watch", watch.to_string(), new.watch.to_string());
     for ((name, before), (_, after)) in each_limit(limits).into_iter().zip(each_limit(&new.limits)) {
@@ -362,7 +362,7 @@ fn repository(old: &Repository, new: &Repository, changes: &mut Changes) {
         };
         changes.wider(format!("the repository {} decides and no longer {}", shown(new), shown(old)));
     }
-    let mut key = |key: &str, before: String, after: String| changes.key("", key, before, after);
+    let mut key = |key: &str, before: String, after: String| changes.key("", key, &before, &after);
     let file = |path: &Option<PathBuf>| path.as_ref().map_or("not set".to_owned(), |path| path.display().to_string());
     key("source.interval", format_duration(*interval), format_duration(new.interval));
     key("source.token_file", file(token_file), file(&new.token_file));

@@ -67,7 +67,7 @@ pub fn routing_table(config: &Config) -> String {
 
 fn describe(upstream: &Upstream) -> [String; 3] {
     let targets: Vec<&str> = upstream.targets.iter().map(|target| &*target.text).collect();
-    let proxy = word(upstream.send_proxy, &SendProxy::WORDS);
+    let proxy = word(&upstream.send_proxy, &SendProxy::WORDS);
     [upstream.name.to_string(), targets.join(","), proxy.to_owned()]
 }
 

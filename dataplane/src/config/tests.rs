@@ -846,13 +846,25 @@ proptest! {
 #[test]
 fn whoever_believes_everybodys_proxy_header_is_warned_and_loudly_where_networks_were_to_protect() {
     let listener = |more: &str| SMALL.replacen("bind =", &format!("{more}\nbind ="), 1);
-    for everybody in ["\"0.0.0.0/0\"", "\"::/0\"", "\"0.0.0.0/1\", \"128.0.0.0/1\"", "\"::ffff:0:0/96\""] {
+    for everybody in [
+        "\"0.0.0.0/0\"",
+        "\"::/0\"",
+        "\"0.0.0.0/1\", \"128.0.0.0/1\"",
+        "\"::ffff:0:0/96\"",
+        // All that is public.
+        "\"2000::/3\", \"fc00::/7\"",
+        "\"3000::/4\", \"192.0.2.7\", \"2000::/4\"",
+        "\"0.0.0.0/1\", \"128.0.0.0/2\", \"192.0.0.0/3\"",
+        "\"::/1\"",
+    ] {
         let warnings = read(&listener(&format!("accept_proxy = [{everybody}]"))).1;
         assert!(warnings.contains("believes everybody's PROXY header"), "{everybody}: {warnings}");
         let warnings = read(&listener(&format!("accept_proxy = [{everybody}]\nallow = [\"192.168.7.0/24\"]"))).1;
         assert!(warnings.contains("PROTECT NOTHING"), "{everybody}: {warnings}");
     }
-    assert_eq!(read(&listener("accept_proxy = [\"10.0.0.0/8\"]\nallow = [\"192.168.7.0/24\"]")).1, "");
+    for some in ["\"10.0.0.0/8\"", "\"fc00::/7\", \"10.0.0.0/8\"", "\"2000::/4\"", "\"0.0.0.0/1\", \"128.0.0.0/2\""] {
+        assert_eq!(read(&listener(&format!("accept_proxy = [{some}]\nallow = [\"192.168.7.0/24\"]"))).1, "", "{some}");
+    }
 }
 
 #[test]
@@ -864,6 +876,19 @@ fn what_a_start_would_refuse_a_check_refuses() {
         assert!(said.contains("the webhook's address") && said.contains("choose another port"), "{taken}: {said}");
     }
     read(&webhook("127.0.0.1:9080"));
+    // A family each: these do not meet.
+    let beside = SMALL.replace("443\"]\n[up", "8443\"]\n[up");
+    read(&format!("{beside}[admin]\nbind = \"[::]:8443\"\n"));
+    for of_many in ["[ff02::1]:443", "[ff0e::101]:443", "224.0.0.1:443", "239.1.2.3:443", "255.255.255.255:443"] {
+        let webhook = webhook(of_many);
+        let admin = format!("{SMALL}[admin]\nbind = \"{of_many}\"\n");
+        for text in [SMALL.replace("0.0.0.0:443", of_many), admin, webhook] {
+            let said = refusal(&text);
+            let any = if of_many.starts_with('[') { "\"[::]:443\"" } else { "\"0.0.0.0:443\"" };
+            assert!(said.contains("is a multicast or broadcast address") && said.contains(any), "{text}: {said}");
+        }
+        refusal(&SMALL.replace("thinkpad-1:443", of_many));
+    }
     for zoned in ["[fe80::1]:443", "[fe80::1%eth0]:443", "[fe80::1%2]:443"] {
         for text in [
             SMALL.replace("0.0.0.0:443", zoned),

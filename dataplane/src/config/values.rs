@@ -156,6 +156,12 @@ pub fn parse_bind(text: &str) -> Result<SocketAddr, Refused> {
         {
             return Err(link_local(text));
         }
+        if is_of_many(addr.ip()) {
+            return refuse(
+                format!("`{text}` is a multicast or broadcast address: TCP has no connections to these"),
+                format!("write an address of this machine, or \"{}\" for all of them", any_beside(addr)),
+            );
+        }
         if let IpAddr::V6(ip) = addr.ip()
             && let Some(v4) = ip.to_ipv4_mapped()
         {
@@ -206,13 +212,24 @@ pub fn parse_bind(text: &str) -> Result<SocketAddr, Refused> {
 }
 
 /// What the configuration calls a value.
-pub fn word<T: PartialEq>(value: T, words: &[(&'static str, T)]) -> &'static str {
-    words.iter().find(|(_, other)| *other == value).map_or("", |(word, _)| word)
+pub fn word<T: PartialEq>(value: &T, words: &[(&'static str, T)]) -> &'static str {
+    words.iter().find(|(_, other)| other == value).map_or("", |(word, _)| word)
 }
 
 /// Quotation marks, plain and typographic: a text that was copied from a web page may have them.
 pub fn is_quotation_mark(c: char) -> bool {
     matches!(c, '"' | '\'' | '`' | '´' | '«' | '»' | '‹' | '›' | '\u{2018}'..='\u{201f}' | '\u{ff02}' | '\u{ff07}')
+}
+
+/// Whether an address stands for many machines at once.
+pub fn is_of_many(ip: IpAddr) -> bool {
+    ip.is_multicast() || ip == Ipv4Addr::BROADCAST
+}
+
+/// Every address of the same family, with the same port.
+fn any_beside(addr: SocketAddr) -> SocketAddr {
+    let any: IpAddr = if addr.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    SocketAddr::new(any, addr.port())
 }
 
 /// Link-local addresses mean nothing without an interface, and interfaces cannot be written here.
