@@ -84,8 +84,8 @@ pub fn start(
     Ok(later)
 }
 
-/// Binds the control socket. A socket left behind by a dead daemon is replaced. A live one is not, and
-/// neither is anything that is no socket.
+/// Binds the control socket. A socket left behind by a dead daemon is replaced. A live one is not,
+/// and neither is anything that is no socket.
 ///
 /// # Errors
 /// `AddrInUse`: somebody else has the socket. `AlreadyExists`: something else lies there.

@@ -124,7 +124,16 @@ fn metrics_and_webhook_on_a_missing_address_keep_no_client_out() {
     accept(&upstream, false);
     let waiting = || daemon.json(&["status", "--json"])["waiting"].as_array().expect("a list").len();
     assert_eq!(waiting(), 2);
+    // What has come and is taken is told as taken, and waited for all the same.
+    let taken = [9443, 9080].map(|port| net.entrance.listen_early(&format!("{LATER}:{port}")));
     add_address(&net);
+    let are_taken = || {
+        let status = daemon.json(&["status", "--json"]);
+        let reasons = status["waiting"].as_array().expect("a list").iter().map(|w| w["reason"].to_string());
+        reasons.filter(|reason| reason.contains("another program listens there")).count() == 2
+    };
+    eventually(PATIENCE, "both are told as taken", || are_taken().then_some(()));
+    drop(taken);
     eventually(PATIENCE, "all is listened on", || (waiting() == 0).then_some(()));
     for port in [9443, 9080] {
         let at = format!("{LATER}:{port}").parse().expect("an address");

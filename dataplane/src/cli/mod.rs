@@ -57,8 +57,10 @@ enum Command {
         #[arg(long, value_name = "FILE", requires = "repository")]
         node: Option<PathBuf>,
     },
-    /// Say in words what a change of the configuration does to the routing table. Without --repository it reads whatever file `include` names, and quotes lines of
-    /// it in errors: for files of your own.
+    /// Say in words what a change of the configuration does to the routing table.
+    ///
+    /// Without --repository it reads whatever file `include` names, and quotes lines of it in
+    /// errors: for files of your own.
     Diff {
         /// The configuration before.
         old: PathBuf,
@@ -67,20 +69,23 @@ enum Command {
         new: Option<PathBuf>,
         #[command(flatten)]
         output: Output,
-        /// Both are folders with the content of a repository: compared without a network, without a file outside of them, and as strictly as a node does.
+        /// Both are folders with the content of a repository: compared without a network, without a
+        /// file outside of them, and as strictly as a node does.
         #[arg(long)]
         repository: bool,
         /// The file in the repository, as `path` in [source].
         #[arg(long, value_name = "FILE", default_value = "dataplane.toml", requires = "repository")]
         path: PathBuf,
-        /// A node's own file, of which `allow_hosts`, `allow_listeners` and `allow_targets` in [source] count; their defaults when left out.
+        /// A node's own file, of which `allow_hosts`, `allow_listeners` and `allow_targets` in
+        /// [source] count; their defaults when left out.
         #[arg(long, value_name = "FILE", requires = "repository")]
         node: Option<PathBuf>,
     },
     /// Print a commented starter configuration.
     Init,
-    /// Write another program's configuration as one of ours, to stdout; on stderr, what could not be carried over. It reads whatever file `include` names: for files
-    /// of your own.
+    /// Write another program's configuration as one of ours, to stdout; on stderr, what could not be carried over.
+    ///
+    /// It reads whatever file `include` names: for files of your own.
     Import {
         /// Whose configuration it is.
         #[arg(value_enum)]
@@ -106,8 +111,10 @@ enum Command {
         #[command(flatten)]
         output: Output,
     },
-    /// Say which route a server name takes, or why it is rejected; from the configuration alone. It reads whatever file `include` names, and quotes lines of it in
-    /// errors: for files of your own.
+    /// Say which route a server name takes, or why it is rejected; from the configuration alone.
+    ///
+    /// It reads whatever file `include` names, and quotes lines of it in errors: for files of your
+    /// own.
     Explain {
         /// The server name, as a client would send it, `host:port` or a URL.
         host: String,

@@ -246,7 +246,8 @@ fn trusts_everybody(config: &Config, places: &Places) -> Vec<Diagnostic> {
     found
 }
 
-/// IPv4 networks from which nobody comes over the internet (RFC 6890, RFC 5771, RFC 1112 section 4).
+/// IPv4 networks from which nobody comes over the internet (RFC 6890, RFC 5771, RFC 1112 section
+/// 4).
 const NOT_PUBLIC: [(u8, u8, u8); 8] =
     [(0, 0, 8), (10, 0, 8), (100, 64, 10), (127, 0, 8), (169, 254, 16), (172, 16, 12), (192, 168, 16), (224, 0, 3)];
 

@@ -173,9 +173,9 @@ pub(super) fn hidden(text: &str) -> String {
 /// How `@` can be written.
 const AT: [&str; 5] = ["@", "%40", "\\u0040", "\\U00000040", "\\x40"];
 
-/// Where names, passwords and queries of URLs are in a text: up to the last `@`, and from the end of the
-/// host where more follows than a plain path. More is hidden than has to be: nobody knows where a
-/// password ends that is not quoted well.
+/// Where names, passwords and queries of URLs are in a text: up to the last `@`, and from the end
+/// of the host where more follows than a plain path. More is hidden than has to be: nobody knows
+/// where a password ends that is not quoted well.
 fn secrets_of(text: &str) -> Vec<Span> {
     let mut secrets = Vec::new();
     let at = AT.iter().filter_map(|at| text.rfind(at).map(|start| start..start + at.len())).max_by_key(|at| at.start);

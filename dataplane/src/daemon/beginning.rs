@@ -18,9 +18,10 @@ pub(super) struct Beginning {
 }
 
 impl Beginning {
-    /// The commit that is kept, or else the newest. One of which some addresses cannot be bound is served
-    /// with the others, those that may still come among them: what mends it is in the repository, which is
-    /// looked at from then on. One of which none can be bound now gives way to the newest.
+    /// The commit that is kept, or else the newest. One of which some addresses cannot be bound is
+    /// served with the others, those that may still come among them: what mends it is in the
+    /// repository, which is looked at from then on. One of which none can be bound now gives way to
+    /// the newest.
     pub(super) fn find(path: &Path, workers: usize) -> Result<Self> {
         let (loaded, not_kept) = source::at_start(path)?;
         if let Some(why) = &not_kept {
@@ -35,17 +36,18 @@ impl Beginning {
         }
         let errors = first.missing.as_deref().unwrap_or_default();
         tracing::error!(errors, "the commit that is kept cannot be put in force: the newest is fetched");
-        match source::newest(path, |_| ()) {
+        let why = match source::newest(path, |_| ()) {
             Ok(newest) => {
                 let newest = Self::bind(newest, workers);
-                if newest.serves() || !first.serves() { newest.or_refuse() } else { first.or_refuse() }
+                if newest.serves() || !first.serves() {
+                    return newest.or_refuse();
+                }
+                newest.missing.unwrap_or_default()
             }
             // It may be the network that is missing, and with it the address.
-            Err(error) => {
-                let missing = Some(format!("{errors}{error}"));
-                Self { missing, ..first }.or_refuse()
-            }
-        }
+            Err(error) => error.to_string(),
+        };
+        Self { missing: Some(format!("{errors}{why}")), ..first }.or_refuse()
     }
 
     fn bind(loaded: Loaded, workers: usize) -> Self {

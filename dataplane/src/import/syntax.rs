@@ -117,8 +117,8 @@ fn included(path: &Path) -> Vec<PathBuf> {
     found.filter(|path| path.is_file()).collect()
 }
 
-/// A directive for messages, by its name if it may be one: what is included may be another kind of file,
-/// of which a line is one word.
+/// A directive for messages, by its name if it may be one: what is included may be another kind of
+/// file, of which a line is one word.
 pub(super) fn named(word: &str) -> String {
     /// nginx has none that is longer.
     const LONGEST: usize = 40;

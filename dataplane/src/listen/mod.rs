@@ -54,8 +54,9 @@ pub fn bind(addr: SocketAddr, workers: usize, beside_own: bool) -> io::Result<Ve
         .collect()
 }
 
-/// Binds an address for something else than clients: metrics, the webhook. IPv6 sockets are IPv6 only
-/// here, too: else this one and an IPv4 listener of ours on the same port would be in each other's way.
+/// Binds an address for something else than clients: metrics, the webhook. IPv6 sockets are IPv6
+/// only here, too: else this one and an IPv4 listener of ours on the same port would be in each
+/// other's way.
 ///
 /// # Errors
 /// Those of bind(2).

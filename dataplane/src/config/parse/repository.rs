@@ -156,9 +156,9 @@ enum Transport {
     File,
 }
 
-/// What git would do with the text. Forms that run programs or send nothing but clear text are not among
-/// them, nor is anything that may hold a secret: what passes is shown in log and `status`. No message
-/// quotes what does not.
+/// What git would do with the text. Forms that run programs or send nothing but clear text are not
+/// among them, nor is anything that may hold a secret: what passes is shown in log and `status`. No
+/// message quotes what does not.
 fn transport(text: &str) -> Result<Transport, Refused> {
     const FORMS: &str = "write \"https://HOST/PATH\", \"ssh://git@HOST/PATH\" or an absolute path";
     const TOKEN: &str = "write the token into a file, and the file as `token_file`";
@@ -204,8 +204,13 @@ fn is_host(text: &str) -> bool {
         Some((ip, port)) => (ip.parse::<Ipv6Addr>().is_ok(), Some(port.strip_prefix(':').unwrap_or_default())),
         None => {
             let (name, port) = text.split_once(':').map_or((text, None), |(name, port)| (name, Some(port)));
-            // Also a name that is not ASCII.
-            (!name.is_empty() && name.chars().all(|c| is_of_name(c) || c.is_alphanumeric()), port)
+            // Also a name that is not ASCII; never an option of a program.
+            (
+                !name.is_empty()
+                    && !name.starts_with('-')
+                    && name.chars().all(|c| is_of_name(c) || c.is_alphanumeric()),
+                port,
+            )
         }
     };
     let is_port =
@@ -289,6 +294,7 @@ mod tests {
             "https://token@git.example.com/x",
             "https://git.example.com/a b",
             "https://:443/x",
+            "ssh://git@-x/y",
             "https://[2001:db8::1]443/x",
             "https://git.example.com:0/x",
         ] {
