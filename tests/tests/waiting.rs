@@ -118,6 +118,51 @@ fn a_default_address_that_is_taken_is_named_by_its_key() {
 }
 
 #[test]
+fn one_port_serves_clients_on_ipv4_and_metrics_on_ipv6() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let upstream = net.cluster.listen("100.64.0.2:443");
+    let daemon = Daemon::start_on(&net, &net.entrance, |dir| {
+        format!(
+            "[listeners.public]\nbind = [\"0.0.0.0:443\"]\n[upstreams.a]\ntargets = [\"100.64.0.2:443\"]\n\
+             [[routes]]\nhosts = [\"app.example.com\"]\nupstream = \"a\"\n\
+             [admin]\nbind = \"[::]:443\"\nsocket = \"{}/admin.sock\"\n",
+            dir.display()
+        )
+    });
+    let mut client = net.client.connect(public()).expect("accepted");
+    client.write_all(&hello()).expect("sent");
+    accept(&upstream, false);
+    let mut asks = net.entrance.connect("[::1]:443".parse().expect("an address")).expect("accepted");
+    asks.write_all(b"GET /healthz HTTP/1.0\r\n\r\n").expect("sent");
+    let mut answer = [0; 15];
+    std::io::Read::read_exact(&mut asks, &mut answer).expect("an answer");
+    assert_eq!(&answer, b"HTTP/1.0 200 OK");
+    drop(daemon);
+}
+
+#[test]
+fn a_control_socket_that_is_something_else_is_told_as_that_and_left_alone() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let folder = net.dir().join("folder");
+    std::fs::create_dir(&folder).expect("made");
+    let text = format!(
+        "[listeners.public]\nbind = [\"198.51.100.1:443\"]\n[upstreams.a]\ntargets = [\"100.64.0.2:443\"]\n\
+         [[routes]]\nhosts = [\"a.example\"]\nupstream = \"a\"\n[admin]\nsocket = \"{}\"\n",
+        folder.display()
+    );
+    let file = net.file("dataplane.toml", text);
+    let out = net.entrance.run(|| Command::new(binary()).args(["run", "--config"]).arg(&file).output()).expect("runs");
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(
+        !out.status.success() && said.contains("a folder is there") && said.contains("`socket` in [admin]"),
+        "{said}"
+    );
+    assert!(!said.contains("stop the other daemon") && folder.is_dir(), "{said}");
+}
+
+#[test]
 fn idle_connections_to_metrics_and_control_take_nothing_from_clients() {
     let _turn = beside_others();
     let net = Net::new();

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use idna::AsciiDenyList;
 
-use super::values::{Refused, has_zone, link_local, refuse};
+use super::values::{Refused, has_zone, is_of_many, link_local, refuse};
 use super::{HostPattern, Span, Target, TargetHost};
 
 /// RFC 1035 section 2.3.4, without the trailing dot.
@@ -187,7 +187,7 @@ impl Target {
         };
         match host {
             TargetHost::Ip(IpAddr::V6(ip)) if ip.is_unicast_link_local() => Err(link_local(text)),
-            TargetHost::Ip(ip) if ip.is_unspecified() || ip.is_multicast() => refuse(
+            TargetHost::Ip(ip) if ip.is_unspecified() || is_of_many(ip) => refuse(
                 format!("nothing can be reached at `{ip}`"),
                 "write the address of the service: \"127.0.0.1:8443\" for this machine",
             ),

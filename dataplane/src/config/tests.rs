@@ -864,6 +864,19 @@ fn what_a_start_would_refuse_a_check_refuses() {
         assert!(said.contains("the webhook's address") && said.contains("choose another port"), "{taken}: {said}");
     }
     read(&webhook("127.0.0.1:9080"));
+    // A family each: these do not meet.
+    let beside = SMALL.replace("443\"]\n[up", "8443\"]\n[up");
+    read(&format!("{beside}[admin]\nbind = \"[::]:8443\"\n"));
+    for of_many in ["[ff02::1]:443", "[ff0e::101]:443", "224.0.0.1:443", "239.1.2.3:443", "255.255.255.255:443"] {
+        let webhook = webhook(of_many);
+        let admin = format!("{SMALL}[admin]\nbind = \"{of_many}\"\n");
+        for text in [SMALL.replace("0.0.0.0:443", of_many), admin, webhook] {
+            let said = refusal(&text);
+            let any = if of_many.starts_with('[') { "\"[::]:443\"" } else { "\"0.0.0.0:443\"" };
+            assert!(said.contains("is a multicast or broadcast address") && said.contains(any), "{text}: {said}");
+        }
+        refusal(&SMALL.replace("thinkpad-1:443", of_many));
+    }
     for zoned in ["[fe80::1]:443", "[fe80::1%eth0]:443", "[fe80::1%2]:443"] {
         for text in [
             SMALL.replace("0.0.0.0:443", zoned),

@@ -156,6 +156,12 @@ pub fn parse_bind(text: &str) -> Result<SocketAddr, Refused> {
         {
             return Err(link_local(text));
         }
+        if is_of_many(addr.ip()) {
+            return refuse(
+                format!("`{text}` is a multicast or broadcast address: TCP has no connections to these"),
+                format!("write an address of this machine, or \"{}\" for all of them", any_beside(addr)),
+            );
+        }
         if let IpAddr::V6(ip) = addr.ip()
             && let Some(v4) = ip.to_ipv4_mapped()
         {
@@ -195,6 +201,17 @@ pub fn parse_bind(text: &str) -> Result<SocketAddr, Refused> {
         }
         _ => refuse(format!("`{text}` is not an address to listen on"), EXAMPLES),
     }
+}
+
+/// Whether an address stands for many machines at once.
+pub fn is_of_many(ip: IpAddr) -> bool {
+    ip.is_multicast() || ip == Ipv4Addr::BROADCAST
+}
+
+/// Every address of the same family, with the same port.
+fn any_beside(addr: SocketAddr) -> SocketAddr {
+    let any: IpAddr = if addr.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    SocketAddr::new(any, addr.port())
 }
 
 /// Link-local addresses mean nothing without an interface, and interfaces cannot be written here.

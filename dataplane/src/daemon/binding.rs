@@ -53,7 +53,7 @@ fn is_missing(error: &io::Error) -> bool {
 
 pub(super) fn bind_admin(config: &Config, waiting: &mut Vec<Waiting>) -> Result<Sockets> {
     let bind = &config.admin.bind;
-    let tcp = match TcpListener::bind(bind.addr) {
+    let tcp = match listen::bind_one(bind.addr) {
         Ok(tcp) => Some(tcp),
         Err(error) if is_missing(&error) => {
             waiting.push(Waiting { addr: bind.addr, role: Role::Admin });
@@ -72,10 +72,14 @@ pub(super) fn bind_admin(config: &Config, waiting: &mut Vec<Waiting>) -> Result<
             );
             None
         }
-        Err(error) => bail!(
-            "cannot make the control socket {}: {error}\n  help: stop the other daemon, or set `socket` in [admin]",
-            socket.display()
-        ),
+        Err(error) => {
+            let remedy = if error.kind() == io::ErrorKind::AddrInUse {
+                "stop the other daemon, or set `socket` in [admin] to another path"
+            } else {
+                "set `socket` in [admin] to a path where nothing is, in a folder that this program may write into"
+            };
+            bail!("cannot make the control socket {}: {error}\n  help: {remedy}", socket.display())
+        }
     };
     Ok(Sockets { tcp, unix })
 }
@@ -88,7 +92,7 @@ pub(super) fn bind_webhook(
 ) -> Result<Option<(TcpListener, webhook::Served)>> {
     let Some(Webhook { bind, secret_file }) = config.webhook() else { return Ok(None) };
     let bound = bound.filter(|bound| bound.local_addr().is_ok_and(|addr| addr == bind.addr));
-    let listener = bound.map_or_else(|| TcpListener::bind(bind.addr), TcpListener::try_clone);
+    let listener = bound.map_or_else(|| listen::bind_one(bind.addr), TcpListener::try_clone);
     let both = listener.and_then(|listener| Ok((listener.try_clone()?, listener)));
     let (kept, listener) = match both {
         Ok(both) => both,

@@ -247,7 +247,7 @@ impl Daemon {
             worker.end();
         }
         if let Some(socket) = self.control_socket {
-            let _ = std::fs::remove_file(socket);
+            admin::remove_unix(&socket);
         }
         Ok(())
     }

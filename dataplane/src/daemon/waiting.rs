@@ -1,7 +1,7 @@
 //! Addresses that this machine does not have yet, tailscale0's at boot above all: they stop nothing, and are tried again.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 
 use sd_notify::NotifyState;
 
@@ -71,7 +71,7 @@ impl Daemon {
                         self.bound.push(one.addr);
                     })
                 }
-                Role::Admin => TcpListener::bind(one.addr).map(|tcp| drop(self.admin.send(tcp))),
+                Role::Admin => listen::bind_one(one.addr).map(|tcp| drop(self.admin.send(tcp))),
                 Role::Webhook => match bind_webhook(&generation.config, None, &mut Vec::new()) {
                     Ok(Some(webhook)) => {
                         self.serve_webhook(Some(webhook));

@@ -26,6 +26,9 @@ use crate::shortages::Shortage;
 /// Connections that the kernel completes before we accept them; it caps this at net.core.somaxconn.
 const BACKLOG: i32 = 4096;
 
+/// The same where few ask.
+const BACKLOG_OF_ONE: i32 = 128;
+
 /// How long to wait when the kernel is out of memory for sockets: long enough not to spin, short enough to go unnoticed.
 const BREATHER: Duration = Duration::from_millis(50);
 
@@ -49,6 +52,19 @@ pub fn bind(addr: SocketAddr, workers: usize, beside_own: bool) -> io::Result<Ve
             Ok(socket.into())
         })
         .collect()
+}
+
+/// Binds an address for something else than clients: metrics, the webhook. IPv6 sockets are IPv6
+/// only here, too: else this one and an IPv4 listener of ours on the same port would be in each
+/// other's way.
+///
+/// # Errors
+/// Those of bind(2).
+pub fn bind_one(addr: SocketAddr) -> io::Result<StdListener> {
+    let socket = socket(addr)?;
+    socket.bind(&addr.into())?;
+    socket.listen(BACKLOG_OF_ONE)?;
+    Ok(socket.into())
 }
 
 fn socket(addr: SocketAddr) -> io::Result<Socket> {
@@ -172,6 +188,16 @@ impl Spare {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_port_is_bound_on_each_family() {
+        let v4 = bind_one("0.0.0.0:0".parse().unwrap()).unwrap();
+        let port = v4.local_addr().unwrap().port();
+        match bind_one(SocketAddr::new(std::net::Ipv6Addr::UNSPECIFIED.into(), port)) {
+            Ok(_) => {}
+            Err(error) => assert_ne!(error.kind(), io::ErrorKind::AddrInUse, "IPv6 alone"),
+        }
+    }
 
     #[tokio::test]
     async fn clients_that_keep_coming_do_not_keep_a_listener_open() {
