@@ -163,6 +163,34 @@ fn passwords_and_tokens_are_told_to_nobody_and_wrong_ones_are_named_by_their_fil
         let (good, said) = node(&format!("git = \"{url}\"\nhunter2 = 1"));
         assert!(!good && !said.contains(":hunter2@"), "{said}");
     }
+    // Whatever is wrong, and in whatever form it is told.
+    for git in [
+        "\"https://me:hun hunter2@198.51.100.1:1/x.git\"",
+        "\"https://198.51.100.1:1/x.git?private_token=hunter2\"",
+        "\"https://198.51.100.1:1/x.git#hunter2\"",
+        "\"https://me:hunter2%40198.51.100.1/x.git\"",
+        "\"https://198.51.100.1:hunter2/x.git\"",
+        "\"\"\"https://me:\nhunter2\n@198.51.100.1/x.git\"\"\"",
+        "'''https://me:hunter2\\@198.51.100.1/x.git'''",
+        "https://me:hun hunter2@198.51.100.1/x.git",
+        "\"https://me:hunter2\\q@198.51.100.1/x.git\"",
+        "\"\"\"https://me:\nhunter2\\q@198.51.100.1/x.git\"\"\"",
+    ] {
+        for lines in [format!("git = {git}"), format!("gti = {git}"), format!("git = {git}\nother = 1")] {
+            let (good, said) = node(&lines);
+            assert!(!good && said.contains("help: ") && !said.contains("hunter2"), "{lines}:\n{said}");
+            let out = Command::new(binary())
+                .args(["check", "--format", "json", "--config", "node.toml"])
+                .current_dir(net.dir())
+                .output()
+                .expect("the daemon's binary can be run");
+            let said = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+            assert!(
+                !out.status.success() && said.contains("\"help\"") && !said.contains("hunter2"),
+                "{lines}:\n{said}"
+            );
+        }
+    }
     let file = forge.token_file();
     for text in [format!("{TOKEN}\nsecond\n"), String::new(), "\n".to_owned()] {
         let by_https = forge.by_https(ENTRANCE[0]);

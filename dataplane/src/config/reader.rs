@@ -8,7 +8,7 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::diagnostic::MOST_KEPT;
+use super::diagnostic::{MOST_KEPT, hidden};
 use super::keys;
 use super::values::{Refused, format_duration, format_size, parse_duration, parse_size};
 use super::{Diagnostic, Span};
@@ -404,9 +404,10 @@ fn describe(value: &DeValue<'_>) -> String {
     }
 }
 
-/// In the quotes that TOML wants, for messages: long text is cut.
+/// In the quotes that TOML wants, for messages: long text is cut, and what may be secret is hidden.
 pub(super) fn quoted(text: &str) -> String {
     const LONGEST: usize = 60;
+    let text = &*hidden(text);
     let cut: String = text.chars().take(LONGEST).collect();
     let more = if cut.len() < text.len() { "…" } else { "" };
     format!("\"{cut}{more}\"")

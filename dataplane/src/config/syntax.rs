@@ -7,6 +7,7 @@ use std::collections::HashSet;
 use toml::de::Error;
 
 use super::diagnostic::MOST_KEPT;
+use super::reader::quoted;
 use super::{Diagnostic, Source, Span};
 
 /// Puts syntax errors, a list for each file, together with `findings` about what could be read and `absences` of what could not be found.
@@ -134,7 +135,7 @@ fn duplicate(source: &Source, span: Span) -> Option<Diagnostic> {
 fn remedy(message: &str, text: &str) -> String {
     let remedy = match message {
         m if m.starts_with("string values must be quoted") => {
-            return format!("write \"{}\"", text.trim_matches(['"', '\'']));
+            return format!("write {}", quoted(text.trim_matches(['"', '\''])));
         }
         m if m.starts_with("unclosed array table") => "close the header with `]]`",
         m if m.starts_with("unclosed table") => "close the header with `]`",

@@ -60,8 +60,12 @@ pub fn load(repository: &Repository) -> Result<Snapshot, String> {
     let bytes = fs::read(&file).map_err(|error| why(&error))?;
     let document: Document = serde_json::from_slice(&bytes).map_err(|error| why(&error))?;
     let Document { git, r#ref, path, commit, files } = document;
-    if (&git, &r#ref, &path) != (&repository.git, &repository.reference, &repository.path) {
-        return Err(why(&format_args!("it is of {git}, {}, {}", r#ref, path.display())));
+    // Not quoted: an older version let a password through.
+    if git != repository.git {
+        return Err(why(&"it is of another repository"));
+    }
+    if (&r#ref, &path) != (&repository.reference, &repository.path) {
+        return Err(why(&format_args!("it is of `ref` {}, `path` {}", r#ref, path.display())));
     }
     Ok(Snapshot { commit, files: files.into_iter().map(|(path, text)| (path, text.into_bytes())).collect() })
 }
@@ -85,7 +89,11 @@ mod tests {
             assert_eq!(load(&repository), Ok(snapshot.clone()));
         }
         assert_eq!(fs::read_dir(&repository.state_directory).unwrap().count(), 1);
-        let other = Repository { reference: "other".into(), ..repository };
-        assert!(load(&other).unwrap_err().contains("/srv/a.git"));
+        let other = Repository { reference: "other".into(), ..repository.clone() };
+        assert!(load(&other).unwrap_err().contains("`ref` HEAD"));
+        let old = Repository { git: "https://h/x.git?token=s3cret".into(), ..repository.clone() };
+        save(&old, &snapshot).unwrap();
+        let error = load(&repository).unwrap_err();
+        assert!(error.contains("another repository") && !error.contains("s3cret"), "{error}");
     }
 }

@@ -1,5 +1,6 @@
 //! `[source]`: the repository that holds the configuration of all entrance nodes, and how this node reaches it.
 
+use std::net::Ipv6Addr;
 use std::ops::RangeInclusive;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
@@ -16,7 +17,7 @@ const MAX_SIZE: RangeInclusive<u64> = 4 << 10..=4 << 30;
 /// `[source]`
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Repository {
-    /// URL or path, as git takes it.
+    /// URL or path, as git takes it. There is nothing secret in it.
     pub git: String,
     /// Branch or tag; `HEAD`: the one that the repository prefers.
     pub reference: String,
@@ -148,11 +149,15 @@ enum Transport {
     File,
 }
 
-/// What git would do with the text. Forms that run programs or send nothing but clear text are not among them.
+/// What git would do with the text. Forms that run programs or send nothing but clear text are not
+/// among them, nor is anything that may hold a secret: what passes is shown in log and `status`. No
+/// message quotes what does not.
 fn transport(text: &str) -> Result<Transport, Refused> {
     const FORMS: &str = "write \"https://HOST/PATH\", \"ssh://git@HOST/PATH\" or an absolute path";
+    const TOKEN: &str = "write the token into a file, and the file as `token_file`";
+    let no_form = |what: &str| refuse(format!("`git` {what}"), FORMS);
     if text.contains(|c: char| c.is_whitespace() || c.is_control()) {
-        return refuse(format!("{} has spaces in it", quoted(text)), FORMS);
+        return refuse("`git` has blanks or control characters in it", format!("{FORMS}; a token: {TOKEN}"));
     }
     let (transport, rest) = match text.split_once("://") {
         Some(("http" | "https", rest)) => (Transport::Http, rest),
@@ -160,26 +165,60 @@ fn transport(text: &str) -> Result<Transport, Refused> {
         Some(("file", rest)) => (Transport::File, rest),
         None if text.starts_with('/') => return Ok(Transport::File),
         None if scp_like(text) => return Ok(Transport::Ssh),
-        _ => return refuse(format!("{} is not a repository that this reaches", quoted(text)), FORMS),
+        _ => return no_form("is not a repository that this reaches"),
     };
-    let user = rest.split('/').next().and_then(|authority| authority.rsplit_once('@')).map(|(user, _)| user);
+    let authority = rest.split('/').next().unwrap_or_default();
+    let (user, host) = authority.rsplit_once('@').map_or((None, authority), |(user, host)| (Some(user), host));
     if rest.is_empty() || rest.starts_with('-') || user.is_some_and(|user| user.starts_with('-')) {
-        return refuse(format!("{} names no repository", quoted(text)), FORMS);
+        return no_form("names no repository");
     }
-    if user.is_some_and(|user| transport == Transport::Http || user.contains(':')) {
-        // Not quoted: it would stand in the log.
-        return refuse(
-            "`git` has a name or a password in it",
-            "write the token into a file, and the file as `token_file`",
-        );
+    // A name or a token may have a slash in it.
+    if transport == Transport::Http && (rest.contains('@') || authority.contains("%40")) {
+        return refuse("`git` has a name or a password in it", TOKEN);
+    }
+    if user.is_some_and(|user| user.is_empty() || !user.chars().all(is_of_name)) {
+        let remedy = "write the key into a file, and the file as `ssh_key_file`";
+        return refuse("`git` has more than a user's name before the `@`", remedy);
+    }
+    if rest.contains(['?', '#']) {
+        let remedy = format!("leave out `?` or `#` and what comes after it; {TOKEN}");
+        return refuse("`git` has a query or a fragment in it", remedy);
+    }
+    if transport != Transport::File && !is_host(host) {
+        return no_form("does not name a host, or the colon after it is not followed by the number of a port");
     }
     Ok(transport)
+}
+
+/// `git.example.com`, `[2001:db8::1]`, with a port or without.
+fn is_host(text: &str) -> bool {
+    let (is_name, port) = match text.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((ip, "")) => (ip.parse::<Ipv6Addr>().is_ok(), None),
+        Some((ip, port)) => (ip.parse::<Ipv6Addr>().is_ok(), Some(port.strip_prefix(':').unwrap_or_default())),
+        None => {
+            let (name, port) = text.split_once(':').map_or((text, None), |(name, port)| (name, Some(port)));
+            // Also a name that is not ASCII; never an option of a program.
+            (
+                !name.is_empty()
+                    && !name.starts_with('-')
+                    && name.chars().all(|c| is_of_name(c) || c.is_alphanumeric()),
+                port,
+            )
+        }
+    };
+    let is_port =
+        |port: &str| port.bytes().all(|b| b.is_ascii_digit()) && port.parse::<u16>().is_ok_and(|port| port > 0);
+    is_name && port.is_none_or(is_port)
+}
+
+fn is_of_name(c: char) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.')
 }
 
 /// `git@host:path`
 fn scp_like(text: &str) -> bool {
     let Some((host, path)) = text.split_once(':') else { return false };
-    let name = |part: &str| !part.is_empty() && !part.starts_with('-') && !part.contains('/');
+    let name = |part: &str| !part.is_empty() && !part.starts_with('-') && part.chars().all(is_of_name);
     host.split_once('@').is_some_and(|(user, host)| name(user) && name(host))
         && !path.is_empty()
         && !path.starts_with(':')
@@ -223,6 +262,8 @@ mod tests {
         for text in [
             "https://git.example.com/me/entrance.git",
             "http://127.0.0.1:8080/entrance.git",
+            "https://[2001:db8::1]:8443/~me/a%20b.git",
+            "https://gît.example/x",
             "ssh://git@git.example.com:2222/me/entrance.git",
             "git@git.example.com:me/entrance.git",
             "file:///srv/entrance.git",
@@ -245,11 +286,43 @@ mod tests {
             "https://user:secret@git.example.com/x",
             "https://token@git.example.com/x",
             "https://git.example.com/a b",
+            "https://:443/x",
+            "ssh://git@-x/y",
+            "https://[2001:db8::1]443/x",
+            "https://git.example.com:0/x",
         ] {
             assert!(transport(text).is_err(), "{text}");
         }
-        let refused = transport("https://user:secret@git.example.com/x").err().unwrap();
-        assert!(!refused.message.contains("secret") && refused.remedy.contains("token_file"));
+    }
+
+    #[test]
+    fn what_may_be_secret_is_refused_with_a_remedy_and_never_quoted() {
+        for text in [
+            "https://me:hun s3cret@h/x.git",
+            "https://me:s3cret\n@h/x.git",
+            "https://me:s3cret@h/x.git",
+            "https://me:s3/cret@h/x.git",
+            "https://s3/cret@h/x.git",
+            "https://s3cret@h/x.git",
+            "https://s3cret%40h/x.git",
+            "https://me:s3cret%40h/x.git",
+            "https://h/x.git?private_token=s3cret",
+            "https://h/x.git#s3cret",
+            "ssh://git:s3cret@h/x.git",
+            "ssh://git:s3cret%40h/x.git",
+            "ssh://git@h:s3cret/x.git",
+            "ssh://git@h/x.git?s3cret",
+            "file:///srv/x.git?s3cret",
+            "https://h:s3cret/x.git",
+            "me:s3cret@h:x.git",
+            "me:s3cret%40h:x.git",
+        ] {
+            let Err(Refused { message, remedy }) = transport(text) else { panic!("{text}") };
+            assert!(message.starts_with("`git` ") && !message.contains("cret"), "{text}: {message}");
+            assert!(!remedy.is_empty() && !remedy.contains("s3cret"), "{text}: {remedy}");
+            let from_url = text.starts_with("https://") && !text.contains(":s3cret/") && !text.contains("s3cret%");
+            assert!(!from_url || remedy.contains("token_file"), "{text}: {remedy}");
+        }
     }
 
     #[test]
