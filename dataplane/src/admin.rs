@@ -155,7 +155,9 @@ async fn ready(State(app): State<App>) -> (StatusCode, String) {
         return (StatusCode::SERVICE_UNAVAILABLE, "draining\n".to_owned());
     }
     let waiting = app.shared.waiting.lock().expect("no panic while held");
-    let text = waiting.iter().map(|waiting| format!("not listening on {} ({}) yet\n", waiting.addr, waiting.role));
+    let text = waiting
+        .iter()
+        .map(|waiting| format!("not listening on {} ({}) yet: {}\n", waiting.addr, waiting.role, waiting.reason()));
     let listeners = app.shared.generation.load().config.listeners.iter().map(|l| l.bind.len()).sum::<usize>();
     let missing = waiting.iter().filter(|waiting| matches!(waiting.role, Role::Listener(_))).count();
     // Whatever else is missing, clients are served.
@@ -236,7 +238,7 @@ fn status(shared: &Shared) -> Value {
         "waiting": shared.waiting.lock().expect("no panic while held").iter().map(|waiting| json!({
             "address": waiting.addr.to_string(),
             "for": waiting.role.to_string(),
-            "reason": "this machine does not have the address yet",
+            "reason": waiting.reason(),
         })).collect::<Vec<_>>(),
         "listeners": config.listeners.iter().map(|l| json!({
             "name": l.name,

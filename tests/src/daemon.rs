@@ -139,6 +139,8 @@ pub struct Daemon {
     dir: PathBuf,
     /// It has told systemd so.
     ready: Arc<AtomicBool>,
+    /// What it has told systemd of itself last.
+    told: Arc<Mutex<String>>,
     log: Arc<Mutex<Vec<String>>>,
     /// Removed when the process is gone.
     _group: Option<MemoryGroup>,
@@ -255,21 +257,25 @@ impl Daemon {
             }
         });
         let ready = Arc::new(AtomicBool::new(false));
-        let watcher = Arc::downgrade(&ready);
+        let told = Arc::new(Mutex::new(String::new()));
+        let (watcher, status) = (Arc::downgrade(&ready), Arc::clone(&told));
         notify.set_read_timeout(Some(Duration::from_secs(1))).expect("a time limit");
         // Reads for as long as there is a daemon, as systemd does.
         std::thread::spawn(move || {
             let mut buffer = [0; 4096];
             loop {
-                let told = notify.recv(&mut buffer);
+                let length = notify.recv(&mut buffer);
                 let Some(ready) = watcher.upgrade() else { return };
-                let text = String::from_utf8_lossy(&buffer[..told.unwrap_or(0)]);
+                let text = String::from_utf8_lossy(&buffer[..length.unwrap_or(0)]);
+                if let Some(text) = text.lines().find_map(|line| line.strip_prefix("STATUS=")) {
+                    text.clone_into(&mut status.lock().expect("no panic while held"));
+                }
                 if text.lines().any(|line| line == "READY=1") {
                     ready.store(true, Relaxed);
                 }
             }
         });
-        Self { process, host: host.clone(), dir, ready, log, _group: group }
+        Self { process, host: host.clone(), dir, ready, told, log, _group: group }
     }
 
     /// Waits for READY=1; panics with the log when the daemon ends before that.
@@ -285,6 +291,11 @@ impl Daemon {
             );
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// The line that it has told systemd of itself.
+    pub fn status_line(&self) -> String {
+        self.told.lock().expect("no panic while held").clone()
     }
 
     /// Its own directory.

@@ -77,10 +77,24 @@ impl Host {
     /// A TCP listener with a backlog that no test fills; IPv6 ones take IPv6 only.
     #[track_caller]
     pub fn listen(&self, addr: &str) -> TcpListener {
+        self.listen_as(addr, false)
+    }
+
+    /// The same on an IPv4 address that the host need not have yet.
+    #[track_caller]
+    pub fn listen_early(&self, addr: &str) -> TcpListener {
+        self.listen_as(addr, true)
+    }
+
+    #[track_caller]
+    fn listen_as(&self, addr: &str, early: bool) -> TcpListener {
         let addr: SocketAddr = addr.parse().expect("address:port");
         self.run(|| -> io::Result<TcpListener> {
             let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
             socket.set_reuse_address(true)?;
+            if early {
+                socket.set_freebind_v4(true)?;
+            }
             if addr.is_ipv6() {
                 socket.set_only_v6(true)?;
             }

@@ -51,6 +51,35 @@ fn a_private_address_that_is_missing_keeps_no_public_one_shut_and_is_listened_on
 }
 
 #[test]
+fn an_address_that_has_come_and_is_taken_is_told_as_taken() {
+    let _turn = beside_others();
+    let rig = Rig::new(&Config::new("auto").more(&format!("[listeners.private]\nbind = [\"{LATER}:8443\"]")));
+    let reason = || {
+        let status = rig.daemon.json(&["status", "--json"]);
+        status["waiting"][0]["reason"].as_str().unwrap_or_default().to_owned()
+    };
+    let missing = "this machine does not have the address yet";
+    assert_eq!(reason(), missing);
+    assert!(rig.daemon.status_line().contains(missing), "{}", rig.daemon.status_line());
+
+    // It listens there before the daemon can.
+    let taken = rig.net.entrance.listen_early(&format!("{LATER}:8443"));
+    add_address(&rig.net);
+    let why = "another program listens there";
+    eventually(PATIENCE, "it is told as taken", || reason().contains(why).then_some(()));
+    let (_, said) = rig.daemon.get("/readyz").expect("answers");
+    assert!(said.contains(why) && !said.contains(missing), "{said}");
+    assert!(rig.daemon.status_line().contains(why), "{}", rig.daemon.status_line());
+    // It has been tried several times by the time that it is free.
+    std::thread::sleep(std::time::Duration::from_secs(3));
+    drop(taken);
+    rig.daemon.wait_metric("dataplane_listener_bound", &[("listener", "private")], 1.0);
+    let lines = rig.daemon.wait_log(&["WARN", "8443", why]);
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert_eq!(rig.daemon.status_line(), "serving");
+}
+
+#[test]
 fn metrics_and_webhook_on_a_missing_address_keep_no_client_out() {
     let _turn = beside_others();
     let net = Net::new();
@@ -95,7 +124,16 @@ fn metrics_and_webhook_on_a_missing_address_keep_no_client_out() {
     accept(&upstream, false);
     let waiting = || daemon.json(&["status", "--json"])["waiting"].as_array().expect("a list").len();
     assert_eq!(waiting(), 2);
+    // What has come and is taken is told as taken, and waited for all the same.
+    let taken = [9443, 9080].map(|port| net.entrance.listen_early(&format!("{LATER}:{port}")));
     add_address(&net);
+    let are_taken = || {
+        let status = daemon.json(&["status", "--json"]);
+        let reasons = status["waiting"].as_array().expect("a list").iter().map(|w| w["reason"].to_string());
+        reasons.filter(|reason| reason.contains("another program listens there")).count() == 2
+    };
+    eventually(PATIENCE, "both are told as taken", || are_taken().then_some(()));
+    drop(taken);
     eventually(PATIENCE, "all is listened on", || (waiting() == 0).then_some(()));
     for port in [9443, 9080] {
         let at = format!("{LATER}:{port}").parse().expect("an address");

@@ -36,7 +36,8 @@ pub(super) fn bind_each(config: &Config, bound: &[SocketAddr], workers: usize) -
                 tracing::warn!(addr = %bind.addr, "this machine has no IPv6: not listening there");
             }
             Err(error) if is_missing(&error) => {
-                waiting.push(Waiting { addr: bind.addr, role: Role::Listener(listener.name.clone()) });
+                let role = Role::Listener(listener.name.clone());
+                waiting.push(Waiting::new(bind.addr, role, &error));
             }
             Err(error) => {
                 let _ = write!(errors, "{}", bind_failure(config, bind, &error));
@@ -56,7 +57,7 @@ pub(super) fn bind_admin(config: &Config, waiting: &mut Vec<Waiting>) -> Result<
     let tcp = match listen::bind_one(bind.addr) {
         Ok(tcp) => Some(tcp),
         Err(error) if is_missing(&error) => {
-            waiting.push(Waiting { addr: bind.addr, role: Role::Admin });
+            waiting.push(Waiting::new(bind.addr, Role::Admin, &error));
             None
         }
         Err(error) => bail!(bind_failure(config, bind, &error)),
@@ -84,25 +85,30 @@ pub(super) fn bind_admin(config: &Config, waiting: &mut Vec<Waiting>) -> Result<
     Ok(Sockets { tcp, unix })
 }
 
-/// The socket, which may be bound already, and what is served with a copy of it.
+/// The webhook's socket, and what is served with a copy of it.
+pub(super) type Serving = (TcpListener, webhook::Served);
+
+/// Binds the webhook's address, unless it is bound already.
 pub(super) fn bind_webhook(
     config: &Config,
     bound: Option<&TcpListener>,
     waiting: &mut Vec<Waiting>,
-) -> Result<Option<(TcpListener, webhook::Served)>> {
-    let Some(Webhook { bind, secret_file }) = config.webhook() else { return Ok(None) };
-    let bound = bound.filter(|bound| bound.local_addr().is_ok_and(|addr| addr == bind.addr));
-    let listener = bound.map_or_else(|| listen::bind_one(bind.addr), TcpListener::try_clone);
-    let both = listener.and_then(|listener| Ok((listener.try_clone()?, listener)));
-    let (kept, listener) = match both {
-        Ok(both) => both,
+) -> Result<Option<Serving>> {
+    let Some(webhook) = config.webhook() else { return Ok(None) };
+    match try_webhook(webhook, bound) {
+        Ok(serving) => Ok(Some(serving)),
         Err(error) if is_missing(&error) => {
-            waiting.push(Waiting { addr: bind.addr, role: Role::Webhook });
-            return Ok(None);
+            waiting.push(Waiting::new(webhook.bind.addr, Role::Webhook, &error));
+            Ok(None)
         }
-        Err(error) => bail!(bind_failure(config, bind, &error)),
-    };
-    Ok(Some((kept, webhook::Served { listener, secret_file: secret_file.clone() })))
+        Err(error) => bail!(bind_failure(config, &webhook.bind, &error)),
+    }
+}
+
+pub(super) fn try_webhook(Webhook { bind, secret_file }: &Webhook, bound: Option<&TcpListener>) -> io::Result<Serving> {
+    let bound = bound.filter(|bound| bound.local_addr().is_ok_and(|addr| addr == bind.addr));
+    let listener = bound.map_or_else(|| listen::bind_one(bind.addr), TcpListener::try_clone)?;
+    Ok((listener.try_clone()?, webhook::Served { listener, secret_file: secret_file.clone() }))
 }
 
 fn bind_failure(config: &Config, bind: &Bind, error: &io::Error) -> String {

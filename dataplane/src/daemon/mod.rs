@@ -313,8 +313,10 @@ impl Daemon {
         }
         for waiting in &waiting {
             text += &format!(
-                "note: this machine does not have {} ({}) yet: it is listened on as soon as it does\n",
-                waiting.addr, waiting.role
+                "note: not listening on {} ({}) yet, but as soon as that can be: {}\n",
+                waiting.addr,
+                waiting.role,
+                waiting.reason()
             );
         }
         // Takes effect at the next start, and so does what it waits for.

@@ -1,12 +1,12 @@
 //! Addresses that this machine does not have yet, tailscale0's at boot above all: they stop nothing, and are tried again.
+//! When one has come and something else is in its way, that is told instead.
 
-use std::io;
 use std::net::SocketAddr;
 
 use sd_notify::NotifyState;
 
 use super::Daemon;
-use super::binding::bind_webhook;
+use super::binding::try_webhook;
 use super::worker::Command;
 use crate::listen;
 use crate::shared::{Role, Waiting};
@@ -21,11 +21,7 @@ impl Daemon {
     /// From now on tries these addresses again, and no others.
     pub(super) fn wait_for(&self, waiting: Vec<Waiting>) {
         for waiting in &waiting {
-            tracing::warn!(
-                addr = %waiting.addr,
-                role = %waiting.role,
-                "this machine does not have that address yet: it is listened on as soon as it does"
-            );
+            tell(waiting);
         }
         self.tell_waiting(waiting);
     }
@@ -45,21 +41,21 @@ impl Daemon {
         let text = match &waiting[..] {
             [] => "serving".to_owned(),
             some => {
-                let some: Vec<_> = some.iter().map(|w| format!("{} ({})", w.addr, w.role)).collect();
-                format!("serving; this machine does not have {} yet", some.join(", "))
+                let some: Vec<_> = some.iter().map(|w| format!("{} ({}): {}", w.addr, w.role, w.reason())).collect();
+                format!("serving; not listening on {}", some.join("; "))
             }
         };
         notify(&[NotifyState::Status(&text)]);
         *self.shared.waiting.lock().expect("no panic while held") = waiting;
     }
 
-    /// Tries each of the addresses that were missing.
+    /// Tries each of the addresses that were missing. What is in the way is told when that changes.
     pub(super) fn try_waiting(&mut self) {
         let generation = self.shared.generation.load_full();
         let waiting = self.shared.waiting.lock().expect("no panic while held").clone();
-        let before = waiting.len();
+        let mut changed = false;
         let mut left = Vec::new();
-        for one in waiting {
+        for mut one in waiting {
             let bound = match &one.role {
                 Role::Listener(_) => {
                     let beside =
@@ -72,24 +68,35 @@ impl Daemon {
                     })
                 }
                 Role::Admin => listen::bind_one(one.addr).map(|tcp| drop(self.admin.send(tcp))),
-                Role::Webhook => match bind_webhook(&generation.config, None, &mut Vec::new()) {
-                    Ok(Some(webhook)) => {
-                        self.serve_webhook(Some(webhook));
-                        Ok(())
-                    }
-                    _ => Err(io::ErrorKind::AddrNotAvailable.into()),
-                },
+                Role::Webhook => generation.config.webhook().map_or(Ok(()), |webhook| {
+                    try_webhook(webhook, None).map(|serving| self.serve_webhook(Some(serving)))
+                }),
             };
             match bound {
-                Ok(()) => tracing::info!(addr = %one.addr, role = %one.role, "listening"),
+                Ok(()) => {
+                    changed = true;
+                    tracing::info!(addr = %one.addr, role = %one.role, "listening");
+                }
                 Err(error) => {
-                    tracing::debug!(addr = %one.addr, %error, "not yet");
+                    if one.fails_otherwise(&error) {
+                        changed = true;
+                        tell(&one);
+                    }
                     left.push(one);
                 }
             }
         }
-        if left.len() < before {
+        if changed {
             self.tell_waiting(left);
         }
     }
+}
+
+fn tell(waiting: &Waiting) {
+    tracing::warn!(
+        addr = %waiting.addr,
+        role = %waiting.role,
+        why = waiting.reason(),
+        "not listening there yet: it is tried again each second"
+    );
 }

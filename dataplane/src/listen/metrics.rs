@@ -56,7 +56,7 @@ impl ListenMetrics {
             ),
             bound: register.gauges(
                 "listener_bound",
-                "Whether an address is listened on; 0: this machine does not have it yet.",
+                "Whether an address is listened on; 0: not yet, and `dataplane status` says why.",
                 &["listener", "address"],
             ),
             accept_errors: register.counter(
