@@ -117,13 +117,24 @@ pub fn newest(path: &Path, before: impl FnOnce(&Repository)) -> Result<Loaded, L
 }
 
 /// Loads what is kept, so that a start does not wait for a repository; or else the newest commit. The text says why it is the latter.
-pub fn at_start(path: &Path) -> Result<(Loaded, Option<String>), LoadError> {
-    match kept(path) {
-        Ok(loaded) => Ok((loaded, None)),
-        Err(error) => {
-            let has_repository = config::read(path).is_ok_and(|local| repository(&local).is_ok_and(|r| r.is_some()));
-            if has_repository { Ok((newest(path, |_| ())?, Some(error.to_string()))) } else { Err(error) }
-        }
+///
+/// # Errors
+/// Why there is neither: an outage does not hide what is wrong with what is kept.
+pub fn at_start(path: &Path) -> anyhow::Result<(Loaded, Option<String>)> {
+    let error = match kept(path) {
+        Ok(loaded) => return Ok((loaded, None)),
+        Err(error) => error,
+    };
+    let has_repository = config::read(path).is_ok_and(|local| repository(&local).is_ok_and(|r| r.is_some()));
+    if !has_repository {
+        return Err(error.into());
+    }
+    let why = error.to_string();
+    match newest(path, |_| ()) {
+        Ok(loaded) => Ok((loaded, Some(why))),
+        // It is the node's own file that is wrong, whatever the commit.
+        Err(newest) if newest.to_string() == why => Err(newest.into()),
+        Err(newest) => anyhow::bail!("the commit that is kept:\n{why}\nthe newest commit:\n{newest}"),
     }
 }
 
