@@ -57,6 +57,49 @@ fn a_check_of_pushed_content_reads_nothing_outside_and_sends_nothing_anywhere() 
 }
 
 #[test]
+fn what_a_push_changes_is_said_without_reading_outside_of_it() {
+    let _turn = beside_others();
+    let folder = tempfile::tempdir().expect("a folder");
+    let secret = folder.path().join("secret");
+    std::fs::write(&secret, "hunter2 is no TOML\n").expect("written");
+    let write = |name: &str, text: &str| {
+        let folder = folder.path().join(name);
+        std::fs::create_dir_all(&folder).expect("made");
+        std::fs::write(folder.join("nodes.toml"), text).expect("written");
+    };
+    let diff = |arguments: &[&str]| {
+        let mut command = Command::new(binary());
+        let out = command.arg("diff").args(arguments).current_dir(folder.path()).output();
+        let out = out.expect("the daemon's binary can be run");
+        (out.status.success(), String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned())
+    };
+    let inside = ["--repository", "old", "new", "--path", "nodes.toml"];
+    write("old", GOOD);
+    write("new", &GOOD.replace("one.example", "two.example"));
+    let (good, said) = diff(&inside);
+    assert!(good && said.contains("two.example is let through"), "{said}");
+    for include in [&*secret.to_string_lossy(), "../secret"] {
+        write("new", &format!("include = [\"{include}\"]\n{GOOD}"));
+        let (good, said) = diff(&inside);
+        assert!(!good && said.contains("new: nodes.toml:1:") && !said.contains("hunter2"), "{said}");
+    }
+    // As strict as a node: its owner's lists count.
+    write("new", &GOOD.replace("100.64.0.2:443", "127.0.0.1:8443"));
+    let (good, said) = diff(&inside);
+    assert!(!good && said.contains("`allow_targets`"), "{said}");
+    std::fs::write(folder.path().join("node.toml"), "[source]\ngit = \"/x\"\nallow_targets = [\"127.0.0.1\"]\n")
+        .expect("written");
+    write("old", &GOOD.replace("100.64.0.2:443", "127.0.0.2:8443"));
+    let (good, said) = diff(&[&inside[..], &["--node", "node.toml"]].concat());
+    assert!(!good && said.contains("old: nodes.toml:"), "{said}");
+    write("old", &GOOD.replace("100.64.0.2:443", "127.0.0.1:8443").replace("one.example", "two.example"));
+    let (good, said) = diff(&[&inside[..], &["--node", "node.toml"]].concat());
+    assert!(good && said.contains("one.example is let through"), "{said}");
+    let (good, said) = diff(&["--repository", "old"]);
+    assert!(!good && said.contains("<NEW>"), "{said}");
+}
+
+#[test]
 fn a_repository_decides_nothing_that_its_node_has_not_given_it() {
     let _turn = beside_others();
     let net = Net::new();

@@ -5,10 +5,10 @@ mod explain;
 mod show;
 
 use std::io::{ErrorKind, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use hyper::Method;
 use serde_json::{Value, json};
@@ -56,15 +56,32 @@ enum Command {
         node: Option<PathBuf>,
     },
     /// Say in words what a change of the configuration does to the routing table.
+    ///
+    /// Without --repository it reads whatever file `include` names, and quotes lines of it in
+    /// errors: for files of your own.
     Diff {
         /// The configuration before.
         old: PathBuf,
         /// The configuration after; the one of --config when left out.
+        #[arg(required_if_eq("repository", "true"))]
         new: Option<PathBuf>,
+        /// Both are folders with the content of a repository: compared without a network, without a
+        /// file outside of them, and as strictly as a node does.
+        #[arg(long)]
+        repository: bool,
+        /// The file in the repository, as `path` in [source].
+        #[arg(long, value_name = "FILE", default_value = "dataplane.toml", requires = "repository")]
+        path: PathBuf,
+        /// A node's own file, of which `allow_hosts`, `allow_listeners` and `allow_targets` in
+        /// [source] count; their defaults when left out.
+        #[arg(long, value_name = "FILE", requires = "repository")]
+        node: Option<PathBuf>,
     },
     /// Print a commented starter configuration.
     Init,
     /// Write another program's configuration as one of ours, to stdout; on stderr, what could not be carried over.
+    ///
+    /// It reads whatever file `include` names: for files of your own.
     Import {
         /// Whose configuration it is.
         #[arg(value_enum)]
@@ -91,6 +108,9 @@ enum Command {
         json: bool,
     },
     /// Say which route a server name takes, or why it is rejected; from the configuration alone.
+    ///
+    /// It reads whatever file `include` names, and quotes lines of it in errors: for files of your
+    /// own.
     Explain {
         /// The server name, as a client would send it.
         host: String,
@@ -171,9 +191,16 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             writeln!(out, "{:#}", checked(&outcome))?;
             return Ok(if outcome.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
-        Command::Diff { old, new } => {
-            let (old, new) = (source::kept(old)?.config, source::kept(new.as_ref().unwrap_or(path))?.config);
-            let text = config::diff(&old, &new);
+        Command::Diff { old, new, repository, path: inside, node } => {
+            let load = |given: &Path| {
+                if !repository {
+                    return Ok(source::kept(given)?.config);
+                }
+                // Both have files of the same names.
+                let content = source::content(given, inside, node.as_deref());
+                anyhow::Ok(content.with_context(|| given.display().to_string())?.config)
+            };
+            let text = config::diff(&load(old)?, &load(new.as_ref().unwrap_or(path))?);
             write!(out, "{}", if text.is_empty() { "nothing changes\n" } else { &text })?;
         }
         Command::Init => write!(out, "{}", config::STARTER)?,

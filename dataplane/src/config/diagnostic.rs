@@ -282,7 +282,7 @@ fn quote(f: &mut fmt::Formatter<'_>, source: &Source, span: &Span, severity: &st
 }
 
 /// One column for what a terminal would act on or show in an unknown width.
-fn shown(c: char) -> char {
+pub fn shown(c: char) -> char {
     match c {
         '\t' => ' ',
         c if c.is_control() || c.width().is_none() || is_direction_mark(c) => '\u{fffd}',

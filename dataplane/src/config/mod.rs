@@ -27,7 +27,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 
 pub use check::own_listener_targets;
-pub use diagnostic::{Diagnostic, Severity, redacted};
+pub use diagnostic::{Diagnostic, Severity, redacted, shown};
 pub use diff::diff;
 pub use fence::{Fence, own_targets};
 pub use load::{
