@@ -229,7 +229,7 @@ fn unreached_listeners(config: &Config, places: &Places) -> Vec<Diagnostic> {
 fn trusts_everybody(config: &Config, places: &Places) -> Vec<Diagnostic> {
     let mut found = Vec::new();
     for (listener, span) in config.listeners.iter().zip(&places.listeners) {
-        if !IpNet::aggregate(&listener.accept_proxy).iter().any(|net| net.prefix_len() == 0) {
+        if !covers_everybody(&listener.accept_proxy) {
             continue;
         }
         let name = &listener.name;
@@ -244,6 +244,20 @@ fn trusts_everybody(config: &Config, places: &Places) -> Vec<Diagnostic> {
         found.push(Diagnostic::warning(span.clone(), message, remedy));
     }
     found
+}
+
+/// IPv4 networks from which nobody comes over the internet (RFC 6890, RFC 5771, RFC 1112 section
+/// 4).
+const NOT_PUBLIC: [(u8, u8, u8); 8] =
+    [(0, 0, 8), (10, 0, 8), (100, 64, 10), (127, 0, 8), (169, 254, 16), (172, 16, 12), (192, 168, 16), (224, 0, 3)];
+
+/// Whether every client from the internet is in these networks together, by IPv4 or by IPv6.
+fn covers_everybody(nets: &[IpNet]) -> bool {
+    let not_public = NOT_PUBLIC.iter().map(|(a, b, prefix)| IpNet::new_assert([*a, *b, 0, 0].into(), *prefix));
+    // All that is assigned of IPv6 (RFC 4291 section 2.4, IANA's registry).
+    let global = IpNet::new_assert([0x2000, 0, 0, 0, 0, 0, 0, 0].into(), 3);
+    let together = IpNet::aggregate(&nets.iter().copied().chain(not_public).collect());
+    together.iter().any(|net| net.prefix_len() == 0 || net.contains(&global))
 }
 
 fn unused_upstreams(config: &Config, places: &Places) -> Vec<Diagnostic> {

@@ -846,13 +846,25 @@ proptest! {
 #[test]
 fn whoever_believes_everybodys_proxy_header_is_warned_and_loudly_where_networks_were_to_protect() {
     let listener = |more: &str| SMALL.replacen("bind =", &format!("{more}\nbind ="), 1);
-    for everybody in ["\"0.0.0.0/0\"", "\"::/0\"", "\"0.0.0.0/1\", \"128.0.0.0/1\"", "\"::ffff:0:0/96\""] {
+    for everybody in [
+        "\"0.0.0.0/0\"",
+        "\"::/0\"",
+        "\"0.0.0.0/1\", \"128.0.0.0/1\"",
+        "\"::ffff:0:0/96\"",
+        // All that is public.
+        "\"2000::/3\", \"fc00::/7\"",
+        "\"3000::/4\", \"192.0.2.7\", \"2000::/4\"",
+        "\"0.0.0.0/1\", \"128.0.0.0/2\", \"192.0.0.0/3\"",
+        "\"::/1\"",
+    ] {
         let warnings = read(&listener(&format!("accept_proxy = [{everybody}]"))).1;
         assert!(warnings.contains("believes everybody's PROXY header"), "{everybody}: {warnings}");
         let warnings = read(&listener(&format!("accept_proxy = [{everybody}]\nallow = [\"192.168.7.0/24\"]"))).1;
         assert!(warnings.contains("PROTECT NOTHING"), "{everybody}: {warnings}");
     }
-    assert_eq!(read(&listener("accept_proxy = [\"10.0.0.0/8\"]\nallow = [\"192.168.7.0/24\"]")).1, "");
+    for some in ["\"10.0.0.0/8\"", "\"fc00::/7\", \"10.0.0.0/8\"", "\"2000::/4\"", "\"0.0.0.0/1\", \"128.0.0.0/2\""] {
+        assert_eq!(read(&listener(&format!("accept_proxy = [{some}]\nallow = [\"192.168.7.0/24\"]"))).1, "", "{some}");
+    }
 }
 
 #[test]
