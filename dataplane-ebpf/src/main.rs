@@ -1,11 +1,10 @@
-//! The programs that run in the kernel, one file a program type.
+//! The programs that run in the kernel, one room for each engine, one file a program type.
 //!
 //! Names and sizes that userspace must know are in `common`; what the programs do, and why, is in their own files.
 #![no_std]
 #![no_main]
 
-mod filter;
-mod verdict;
+mod sockmap;
 
 /// Never called: the verifier refuses a program from which a panic could be reached, but `core` wants a handler.
 #[panic_handler]

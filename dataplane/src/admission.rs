@@ -18,13 +18,13 @@ pub struct Admission {
     lobby: Mutex<Lobby>,
 }
 
-/// A connection's place in the total.
+/// A permit to be one of all connections.
 #[derive(Debug)]
-pub struct Place(Arc<Admission>);
+pub struct Permit(Arc<Admission>);
 
-/// A connection's place among its client's.
+/// A connection's permit among its client's.
 #[derive(Debug)]
-pub struct ClientPlace {
+pub struct ClientPermit {
     admission: Arc<Admission>,
     client: IpAddr,
 }
@@ -117,14 +117,14 @@ impl Admission {
         self.open.load(SeqCst)
     }
 
-    /// A place in the total, if one is free.
-    pub fn enter(self: &Arc<Self>) -> Option<Place> {
-        let place = Place(self.clone());
-        (self.open.fetch_add(1, SeqCst) < self.max()).then_some(place)
+    /// A permit, if one is free.
+    pub fn enter(self: &Arc<Self>) -> Option<Permit> {
+        let permit = Permit(self.clone());
+        (self.open.fetch_add(1, SeqCst) < self.max()).then_some(permit)
     }
 
-    /// A place among the connections of one client, of which there may be `max`.
-    pub fn enter_client(self: &Arc<Self>, client: IpAddr, max: u32) -> Option<ClientPlace> {
+    /// A permit for a connection of one client, which may have `max`.
+    pub fn enter_client(self: &Arc<Self>, client: IpAddr, max: u32) -> Option<ClientPermit> {
         let client = client_key(client);
         let mut clients = self.clients.lock().expect("no panic while held");
         let count = clients.entry(client).or_insert(0);
@@ -132,7 +132,7 @@ impl Admission {
             return None;
         }
         *count += 1;
-        Some(ClientPlace { admission: self.clone(), client })
+        Some(ClientPermit { admission: self.clone(), client })
     }
 }
 
@@ -142,13 +142,13 @@ impl Drop for Guest {
     }
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
         self.0.open.fetch_sub(1, SeqCst);
     }
 }
 
-impl Drop for ClientPlace {
+impl Drop for ClientPermit {
     fn drop(&mut self) {
         let mut clients = self.admission.clients.lock().expect("no panic while held");
         if let Some(count) = clients.get_mut(&self.client) {
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn a_place_is_free_again_when_it_is_dropped() {
+    fn a_permit_is_free_again_when_it_is_dropped() {
         let admission = Arc::new(Admission::default());
         admission.set_max(1);
         let first = admission.enter().unwrap();

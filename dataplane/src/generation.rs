@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::config::{Config, Mode};
-use crate::engine::Effective;
+use crate::engine::Selection;
 use crate::metrics::{ListenerMetrics, Metrics, RouteMetrics};
 use crate::route::{Pattern, Table};
 use crate::upstream::Pool;
@@ -19,7 +19,7 @@ pub struct Generation {
     /// What the owner wrote.
     pub config: Config,
     /// What carries bytes.
-    pub engine: Arc<Effective>,
+    pub engine: Arc<Selection>,
     /// Host names to routes.
     pub table: Table,
     /// By index of the upstream.
@@ -61,7 +61,7 @@ pub enum Listed {
 
 impl Generation {
     /// Builds it; upstreams that `previous` had too keep the state of their targets.
-    pub fn new(config: Config, engine: Effective, previous: Option<&Self>, metrics: &Metrics) -> Self {
+    pub fn new(config: Config, engine: Selection, previous: Option<&Self>, metrics: &Metrics) -> Self {
         let known: HashMap<&str, &Pool> =
             previous.iter().flat_map(|p| &p.pools).map(|pool| (&*pool.config.name, &**pool)).collect();
         let inventory = previous.map_or_else(Arc::default, |p| p.inventory.clone());

@@ -23,7 +23,6 @@ pub mod reject;
 pub mod rejection_log;
 
 pub mod config;
-pub mod diff;
 pub mod generation;
 pub mod import;
 pub mod shared;
@@ -31,17 +30,14 @@ pub mod shortages;
 pub mod source;
 
 pub mod daemon;
-pub mod worker;
 
 pub mod admin;
 pub mod bounded_server;
-pub mod btf;
-pub mod control;
+pub mod cli;
 pub mod doctor;
-pub mod ebpf;
 pub mod logging;
 pub mod machine_memory;
 pub mod metrics;
+pub mod systemd;
 
-pub mod socket;
-pub mod sys;
+pub mod kernel;

@@ -16,10 +16,10 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 
 use crate::connection;
+use crate::kernel::socket::prepare;
 use crate::reject::Reason;
 use crate::shared::Shared;
 use crate::shortages::Shortage;
-use crate::socket::prepare;
 
 /// Connections that the kernel completes before we accept them; it caps this at net.core.somaxconn.
 const BACKLOG: i32 = 4096;
@@ -114,9 +114,9 @@ async fn take(
             let generation = shared.generation.load_full();
             let Some(index) = generation.listener(bound) else { return };
             generation.listener_metrics[index].accepted.inc();
-            let place = if spare.is_spent() { None } else { shared.admission.enter() };
-            if let Some(place) = place {
-                let accepted = connection::Accepted { stream, peer, listener: index, place };
+            let permit = if spare.is_spent() { None } else { shared.admission.enter() };
+            if let Some(permit) = permit {
+                let accepted = connection::Accepted { stream, peer, listener: index, permit };
                 tokio::spawn(connection::serve(shared.clone(), generation, accepted));
             } else {
                 connection::refuse(shared, &generation, index, &stream, peer, Reason::TotalLimit);

@@ -11,7 +11,7 @@ use prometheus::{
     Registry, TextEncoder,
 };
 
-use crate::engine::{Effective, End, Kind, Path};
+use crate::engine::{End, Kind, Path, Selection};
 use crate::reject::Reason;
 use crate::shortages::Shortages;
 use crate::tailnet::Way;
@@ -238,7 +238,7 @@ impl Metrics {
     }
 
     /// Sets `dataplane_build_info` and `dataplane_engine_refused`.
-    pub fn set_engine(&self, kernel: &str, engine: &Effective) {
+    pub fn set_engine(&self, kernel: &str, engine: &Selection) {
         self.build_info.reset();
         self.build_info.with_label_values(&[env!("CARGO_PKG_VERSION"), kernel, engine.name()]).set(1.0);
         self.engine_refused.reset();

@@ -8,6 +8,7 @@ use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -136,7 +137,8 @@ pub struct Daemon {
     process: Process,
     host: Host,
     dir: PathBuf,
-    notify: UnixDatagram,
+    /// It has told systemd so.
+    ready: Arc<AtomicBool>,
     log: Arc<Mutex<Vec<String>>>,
     /// Removed when the process is gone.
     _group: Option<MemoryGroup>,
@@ -252,35 +254,37 @@ impl Daemon {
                 sink.lock().expect("no panic while held").push(line);
             }
         });
-        Self { process, host: host.clone(), dir, notify, log, _group: group }
+        let ready = Arc::new(AtomicBool::new(false));
+        let watcher = Arc::downgrade(&ready);
+        notify.set_read_timeout(Some(Duration::from_secs(1))).expect("a time limit");
+        // Reads for as long as there is a daemon, as systemd does.
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            loop {
+                let told = notify.recv(&mut buffer);
+                let Some(ready) = watcher.upgrade() else { return };
+                let text = String::from_utf8_lossy(&buffer[..told.unwrap_or(0)]);
+                if text.lines().any(|line| line == "READY=1") {
+                    ready.store(true, Relaxed);
+                }
+            }
+        });
+        Self { process, host: host.clone(), dir, ready, log, _group: group }
     }
 
     /// Waits for READY=1; panics with the log when the daemon ends before that.
     #[track_caller]
     pub fn wait_ready(&self) {
         let start = Instant::now();
-        self.notify.set_read_timeout(Some(Duration::from_millis(100))).expect("a time limit");
-        let mut buffer = [0; 4096];
-        loop {
-            if let Ok(n) = self.notify.recv(&mut buffer)
-                && String::from_utf8_lossy(&buffer[..n]).lines().any(|line| line == "READY=1")
-            {
-                return;
-            }
+        while !self.ready.load(Relaxed) {
             assert!(
                 start.elapsed() < START_LIMIT && !self.ended(),
                 "the daemon did not get ready (config {}):\n{}",
                 self.config_path().display(),
                 self.log().join("\n")
             );
+            std::thread::sleep(Duration::from_millis(5));
         }
-    }
-
-    /// Forgets what it has told systemd since: nobody reads it here, and a full queue would keep it from going on.
-    pub fn forget_notifications(&self) {
-        self.notify.set_nonblocking(true).expect("a socket");
-        while self.notify.recv(&mut [0; 4096]).is_ok() {}
-        self.notify.set_nonblocking(false).expect("a socket");
     }
 
     /// Its own directory.

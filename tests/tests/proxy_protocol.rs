@@ -195,8 +195,8 @@ fn a_header_and_hello_split_at_any_byte_are_understood() {
     let config =
         Config::new("auto").listener(&format!("accept_proxy = [\"{}/32\"]", CLIENT[0])).upstream("send_proxy = \"v1\"");
     let rig = Rig::new(&config);
-    let sent = [&b"PROXY TCP4 192.0.2.1 192.0.2.2 5678 443\r\n"[..], &hello()].concat();
     for at in (1..60).chain([100, 150]) {
+        let sent = [&b"PROXY TCP4 192.0.2.1 192.0.2.2 5678 443\r\n"[..], &hello()].concat();
         let client = rig.connect();
         tests::stream::send_in_segments(&client, [&sent[..at], &sent[at..]]).expect("sent");
         let (_server, preamble) = accept(&rig.upstream, true);

@@ -281,8 +281,8 @@ fn when_no_target_answers_the_client_is_told_that_it_is_not_to_blame() {
 fn a_hello_split_at_any_byte_arrives_whole() {
     let _turn = beside_others();
     let rig = rig(&Config::new("auto"));
-    let hello = hello();
-    for at in 1..hello.len() {
+    for at in 1..hello().len() {
+        let hello = hello();
         let client = rig.connect();
         send_in_segments(&client, [&hello[..at], &hello[at..]]).expect("sent");
         let _server = rig.accept();

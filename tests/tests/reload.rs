@@ -352,7 +352,6 @@ impl Drop for Stop<'_> {
 
 /// As `dataplane reload` asks, without a process for each.
 fn ask_reload(daemon: &Daemon) {
-    daemon.forget_notifications();
     let mut stream = UnixStream::connect(daemon.dir().join("admin.sock")).expect("the control socket");
     stream.set_read_timeout(Some(Duration::from_secs(30))).expect("a time limit");
     stream.write_all(b"POST /reload HTTP/1.1\r\nHost: dataplane\r\nConnection: close\r\n\r\n").expect("sent");

@@ -269,13 +269,13 @@ fn retransmits_that_overlap_are_not_doubled() {
         }
         // The client sends bytes again that were forwarded, together with new ones in the same segment.
         let Talk { client, server, at } = talk;
-        let client = rig.net.client.run(|| dataplane::sys::rewind(client, again)).expect("TCP_REPAIR");
+        let client = rig.net.client.run(|| dataplane::kernel::sys::rewind(client, again)).expect("TCP_REPAIR");
         never_hang(&client);
         let end = at + 300;
         (&client).write_all(UP.at(at - u64::from(again), u64::from(again) + 300)).expect("sent");
         UP.receive_exactly(&server, at, end);
         // And so does the upstream.
-        let server = rig.net.cluster.run(|| dataplane::sys::rewind(server, again)).expect("TCP_REPAIR");
+        let server = rig.net.cluster.run(|| dataplane::kernel::sys::rewind(server, again)).expect("TCP_REPAIR");
         never_hang(&server);
         (&server).write_all(DOWN.at(at - u64::from(again), u64::from(again) + 300)).expect("sent");
         DOWN.receive_exactly(&client, at, end);
@@ -570,7 +570,7 @@ fn maps(daemon: &Daemon, name: &str) -> Vec<MapInfo> {
 
 /// Sockets that the daemon's programs know.
 fn entries(daemon: &Daemon) -> usize {
-    let maps = maps(daemon, common::KEYS);
+    let maps = maps(daemon, common::sockmap::KEYS);
     assert_eq!(maps.len(), 1, "the daemon has one map of keys");
     let map = aya::maps::Map::HashMap(MapData::from_id(maps[0].id()).expect("the map is there"));
     let keys = HashMap::<_, u64, u32>::try_from(map).expect("a map of cookies to keys");
@@ -634,13 +634,16 @@ fn killed_with_a_thousand_connections_in_the_map_both_sides_are_reset_and_the_ne
             .then_some(())
     });
     assert_eq!(entries(&rig.daemon), 2 * CONNECTIONS);
-    let ids: Vec<u32> =
-        [common::KEYS, common::SOCKS].iter().flat_map(|name| maps(&rig.daemon, name)).map(|map| map.id()).collect();
+    let ids: Vec<u32> = [common::sockmap::KEYS, common::sockmap::SOCKS]
+        .iter()
+        .flat_map(|name| maps(&rig.daemon, name))
+        .map(|map| map.id())
+        .collect();
     assert_eq!(ids.len(), 2);
     let programs = own(&rig.daemon, "prog_id:");
     let verdicts = |own: &HashSet<u32>| {
         let loaded = loaded_programs().filter_map(Result::ok);
-        loaded.filter(|p| own.contains(&p.id()) && p.name_as_str() == Some(common::VERDICT)).count()
+        loaded.filter(|p| own.contains(&p.id()) && p.name_as_str() == Some(common::sockmap::VERDICT)).count()
     };
     assert_eq!(verdicts(&programs), 1);
     rig.daemon.signal(Signal::KILL);

@@ -5,13 +5,13 @@
 
 mod check;
 mod diagnostic;
+mod diff;
 mod fence;
 pub mod host;
 mod keys;
 mod load;
 mod parse;
 mod reader;
-mod repository;
 mod routing_table;
 mod source;
 mod syntax;
@@ -28,12 +28,12 @@ use ipnet::IpNet;
 
 pub use check::own_listener_targets;
 pub use diagnostic::{Diagnostic, Severity, redacted};
+pub use diff::diff;
 pub use fence::{Fence, own_targets};
 pub use load::{
     Files, LARGEST, LoadError, WILDCARDS, add_repository, glob, includes, is_pattern, read, read_repository,
 };
-pub use parse::{parse, parse_within, repository};
-pub use repository::{Repository, Webhook};
+pub use parse::{Repository, Webhook, parse, parse_within, repository};
 pub use routing_table::routing_table;
 pub use source::Source;
 pub use values::{Refused, format_duration, format_size};
@@ -53,7 +53,7 @@ pub const DEFAULT_TAILSCALED: &str = "/var/run/tailscale/tailscaled.sock";
 /// A whole, valid configuration.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// The engine that was asked for; what runs may differ, see `engine::Effective`.
+    /// The engine that was asked for; what runs may differ, see `engine::Selection`.
     pub engine: EngineChoice,
     /// Listeners in the order of the file.
     pub listeners: Vec<Listener>,

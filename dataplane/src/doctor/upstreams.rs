@@ -10,10 +10,10 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::config::{Config, HostPattern, Mode, SendProxy, Target, TargetHost, Upstream};
-use crate::socket;
+use crate::kernel::socket;
 use crate::tailnet::{self, View};
-use crate::upstream::names::Names;
 use crate::upstream::probe::{self, Greeting};
+use crate::upstream::resolver::Resolver;
 
 /// For one attempt, at most: an owner waits for the answer.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -55,7 +55,7 @@ pub fn ask(config: &Config) -> Result<Vec<Answers>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let view = tailnet::look(&config.tailnet.socket).await.ok();
-        let names = Names::new(config.resolver.clone());
+        let names = Resolver::new(config.resolver.clone());
         let mut all = Vec::new();
         for (index, upstream) in config.upstreams.iter().enumerate() {
             let host = host_of(config, index);
@@ -94,7 +94,7 @@ async fn of_target(
     target: &Target,
     host: Option<&str>,
     challenge_ports: &[u16],
-    names: &Names,
+    names: &Resolver,
     view: Option<&View>,
 ) -> Answers {
     let mut answers = Answers {

@@ -1,4 +1,4 @@
-//! When a connection moves to the sockmap, and when it moves back: pure functions of what it carried.
+//! When a connection moves into the kernel, and when it moves back: pure functions of what it carried.
 //!
 //! The kernel forwards small messages at less cost than userspace, since no process is woken up for them; bulk costs it more than splice(2) does. So what counts is
 //! that a connection lives long and carries small messages there and back; how it begins says nothing (a download begins with small ones too).
@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::Side;
+use super::pair::Side;
 
 /// What goes one way before something comes the other way is a message, if it is no more than this.
 pub const MESSAGE: usize = 4 * 1024;

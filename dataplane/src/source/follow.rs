@@ -17,6 +17,7 @@ use super::git::Seen;
 use super::watch::{self, Watcher};
 use super::{Loaded, Snapshot, git, kept, whole};
 use crate::config::{self, LoadError, Repository, Source, format_duration};
+use crate::systemd::notify;
 
 /// For reading a configuration, and for checking it. The largest takes a small part of it.
 const CHECKING: Duration = Duration::from_secs(10);
@@ -319,12 +320,6 @@ fn text(source: &Source) -> String {
 fn with_jitter(interval: Duration) -> Duration {
     let chance = RandomState::new().hash_one(0) % 1000;
     interval * 9 / 10 + interval / 5 * chance as u32 / 1000
-}
-
-fn notify(states: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
-        tracing::debug!(%error, "sd_notify");
-    }
 }
 
 #[cfg(test)]

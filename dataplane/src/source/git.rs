@@ -18,7 +18,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::{Snapshot, matching, secret};
 use crate::config::{self, Repository, format_duration, format_size};
-use crate::sys;
+use crate::kernel::sys;
 
 /// Of the daemon's environment, what git and its helpers need to reach a server: proxies, and certificates of one's own.
 const PASSED_ON: [&str; 13] = [

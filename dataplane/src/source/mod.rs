@@ -20,7 +20,7 @@ use std::sync::Arc;
 use folder::Folder;
 
 use crate::config::{self, Config, Diagnostic, Files, LoadError, Repository, Source, TargetHost};
-use crate::socket;
+use crate::kernel::socket;
 
 /// A configuration that validates.
 #[derive(Debug)]

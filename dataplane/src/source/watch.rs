@@ -14,7 +14,7 @@ use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
 
-use crate::sys;
+use crate::kernel::sys;
 
 /// What ends in a file that can be read as a whole. A file that is being written is not there yet.
 const EVENTS: WatchFlags = WatchFlags::CLOSE_WRITE

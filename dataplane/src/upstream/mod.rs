@@ -1,18 +1,20 @@
 //! Upstreams: which target a connection gets, and dialling it.
 //!
 //! In the order in which a connection meets them: [`balance`] chooses, [`dial`] connects, to the next target when one fails or is slow. What they go by is kept in a
-//! [`Target`]: [`health`] says whether it is up. [`upkeep`] keeps that true on a thread of its own: [`probe`] checks, [`names`] resolves, and the tailnet is
+//! [`Target`]: [`health`] says whether it is up. [`maintenance`] keeps that true on a thread of its own: [`probe`] checks, [`resolver`] resolves, and the tailnet is
 //! listened to. After the first byte went out there is no second try: the work here ends with the connected socket.
 
 pub mod balance;
+pub mod connect;
 pub mod dial;
 pub mod health;
 pub mod inventory;
-pub mod names;
+pub mod maintenance;
 pub mod probe;
+mod queue;
+pub mod resolver;
 #[cfg(test)]
 mod tests;
-pub mod upkeep;
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -26,15 +28,15 @@ use tokio::net::TcpStream;
 use tokio::sync::{Notify, watch};
 
 use crate::config::{self, OnDown, TargetHost};
+use crate::kernel::socket;
 use crate::logging::unix_seconds;
 use crate::metrics::Metrics;
 use crate::shortages::Shortages;
-use crate::socket;
 use crate::tailnet::{Peer, Way};
 use balance::Standing;
-use dial::Queue;
 use health::{Change, Event, Health};
 use inventory::{Endpoint, Inventory};
+use queue::Queue;
 
 /// How long an address of several is tried last after a failed connect.
 const ADDRESS_ASIDE: Duration = Duration::from_secs(30);
@@ -76,8 +78,8 @@ pub struct Target {
     /// These two follow `health`, for the choice without a lock.
     is_up: AtomicBool,
     only_resets: AtomicBool,
-    /// When `health` was changed so that there is something to do: [`upkeep`] waits for it.
-    aside: Notify,
+    /// When `health` was changed so that there is something to do: [`maintenance`] waits for it.
+    ejected: Notify,
     /// Sends when nothing answers there any more.
     lost: watch::Sender<()>,
     resolution: watch::Sender<Resolution>,
@@ -289,7 +291,7 @@ impl Target {
             health: Mutex::default(),
             is_up: AtomicBool::new(true),
             only_resets: AtomicBool::new(false),
-            aside: Notify::new(),
+            ejected: Notify::new(),
             lost: watch::Sender::new(()),
             resolution: watch::Sender::new(resolution),
             relayed: AtomicBool::new(false),
@@ -425,7 +427,7 @@ impl Target {
             self.lost.send_replace(());
         }
         if outcome.up == Some(false) {
-            self.aside.notify_one();
+            self.ejected.notify_one();
         }
     }
 

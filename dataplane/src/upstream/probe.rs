@@ -11,8 +11,8 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::config::SendProxy;
+use crate::kernel::sys;
 use crate::proxy_protocol;
-use crate::sys;
 
 /// Content types of TLS records (RFC 8446 section 5.1), and the message that is waited for (section 4).
 const ALERT: u8 = 21;
@@ -156,7 +156,7 @@ pub async fn greeting(
 }
 
 fn in_words(error: &io::Error) -> String {
-    format!("{}: {error}", super::dial::label(error))
+    format!("{}: {error}", super::connect::Cause::from(error).as_str())
 }
 
 async fn server_hello(stream: &mut TcpStream) -> Result<(), String> {

@@ -2,10 +2,10 @@
 
 use std::net::{Ipv4Addr, TcpListener};
 
-use super::dial::Dial;
+use super::connect::Dial;
 use super::*;
 use crate::config::{Config, Source, parse};
-use upkeep::Upkeep;
+use maintenance::Maintenance;
 
 /// For what takes milliseconds where nobody takes the processor away.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -36,7 +36,7 @@ fn refused() -> Event {
 
 /// The second sign.
 fn still_refused() -> Event {
-    Event::TrialFailed { reason: "refused".into(), answers: false }
+    Event::ProbeFailed { reason: "refused".into(), answers: false }
 }
 
 /// A server that accepts, and its address.
@@ -55,8 +55,8 @@ async fn soon<T>(what: impl Future<Output = T>) -> T {
 }
 
 async fn looked_after_until_up(config: &Config, pool: &Arc<Pool>) {
-    let upkeep = Upkeep::start().unwrap();
-    upkeep.follow(config, std::slice::from_ref(pool));
+    let maintenance = Maintenance::start().unwrap();
+    maintenance.follow(config, std::slice::from_ref(pool));
     soon(async {
         while !pool.targets[0].is_up.load(Relaxed) {
             tokio::time::sleep(Duration::from_millis(10)).await;

@@ -12,7 +12,7 @@
 //! - CVE-2025-38166, CVE-2026-64025: kTLS on a socket of the map.
 //! - CVE-2026-43016, CVE-2026-53033: `AF_UNIX`. CVE-2023-52523: redirects of `sk_msg` to other protocols than TCP.
 //! - CVE-2024-35895: a program that deletes from a map while it holds an interrupt's lock.
-//! - CVE-2024-56664: an element is replaced while its socket closes. A key of ours is used again only after its socket was closed or taken out (`table::Place`).
+//! - CVE-2024-56664: an element is replaced while its socket closes. A key of ours is used again only after its socket was closed or taken out (`table::Slot`).
 //! - 76be5fae32fe (bpf, sockmap: Fix psock incorrectly pointing to sk): a socket is taken out and put back while the kernel's worker still has something to
 //!   send for it. We take one out when all was sent, and put it back a second later at the earliest (`engine::promotion`).
 //!

@@ -15,9 +15,9 @@ use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
 
-use super::table::{Place, Signal, Table};
-use crate::engine::Side;
-use crate::sys;
+use super::table::{Signal, Slot, Table};
+use crate::engine::pair::Side;
+use crate::kernel::sys;
 
 /// Events fetched at once.
 const BATCH: usize = 64;
@@ -30,7 +30,7 @@ thread_local! {
 #[derive(Debug)]
 pub struct Registration {
     epoll: Arc<OwnedFd>,
-    /// Place and side.
+    /// Slot and side.
     data: u64,
     flags: EventFlags,
 }
@@ -42,9 +42,9 @@ fn always() -> EventFlags {
 }
 
 impl Registration {
-    /// Registers a socket of this place with its worker's epoll instance.
-    pub fn new(epoll: Arc<OwnedFd>, place: &Place, side: Side, socket: &TcpStream) -> io::Result<Self> {
-        let data = u64::from(place.index()) * 2 + side as u64;
+    /// Registers a socket of this slot with its worker's epoll instance.
+    pub fn new(epoll: Arc<OwnedFd>, slot: &Slot, side: Side, socket: &TcpStream) -> io::Result<Self> {
+        let data = u64::from(slot.index()) * 2 + side as u64;
         epoll::add(&epoll, socket, EventData::new_u64(data), always())?;
         Ok(Self { epoll, data, flags: always() })
     }

@@ -1,13 +1,13 @@
 //! One direction of a connection in the sockmap, on the daemon's side: asleep while the kernel forwards, forwarding itself while it must.
 //!
-//! The counterpart of [`common::governor`]; ARCHITECTURE.md tells the protocol between both. No sockets here: what has to be done to them is asked of [`Ports`],
+//! The counterpart of [`common::sockmap::governor`]; ARCHITECTURE.md tells the protocol between both. No sockets here: what has to be done to them is asked of [`Ports`],
 //! so that a test can play the kernel, and the clock is an argument.
 
 use std::io;
 use std::time::Duration;
 
-use common::Row;
-use common::governor::{HOLD, RUN, Reason};
+use common::sockmap::Row;
+use common::sockmap::governor::{HOLD, RUN, Reason};
 use tokio::time::Instant;
 
 use crate::engine::copy;

@@ -12,21 +12,22 @@ use std::time::{Duration, Instant};
 
 use atomic_waker::AtomicWaker;
 use aya::maps::{MapData, RingBuf};
-use common::{Budget, Row};
+use common::sockmap::{Budget, Row};
 use prometheus::IntCounter;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::oneshot;
 
-use crate::ebpf::{LoadError, Programs, load};
-use crate::engine::Side;
-use crate::sys;
+use super::programs::{Programs, load};
+use crate::engine::pair::Side;
+use crate::kernel::ebpf::LoadError;
+use crate::kernel::sys;
 
 /// Connections that the map has room for at most. A row is 128 bytes, and the kernel allocates them when the map is made.
 const MOST: u32 = 16 * 1024;
 
 /// What one direction may queue in the kernel, whatever the budget allows: more than a segment of GRO, or bulk never stays in the kernel at all.
 const LARGEST_QUEUE: u64 = 256 * 1024;
-/// Less is not worth a place: one message of 2 KiB and its overhead.
+/// Less is not worth a slot: one message of 2 KiB and its overhead.
 const SMALLEST_QUEUE: u64 = 4 * 1024;
 
 /// Space above the largest receive buffer: segments of GRO, and what is in flight when the window closes.
@@ -41,7 +42,7 @@ pub struct Table {
     pub spills: [IntCounter; 2],
     signals: Box<[Signal]>,
     free: Mutex<Vec<u32>>,
-    places: u32,
+    slots: u32,
     /// Bytes that all queues together may hold.
     memory: AtomicU64,
     /// TCP has so much of the machine's memory that nothing may be queued in the kernel.
@@ -95,18 +96,18 @@ impl Signal {
 impl Table {
     /// Loads the programs, with room for so many connections, and starts to listen to them. Spills are counted in `spills`.
     pub fn load(connections: usize, spills: [IntCounter; 2]) -> Result<Arc<Self>, LoadError> {
-        let places = MOST.min(connections as u32).max(1);
-        let mut programs = load(places)?;
+        let slots = MOST.min(connections as u32).max(1);
+        let mut programs = load(slots)?;
         bound_unread(&programs.budget[0]);
         let events = programs.events.take().expect("nobody took it before");
         let (grace, requests) = mpsc::channel();
         let table = Arc::new(Self {
             programs,
             spills,
-            signals: (0..places).map(|_| Signal::default()).collect(),
+            signals: (0..slots).map(|_| Signal::default()).collect(),
             // The last is taken first: rows that were never used cost no memory of ours.
-            free: Mutex::new((0..places).rev().collect()),
-            places,
+            free: Mutex::new((0..slots).rev().collect()),
+            slots,
             memory: AtomicU64::new(0),
             pressed: AtomicBool::new(false),
             grace,
@@ -125,8 +126,8 @@ impl Table {
         self.share_out(&self.free());
     }
 
-    /// A place for a connection; `None` when all are taken or the budget has nothing left for one more.
-    pub fn take(self: &Arc<Self>) -> Option<Place> {
+    /// A slot for a connection; `None` when all are taken or the budget has nothing left for one more.
+    pub fn take(self: &Arc<Self>) -> Option<Slot> {
         let mut free = self.free();
         if self.share(&free, 1) < SMALLEST_QUEUE {
             return None;
@@ -135,11 +136,11 @@ impl Table {
         self.share_out(&free);
         drop(free);
         self.signals[index as usize].take();
-        let place = Place { table: self.clone(), index, cookies: [None; 2] };
+        let slot = Slot { table: self.clone(), index, cookies: [None; 2] };
         for side in [Side::Client, Side::Upstream] {
-            clear(place.row(side));
+            clear(slot.row(side));
         }
-        Some(place)
+        Some(slot)
     }
 
     /// Waits until whatever in the kernel looked at something before this call has ended. Those who ask at the same time wait together.
@@ -155,10 +156,10 @@ impl Table {
     }
 
     fn is_in_use(&self) -> bool {
-        self.free().len() < self.places as usize
+        self.free().len() < self.slots as usize
     }
 
-    /// The signal of a place.
+    /// The signal of a slot.
     pub fn signal(&self, index: u32) -> Option<&Signal> {
         self.signals.get(index as usize)
     }
@@ -177,7 +178,7 @@ impl Table {
         if self.pressed.load(Relaxed) {
             return 0;
         }
-        let connections = u64::from(self.places) - free.len() as u64 + more;
+        let connections = u64::from(self.slots) - free.len() as u64 + more;
         (self.memory.load(Relaxed) / (2 * connections.max(1))).min(LARGEST_QUEUE)
     }
 
@@ -214,7 +215,7 @@ fn largest_buffer(sysctl: &str) -> u32 {
 }
 
 fn clear(row: &Row) {
-    row.mode.set(common::governor::HOLD);
+    row.mode.set(common::sockmap::governor::HOLD);
     for long in [&row.passed, &row.redirected, &row.consumed] {
         long.set(0);
     }
@@ -237,15 +238,15 @@ fn clear(row: &Row) {
     }
 }
 
-/// The place of one connection: two keys, two rows, a signal. It must outlive the sockets that were put there, or they must have been taken out.
+/// The slot of one connection: two keys, two rows, a signal. It must outlive the sockets that were put there, or they must have been taken out.
 #[derive(Debug)]
-pub struct Place {
+pub struct Slot {
     table: Arc<Table>,
     index: u32,
     cookies: [Option<u64>; 2],
 }
 
-impl Place {
+impl Slot {
     /// The table.
     pub fn table(&self) -> &Arc<Table> {
         &self.table
@@ -296,7 +297,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for Slot {
     fn drop(&mut self) {
         for side in [Side::Client, Side::Upstream] {
             self.forget(side);

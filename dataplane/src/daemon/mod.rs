@@ -4,8 +4,13 @@
 //! The order of a start is: read and check the configuration, bind everything, then accept, then tell systemd. A reload binds what is new,
 //! then swaps; any failure leaves all as it was.
 
+mod beginning;
+mod binding;
+mod descriptors;
+mod waiting;
+pub mod worker;
+
 use std::collections::{HashMap, HashSet};
-use std::fmt::Write as _;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -13,35 +18,32 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use arc_swap::ArcSwap;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot};
 
-use crate::admin::{self, Sockets};
+use beginning::Beginning;
+use binding::{bind_admin, bind_all, bind_webhook};
+use descriptors::{Budget, DESCRIPTORS_PER_WORKER};
+use worker::{Command, Worker};
+
+use crate::admin;
 use crate::admission::Admission;
-use crate::config::{Bind, Config, Diagnostic, Webhook};
-use crate::engine::{Abilities, Effective, splice};
+use crate::config::{Config, Diagnostic};
+use crate::engine::{Selection, Support, splice};
 use crate::generation::Generation;
-use crate::listen;
+use crate::kernel::sys::kernel_release;
 use crate::logging::unix_seconds;
 use crate::machine_memory::MachineMemory;
 use crate::metrics::Metrics;
 use crate::registry::Registry;
-use crate::shared::{LoadFailure, LoadStatus, Role, Shared, Waiting};
+use crate::shared::{LoadFailure, LoadStatus, Role, Shared};
 use crate::source::follow::{self, Follower, News, ReloadRequest};
-use crate::source::{self, Loaded, Snapshot, kept, webhook};
-use crate::upstream::upkeep::Upkeep;
-use crate::worker::{Command, Worker};
-
-/// Descriptors that are neither a connection's nor a pipe's nor a listener's: admin clients, the configuration, eBPF maps and programs, webhooks, git's pipes, and of the upkeep epoll, its
-/// wake-up, tailscaled, the resolver's questions and checks.
-const DESCRIPTORS_FOR_US: u64 = 40 + (webhook::AT_A_TIME + 2 * admin::AT_A_TIME) as u64;
-
-/// Of a worker: epoll, its wake-up, signals' pipe, epoll for the sockmap.
-const DESCRIPTORS_PER_WORKER: u64 = 5;
+use crate::source::{Loaded, Snapshot, kept, webhook};
+use crate::systemd::notify;
+use crate::upstream::maintenance::Maintenance;
 
 /// Fewer connections than this are hardly meant.
 const TIGHT: usize = 64;
@@ -58,7 +60,7 @@ const CLOSING: Duration = Duration::from_secs(1);
 struct Daemon {
     shared: Arc<Shared>,
     workers: Vec<Worker>,
-    abilities: Abilities,
+    support: Support,
     /// For workers, listeners, connections and pipes.
     descriptors: u64,
     memory: MachineMemory,
@@ -66,7 +68,7 @@ struct Daemon {
     control_socket: Option<PathBuf>,
     /// Addresses that are listened on; the sockets are the workers'.
     bound: Vec<SocketAddr>,
-    upkeep: Upkeep,
+    maintenance: Maintenance,
     /// Of `[source]`; the source thread serves on a copy.
     webhook: Option<TcpListener>,
     /// Where that thread learns of another.
@@ -81,10 +83,10 @@ pub fn run(path: &Path) -> Result<()> {
     let Beginning { loaded: Loaded { config, warnings, snapshot }, listening, mut waiting, missing } =
         Beginning::find(path, workers)?;
     tell(&config, &warnings);
-    let descriptors = raise_descriptor_limit().saturating_sub(open_descriptors() + DESCRIPTORS_FOR_US);
+    let descriptors = descriptors::available();
     let metrics = Metrics::new();
-    let abilities = Abilities::test(descriptors as usize / 2, metrics.sockmap_spills());
-    let engine = Effective::choose(config.engine, &abilities);
+    let support = Support::test(descriptors as usize / 2, metrics.sockmap_spills());
+    let engine = Selection::choose(config.engine, &support);
     engine.tell();
 
     let sockets = bind_admin(&config, &mut waiting)?;
@@ -122,19 +124,19 @@ pub fn run(path: &Path) -> Result<()> {
     let (reload, reload_requests) = mpsc::channel(4);
     let admin = admin::start(shared.clone(), sockets, reload.clone()).context("cannot start the admin thread")?;
 
-    let upkeep = Upkeep::start().context("cannot start the thread that looks after targets")?;
+    let maintenance = Maintenance::start().context("cannot start the thread that looks after targets")?;
 
     let (webhooks, served) = mpsc::unbounded_channel();
     let bound = Vec::new();
     let mut daemon = Daemon {
         shared,
         workers,
-        abilities,
+        support,
         descriptors,
         memory: MachineMemory::read(),
         control_socket,
         bound,
-        upkeep,
+        maintenance,
         webhook: None,
         webhooks,
         admin,
@@ -163,63 +165,6 @@ struct Following {
     snapshot: Option<Snapshot>,
     /// Some of its addresses are not listened on.
     in_part: bool,
-}
-
-/// What the daemon starts with.
-struct Beginning {
-    loaded: Loaded,
-    listening: HashMap<SocketAddr, Vec<TcpListener>>,
-    waiting: Vec<Waiting>,
-    /// Why some of the addresses are not listened on.
-    missing: Option<String>,
-}
-
-impl Beginning {
-    /// The commit that is kept, or else the newest. One of which some addresses cannot be bound is served with the others: what mends it is in the repository, which
-    /// is looked at from then on. One of which none can be bound gives way to the newest.
-    fn find(path: &Path, workers: usize) -> Result<Self> {
-        let (loaded, not_kept) = source::at_start(path)?;
-        if let Some(why) = &not_kept {
-            tracing::info!(why, "the repository was asked");
-        }
-        let (listening, waiting, errors) = bind_each(&loaded.config, &[], workers);
-        let is_kept = loaded.snapshot.is_some() && not_kept.is_none();
-        // Its addresses may be gone for good, and the newest commit knows better.
-        let gone = listening.is_empty() && !waiting.is_empty() && is_kept;
-        if errors.is_empty() && !gone {
-            return Ok(Self { loaded, listening, waiting, missing: None });
-        }
-        if loaded.snapshot.is_none() {
-            bail!(errors);
-        }
-        if !listening.is_empty() {
-            tracing::error!(
-                errors,
-                "the configuration is in force in part; the repository is looked at for a better one"
-            );
-            return Ok(Self { loaded, listening, waiting, missing: Some(errors) });
-        }
-        if !is_kept {
-            bail!(errors);
-        }
-        tracing::error!(errors, "the commit that is kept cannot be put in force: the newest is fetched");
-        let newest = source::newest(path, |_| ());
-        let loaded = match newest {
-            Ok(newest) => newest,
-            // It may be the network that is missing, and with it the address.
-            Err(error) if errors.is_empty() => {
-                let missing = Some(format!("{error}"));
-                return Ok(Self { loaded, listening, waiting, missing });
-            }
-            Err(error) => return Err(anyhow::Error::from(error).context(errors)),
-        };
-        let (listening, waiting, errors) = bind_each(&loaded.config, &[], workers);
-        if listening.is_empty() && waiting.is_empty() {
-            bail!(errors);
-        }
-        let missing = (!errors.is_empty()).then_some(errors);
-        Ok(Self { loaded, listening, waiting, missing })
-    }
 }
 
 impl Following {
@@ -377,7 +322,7 @@ impl Daemon {
         waiting.extend(
             self.shared.waiting.lock().expect("no panic while held").iter().filter(|w| w.role == Role::Admin).cloned(),
         );
-        let engine = Effective::choose(config.engine, &self.abilities);
+        let engine = Selection::choose(config.engine, &self.support);
         if engine.configured != before.engine.configured {
             engine.tell();
         }
@@ -403,85 +348,6 @@ impl Daemon {
         Ok(text)
     }
 
-    fn waits(&self) -> bool {
-        !self.shared.waiting.lock().expect("no panic while held").is_empty()
-    }
-
-    /// From now on tries these addresses again, and no others.
-    fn wait_for(&self, waiting: Vec<Waiting>) {
-        for waiting in &waiting {
-            tracing::warn!(
-                addr = %waiting.addr,
-                role = %waiting.role,
-                "this machine does not have that address yet: it is listened on as soon as it does"
-            );
-        }
-        self.tell_waiting(waiting);
-    }
-
-    /// For `status`, `/readyz`, metrics and systemd.
-    fn tell_waiting(&self, waiting: Vec<Waiting>) {
-        let generation = self.shared.generation.load();
-        let listeners = generation.config.listeners.iter().flat_map(|l| l.bind.iter().map(|b| (&*l.name, b.addr)));
-        let is_bound = |addr: SocketAddr| waiting.iter().all(|waiting| waiting.addr != addr);
-        let mut all: Vec<_> = listeners.map(|(name, addr)| (name, addr, self.bound.contains(&addr))).collect();
-        let admin = generation.config.admin.bind.addr;
-        all.push(("admin", admin, is_bound(admin)));
-        if let Some(webhook) = generation.config.webhook() {
-            all.push(("webhook", webhook.bind.addr, is_bound(webhook.bind.addr)));
-        }
-        self.shared.metrics.set_bound(all);
-        let text = match &waiting[..] {
-            [] => "serving".to_owned(),
-            some => {
-                let some: Vec<_> = some.iter().map(|w| format!("{} ({})", w.addr, w.role)).collect();
-                format!("serving; this machine does not have {} yet", some.join(", "))
-            }
-        };
-        notify(&[NotifyState::Status(&text)]);
-        *self.shared.waiting.lock().expect("no panic while held") = waiting;
-    }
-
-    /// Tries each of the addresses that were missing.
-    fn try_waiting(&mut self) {
-        let generation = self.shared.generation.load_full();
-        let waiting = self.shared.waiting.lock().expect("no panic while held").clone();
-        let before = waiting.len();
-        let mut left = Vec::new();
-        for one in waiting {
-            let bound = match &one.role {
-                Role::Listener(_) => {
-                    let beside =
-                        self.bound.iter().any(|b| b.port() == one.addr.port() && b.is_ipv4() == one.addr.is_ipv4());
-                    listen::bind(one.addr, self.workers.len(), beside).map(|sockets| {
-                        for (worker, socket) in self.workers.iter().zip(sockets) {
-                            worker.send(Command::Listen(one.addr, socket));
-                        }
-                        self.bound.push(one.addr);
-                    })
-                }
-                Role::Admin => TcpListener::bind(one.addr).map(|tcp| drop(self.admin.send(tcp))),
-                Role::Webhook => match bind_webhook(&generation.config, None, &mut Vec::new()) {
-                    Ok(Some(webhook)) => {
-                        self.serve_webhook(Some(webhook));
-                        Ok(())
-                    }
-                    _ => Err(io::ErrorKind::AddrNotAvailable.into()),
-                },
-            };
-            match bound {
-                Ok(()) => tracing::info!(addr = %one.addr, role = %one.role, "listening"),
-                Err(error) => {
-                    tracing::debug!(addr = %one.addr, %error, "not yet");
-                    left.push(one);
-                }
-            }
-        }
-        if left.len() < before {
-            self.tell_waiting(left);
-        }
-    }
-
     /// Has the source thread serve this and nothing else.
     fn serve_webhook(&mut self, webhook: Option<(TcpListener, webhook::Served)>) {
         let (listener, served) = webhook.unzip();
@@ -496,16 +362,14 @@ impl Daemon {
         let config = &generation.config;
         let commit = config.source.commit.as_deref().unwrap_or_default();
         self.shared.metrics.set_config(&config.hash, commit, unix_seconds(SystemTime::now()));
-        self.upkeep.follow(config, &generation.pools);
+        self.maintenance.follow(config, &generation.pools);
 
         let binds = config.listeners.iter().map(|l| l.bind.len()).sum::<usize>() as u64;
         // Each worker has a socket and a spare descriptor on each address.
         let fixed = self.workers.len() as u64 * (DESCRIPTORS_PER_WORKER + 2 * binds);
         let memory = config.limits.kernel_memory;
         let for_pipes = generation.engine.share_of_pipes(memory);
-        if let Ok(table) = &self.abilities.sockmap {
-            table.set_memory(memory - for_pipes);
-        }
+        self.support.set_memory(memory - for_pipes);
         let budget = Budget::new(self.descriptors.saturating_sub(fixed), for_pipes);
         if budget.connections < TIGHT {
             tracing::warn!(
@@ -577,146 +441,11 @@ impl Daemon {
     }
 }
 
-/// How the process's file descriptors are shared out.
-#[derive(Debug, PartialEq, Eq)]
-struct Budget {
-    connections: usize,
-    pipes: usize,
-}
-
-impl Budget {
-    /// Shares out `free` descriptors and `memory` bytes.
-    fn new(free: u64, memory: u64) -> Self {
-        // A pipe is two descriptors and holds up to its capacity; without a pipe a connection is copied, so an eighth is plenty.
-        let by_memory = memory / splice::CAPACITY as u64;
-        let pipes = by_memory.min(free / 8 / 2);
-        Self { connections: ((free - 2 * pipes) / 2) as usize, pipes: pipes as usize }
-    }
-}
-
 /// Logs the warnings.
 fn tell(config: &Config, warnings: &[Diagnostic]) {
     for warning in warnings {
         tracing::warn!("{}", warning.render(&config.source));
     }
-}
-
-/// The sockets of the workers, by address.
-type Bound = HashMap<SocketAddr, Vec<TcpListener>>;
-
-/// Binds the addresses of `config` that are not bound already; all or none, with every failure told. Addresses that this machine does not have are no failure.
-fn bind_all(config: &Config, bound: &[SocketAddr], workers: usize) -> Result<(Bound, Vec<Waiting>)> {
-    let (sockets, waiting, errors) = bind_each(config, bound, workers);
-    if errors.is_empty() { Ok((sockets, waiting)) } else { bail!(errors) }
-}
-
-/// Binds those of the addresses that can be, and says of each of the others why it cannot.
-fn bind_each(config: &Config, bound: &[SocketAddr], workers: usize) -> (Bound, Vec<Waiting>, String) {
-    let (mut sockets, mut waiting, mut errors) = (HashMap::new(), Vec::new(), String::new());
-    let beside_own = |addr: SocketAddr| bound.iter().any(|b| b.port() == addr.port() && b.is_ipv4() == addr.is_ipv4());
-    let all = config.listeners.iter().flat_map(|l| l.bind.iter().map(move |bind| (l, bind)));
-    for (listener, bind) in all.filter(|(_, bind)| !bound.contains(&bind.addr)) {
-        match listen::bind(bind.addr, workers, beside_own(bind.addr)) {
-            Ok(listeners) => {
-                sockets.insert(bind.addr, listeners);
-            }
-            Err(error) if listen::is_no_ipv6(bind.addr, &error) => {
-                tracing::warn!(addr = %bind.addr, "this machine has no IPv6: not listening there");
-            }
-            Err(error) if is_missing(&error) => {
-                waiting.push(Waiting { addr: bind.addr, role: Role::Listener(listener.name.clone()) });
-            }
-            Err(error) => {
-                let _ = write!(errors, "{}", bind_failure(config, bind, &error));
-            }
-        }
-    }
-    (sockets, waiting, errors)
-}
-
-/// An address of a device that is not up yet, tailscale0's above all.
-fn is_missing(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::AddrNotAvailable
-}
-
-fn bind_admin(config: &Config, waiting: &mut Vec<Waiting>) -> Result<Sockets> {
-    let bind = &config.admin.bind;
-    let tcp = match TcpListener::bind(bind.addr) {
-        Ok(tcp) => Some(tcp),
-        Err(error) if is_missing(&error) => {
-            waiting.push(Waiting { addr: bind.addr, role: Role::Admin });
-            None
-        }
-        Err(error) => bail!(bind_failure(config, bind, &error)),
-    };
-    let socket = &config.admin.socket;
-    let unix = match admin::bind_unix(socket) {
-        Ok(unix) => Some(unix),
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            tracing::warn!(
-                socket = %socket.display(),
-                "no permission to make the control socket: the commands status, connections, reload, drain and undrain \
-                 will not work; set admin.socket to a path in a directory of yours"
-            );
-            None
-        }
-        Err(error) => bail!(
-            "cannot make the control socket {}: {error}\n  help: stop the other daemon, or set `socket` in [admin]",
-            socket.display()
-        ),
-    };
-    Ok(Sockets { tcp, unix })
-}
-
-/// The socket, which may be bound already, and what is served with a copy of it.
-fn bind_webhook(
-    config: &Config,
-    bound: Option<&TcpListener>,
-    waiting: &mut Vec<Waiting>,
-) -> Result<Option<(TcpListener, webhook::Served)>> {
-    let Some(Webhook { bind, secret_file }) = config.webhook() else { return Ok(None) };
-    let bound = bound.filter(|bound| bound.local_addr().is_ok_and(|addr| addr == bind.addr));
-    let listener = bound.map_or_else(|| TcpListener::bind(bind.addr), TcpListener::try_clone);
-    let both = listener.and_then(|listener| Ok((listener.try_clone()?, listener)));
-    let (kept, listener) = match both {
-        Ok(both) => both,
-        Err(error) if is_missing(&error) => {
-            waiting.push(Waiting { addr: bind.addr, role: Role::Webhook });
-            return Ok(None);
-        }
-        Err(error) => bail!(bind_failure(config, bind, &error)),
-    };
-    Ok(Some((kept, webhook::Served { listener, secret_file: secret_file.clone() })))
-}
-
-fn bind_failure(config: &Config, bind: &Bind, error: &io::Error) -> String {
-    let port = bind.addr.port();
-    let remedy = match error.kind() {
-        io::ErrorKind::AddrInUse => {
-            format!(
-                "another program listens there: find it with `ss -ltnp 'sport = :{port}'` and stop it, or choose another port"
-            )
-        }
-        io::ErrorKind::PermissionDenied => {
-            format!(
-                "ports below 1024 need root or CAP_NET_BIND_SERVICE: run as root, by the systemd unit, or choose a port above {port}"
-            )
-        }
-        io::ErrorKind::AddrNotAvailable => {
-            "this machine does not have that address: `ip address` lists those that it has".to_owned()
-        }
-        _ => "choose another address".to_owned(),
-    };
-    let message = format!("cannot listen on {}: {error}", bind.addr);
-    if bind.span.is_empty() {
-        // A default stands nowhere in the file.
-        return format!(
-            "{}: error: {message}\n  help: this is the default of `bind` in [admin], where metrics are served. {remedy}: `bind = \"127.0.0.1:{}\"` in [admin]\n",
-            config.source.path.display(),
-            if port == 9443 { 9444 } else { 9443 }
-        );
-    }
-    Diagnostic::error(bind.span.clone(), message, remedy).render(&config.source).to_string()
 }
 
 fn forget_targets(before: &Generation, after: &Generation, metrics: &Metrics) {
@@ -733,50 +462,8 @@ fn forget_targets(before: &Generation, after: &Generation, metrics: &Metrics) {
     }
 }
 
-/// Raises RLIMIT_NOFILE to its hard limit, which it returns.
-fn raise_descriptor_limit() -> u64 {
-    let limit = getrlimit(Resource::Nofile);
-    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
-        tracing::warn!(%error, "RLIMIT_NOFILE cannot be raised to its hard limit");
-    }
-    // No limit at all is no number to plan with.
-    getrlimit(Resource::Nofile).current.unwrap_or(1 << 20)
-}
-
-fn open_descriptors() -> u64 {
-    std::fs::read_dir("/proc/self/fd").map_or(32, |entries| entries.count() as u64)
-}
-
-/// As `uname -r` says it.
-pub fn kernel_release() -> String {
-    rustix::system::uname().release().to_string_lossy().into_owned()
-}
-
 fn random_prefix() -> u64 {
     use std::hash::{BuildHasher, RandomState};
     // The standard library's keys come from getrandom(2); a unique id needs no secrecy.
     RandomState::new().hash_one(std::process::id())
-}
-
-fn notify(states: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
-        tracing::debug!(%error, "sd_notify");
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn connections_and_pipes_never_need_more_descriptors_than_there_are() {
-        for free in [0, 1, 7, 64, 1000, 20_000, 1 << 20] {
-            for memory in [64 << 10, 64 << 20, 1 << 40] {
-                let budget = Budget::new(free, memory);
-                assert!(2 * (budget.connections + budget.pipes) as u64 <= free, "{budget:?} of {free}");
-                assert!((budget.pipes * splice::CAPACITY) as u64 <= memory);
-            }
-        }
-        assert_eq!(Budget::new(19_900, 64 << 20), Budget { connections: 9694, pipes: 256 });
-    }
 }

@@ -4,10 +4,10 @@ use std::ops::RangeInclusive;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
-use super::fence::Fence;
-use super::reader::{Field, Reader, Section, quoted};
-use super::values::{Refused, parse_bind, refuse};
-use super::{Bind, keys};
+use crate::config::fence::Fence;
+use crate::config::reader::{Field, Reader, Section, quoted};
+use crate::config::values::{Refused, parse_bind, refuse};
+use crate::config::{Bind, keys};
 
 const INTERVAL: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(24 * 3600);
 const TIMEOUT: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(3600);

@@ -1,23 +1,18 @@
-//! The programs that run in the kernel: embedded at build time, loaded and attached here.
+//! The programs that run in the kernel: embedded at build time, and why a kernel does not take them.
 //!
-//! What they do is in `dataplane-ebpf`, what both sides share in `common`. This module knows no connection: whoever forwards through the map puts its
-//! sockets in.
+//! What they do is in `dataplane-ebpf`, what both sides share in `common`; which of them are loaded, and what they are attached to, each engine decides for itself.
 
 use std::error::Error;
-use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::Mutex;
 use std::{fmt, io};
 
-use aya::maps::{HashMap, Map, MapData, MapError, RingBuf, SockMap};
-use aya::programs::{SkSkb, SocketFilter};
+use aya::maps::{Map, MapError};
 use aya::{Ebpf, EbpfError, EbpfLoader};
-use common::{Budget, Row, offset};
 use rustix::io::Errno;
 use rustix::thread::CapabilitySet;
 
-use crate::btf;
-use crate::sys::{Shareable, SharedArray};
+use super::btf;
+use super::sys::{Shareable, SharedArray};
 
 /// What bpf(2) asks for when it makes a socket map, loads a program for it (kernel: kernel/bpf/syscall.c), and when that program reads a socket's structure
 /// (kernel/bpf/verifier.c, `check_ptr_to_btf_access`).
@@ -41,113 +36,33 @@ pub fn object() -> Option<&'static [u8]> {
     None
 }
 
-/// The programs in the kernel, and the maps that they share with the daemon. All is gone when it is dropped.
-pub struct Programs {
-    /// The forwarded sockets, by key.
-    pub sockets: Mutex<SockMap<MapData>>,
-    /// Cookie of a socket to its key.
-    pub keys: Mutex<HashMap<MapData, u64, u32>>,
-    /// One a key.
-    pub rows: SharedArray<Row>,
-    /// One.
-    pub budget: SharedArray<Budget>,
-    /// Keys of directions that left the kernel's path; whoever reads them takes it.
-    pub events: Option<RingBuf<MapData>>,
-    verdict_id: u32,
-    /// Keeps the verdict attached.
-    ebpf: Ebpf,
-}
-
-impl fmt::Debug for Programs {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Programs").field("verdict_id", &self.verdict_id).finish_non_exhaustive()
-    }
-}
-
-impl Programs {
-    /// The kernel's number for the stream verdict program, as in `bpftool prog`.
-    #[must_use]
-    pub fn verdict_id(&self) -> u32 {
-        self.verdict_id
-    }
-
-    /// From now on the socket takes no data while more is unread than is bounded; before that, [`KEYS`](common::KEYS) has it.
-    pub fn brake(&self, socket: impl AsFd) -> io::Result<()> {
-        self.filter(common::BRAKE, socket)
-    }
-
-    /// From now on only acknowledgements and resets reach the socket.
-    pub fn quiesce(&self, socket: impl AsFd) -> io::Result<()> {
-        self.filter(common::QUIESCE, socket)
-    }
-
-    /// [`brake`](Self::brake), and no FIN reaches the socket.
-    pub fn postpone_end(&self, socket: impl AsFd) -> io::Result<()> {
-        self.filter(common::POSTPONE_END, socket)
-    }
-
-    fn filter(&self, name: &str, socket: impl AsFd) -> io::Result<()> {
-        let program = self.ebpf.program(name).expect("load() found it");
-        let filter: &SocketFilter = program.try_into().expect("load() found it to be a socket filter");
-        filter.attach(socket).map_err(io::Error::other)
-    }
-
-    /// From now on everything reaches the socket.
-    pub fn unfilter(socket: impl AsFd) -> io::Result<()> {
-        SocketFilter::detach(socket).map_err(io::Error::other)
-    }
-}
-
-/// Loads the embedded programs, with room for so many connections, and attaches the stream verdict to its map.
-pub fn load(connections: u32) -> Result<Programs, LoadError> {
+/// Makes the maps of the embedded object, and readies its programs to be loaded one by one: an engine's that are refused cost another engine nothing.
+///
+/// `offsets` are members of the kernel's structures, by the global that holds each; `entries` are the sizes of maps that the object leaves open.
+pub fn open<const N: usize>(
+    offsets: [(&str, (&str, &str)); N],
+    entries: &[(&'static str, u32)],
+) -> Result<Ebpf, LoadError> {
     let object = object().ok_or(LoadError::NotBuiltIn)?;
-    let offsets = btf::offsets(
-        Path::new(btf::KERNEL),
-        [("tcp_sock", "write_seq"), ("tcp_sock", "copied_seq"), ("sock", "sk_wmem_queued"), ("sock", "sk_sndbuf")],
-    )
-    .map_err(LoadError::KernelTypes)?;
-    load_object(object, offsets, connections * 2).map_err(LoadError::from)
-}
-
-fn load_object(object: &[u8], offsets: [u32; 4], keys: u32) -> Result<Programs, EbpfError> {
-    let names = [offset::WRITE_SEQ, offset::COPIED_SEQ, offset::WMEM_QUEUED, offset::SNDBUF];
+    let values =
+        btf::offsets(Path::new(btf::KERNEL), offsets.map(|(_, member)| member)).map_err(LoadError::KernelTypes)?;
     let mut loader = EbpfLoader::new();
-    for (name, offset) in names.into_iter().zip(&offsets) {
-        loader.override_global(name, offset, true);
+    for ((global, _), value) in offsets.iter().zip(&values) {
+        loader.override_global(global, value, true);
     }
-    for map in [common::SOCKS, common::KEYS, common::ROWS] {
-        loader.map_max_entries(map, keys);
+    for (map, size) in entries {
+        loader.map_max_entries(map, *size);
     }
-    loader.map_max_entries(common::EVENTS, common::events_bytes(keys));
-    let mut ebpf = loader.load(object)?;
-
-    let sockets = SockMap::try_from(take(&mut ebpf, common::SOCKS))?;
-    let sockets_fd = sockets.fd().try_clone().map_err(MapError::IoError)?;
-    let verdict: &mut SkSkb = ebpf.program_mut(common::VERDICT).expect("in dataplane-ebpf").try_into()?;
-    verdict.load()?;
-    verdict.attach(&sockets_fd)?;
-    let verdict_id = verdict.info()?.id();
-    for name in [common::BRAKE, common::QUIESCE, common::POSTPONE_END] {
-        let filter: &mut SocketFilter = ebpf.program_mut(name).expect("in dataplane-ebpf").try_into()?;
-        filter.load()?;
-    }
-    Ok(Programs {
-        sockets: Mutex::new(sockets),
-        keys: Mutex::new(HashMap::try_from(take(&mut ebpf, common::KEYS))?),
-        rows: shared(&take(&mut ebpf, common::ROWS), keys as usize)?,
-        budget: shared(&take(&mut ebpf, common::BUDGET), 1)?,
-        events: Some(RingBuf::try_from(take(&mut ebpf, common::EVENTS))?),
-        verdict_id,
-        ebpf,
-    })
+    loader.load(object).map_err(LoadError::from)
 }
 
-fn take(ebpf: &mut Ebpf, map: &str) -> Map {
+/// Takes a map that the object has.
+pub fn take(ebpf: &mut Ebpf, map: &str) -> Map {
     ebpf.take_map(map).expect("in dataplane-ebpf")
 }
 
-/// The mapping holds the map: the file descriptor may go.
-fn shared<T: Shareable>(map: &Map, len: usize) -> Result<SharedArray<T>, MapError> {
+/// The array as memory. The mapping holds the map: the file descriptor may go.
+pub fn shared<T: Shareable>(map: &Map, len: usize) -> Result<SharedArray<T>, MapError> {
     let Map::Array(data) = map else { unreachable!("an array in dataplane-ebpf") };
     SharedArray::new(data.fd(), len).map_err(MapError::IoError)
 }

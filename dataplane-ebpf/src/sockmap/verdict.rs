@@ -1,6 +1,6 @@
 //! The stream verdict of the sockmap: what becomes of each skb that a forwarded socket receives.
 //!
-//! The kernel runs it with the receiving socket locked (net/core/skmsg.c, `sk_psock_verdict_recv`). It reads what the rules of [`common::governor`] ask for,
+//! The kernel runs it with the receiving socket locked (net/core/skmsg.c, `sk_psock_verdict_recv`). It reads what the rules of [`common::sockmap::governor`] ask for,
 //! and does what they say.
 
 use core::ptr::{addr_of, read_volatile};
@@ -19,8 +19,8 @@ use aya_ebpf::{
     maps::{Array, HashMap, RingBuf, SockMap},
     programs::SkBuffContext,
 };
-use common::governor::{self, Action, Reason, Sink};
-use common::{Budget, Row};
+use common::sockmap::governor::{self, Action, Reason, Sink};
+use common::sockmap::{Budget, Row};
 
 // The loader says how many entries the maps have.
 
@@ -42,7 +42,7 @@ pub static BUDGET: Array<Budget> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 /// Keys of directions that left the kernel's path.
 #[map]
-static EVENTS: RingBuf = RingBuf::with_byte_size(common::events_bytes(2), 0);
+static EVENTS: RingBuf = RingBuf::with_byte_size(common::sockmap::events_bytes(2), 0);
 
 /// include/uapi/linux/bpf.h
 const BPF_F_NO_PREALLOC: u32 = 1;
@@ -120,7 +120,7 @@ fn lose(row: &Row, key: u32) -> u32 {
 
 fn told(key: u32, tell: bool) {
     if tell {
-        // There is room: see `common::events_bytes`.
+        // There is room: see `common::sockmap::events_bytes`.
         let _ = EVENTS.output::<u32>(key, 0);
     }
 }

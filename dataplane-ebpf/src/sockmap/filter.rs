@@ -7,9 +7,9 @@
 use aya_ebpf::{
     EbpfContext, helpers::generated::bpf_get_socket_cookie, macros::socket_filter, programs::SkBuffContext,
 };
-use common::governor::is_over;
+use common::sockmap::governor::is_over;
 
-use crate::verdict::{BUDGET, KEYS, ROWS};
+use super::verdict::{BUDGET, KEYS, ROWS};
 
 const FIN: u8 = 1;
 const SYN: u8 = 1 << 1;

@@ -1,4 +1,4 @@
-//! What keeps the knowledge of targets true, on a thread and a runtime of its own: checks, trials of targets that were put aside, the resolver, the tailnet.
+//! What keeps the knowledge of targets true, on a thread and a runtime of its own: checks, probes of targets that were ejected, the resolver, the tailnet.
 //!
 //! A configuration's tasks end when the next one comes; what they found stays in the targets. Forwarding never waits for anything here.
 
@@ -12,12 +12,12 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{sleep, sleep_until, timeout};
 
-use super::dial::Dial;
+use super::connect::Dial;
 use super::health::Event;
-use super::names::{self, Names};
+use super::resolver::{self, Resolver};
 use super::{Pool, Target, probe};
 use crate::config::{self, Config, TargetHost};
-use crate::socket;
+use crate::kernel::socket;
 use crate::tailnet::{self, View};
 
 /// The first checks after a start are spread over this, or over the interval where that is shorter. Also how long to wait when we lack what a check needs.
@@ -27,7 +27,7 @@ const SPREAD: Duration = Duration::from_secs(1);
 const TAILNET_FIRST: Duration = Duration::from_millis(500);
 
 /// The running thread.
-pub struct Upkeep {
+pub struct Maintenance {
     work: mpsc::UnboundedSender<Work>,
 }
 
@@ -37,12 +37,12 @@ struct Work {
     tailscaled: PathBuf,
 }
 
-impl Upkeep {
+impl Maintenance {
     /// Starts it, with nothing to do.
     pub fn start() -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (work, inbox) = mpsc::unbounded_channel();
-        std::thread::Builder::new().name("upkeep".into()).spawn(move || runtime.block_on(run(inbox)))?;
+        std::thread::Builder::new().name("maintenance".into()).spawn(move || runtime.block_on(run(inbox)))?;
         Ok(Self { work })
     }
 
@@ -69,7 +69,7 @@ async fn run(mut inbox: mpsc::UnboundedReceiver<Work>) {
             let task = tokio::spawn(tailnet::follow(tailscaled.clone(), view.clone()));
             tailnet = Some((tailscaled, task.abort_handle()));
         }
-        let names = Arc::new(Names::new(resolver));
+        let names = Arc::new(Resolver::new(resolver));
         for pool in &pools {
             for target in pool.targets() {
                 tasks.spawn(attend(pool.clone(), target.clone()));
@@ -82,16 +82,21 @@ async fn run(mut inbox: mpsc::UnboundedReceiver<Work>) {
     }
 }
 
-async fn resolve(target: Arc<Target>, name: String, names: Arc<Names>, mut view: watch::Receiver<Option<Arc<View>>>) {
+async fn resolve(
+    target: Arc<Target>,
+    name: String,
+    names: Arc<Resolver>,
+    mut view: watch::Receiver<Option<Arc<View>>>,
+) {
     // At a start the tailnet has not been heard yet, and what is one of its names the resolver may not know.
     if view.borrow().is_none() {
         let _ = timeout(TAILNET_FIRST, view.changed()).await;
     }
-    names::follow(names, &name, view, &target.wanted, |answer| target.resolved(answer)).await;
+    resolver::follow(names, &name, view, &target.wanted, |answer| target.resolved(answer)).await;
 }
 
 /// Tells the targets what the tailnet says of them.
-async fn see(pools: Vec<Arc<Pool>>, names: Arc<Names>, mut view: watch::Receiver<Option<Arc<View>>>) {
+async fn see(pools: Vec<Arc<Pool>>, names: Arc<Resolver>, mut view: watch::Receiver<Option<Arc<View>>>) {
     loop {
         let now = view.borrow_and_update().clone();
         for target in pools.iter().flat_map(|pool| pool.targets()) {
@@ -103,7 +108,7 @@ async fn see(pools: Vec<Arc<Pool>>, names: Arc<Names>, mut view: watch::Receiver
     }
 }
 
-/// Checks a target as configured, and tries it again when it was put aside for long enough; one probe at a time.
+/// Checks a target as configured, and probes it when it was ejected for long enough; one of both at a time.
 async fn attend(pool: Arc<Pool>, target: Arc<Target>) {
     let health = pool.config.health.as_ref();
     if health.is_none() {
@@ -112,15 +117,15 @@ async fn attend(pool: Arc<Pool>, target: Arc<Target>) {
     }
     let mut next_check = health.map(|check| Instant::now() + SPREAD.min(check.interval).mul_f64(fastrand::f64()));
     loop {
-        let trial = target.health.lock().expect("no panic while held").trial();
-        let Some(due) = [next_check, trial].into_iter().flatten().min() else {
-            target.aside.notified().await;
+        let probe_due = target.health.lock().expect("no panic while held").probe_due();
+        let Some(due) = [next_check, probe_due].into_iter().flatten().min() else {
+            target.ejected.notified().await;
             continue;
         };
         tokio::select! {
             () = sleep_until(due.into()) => {}
-            // The trial may be due before the check now.
-            () = target.aside.notified() => continue,
+            // The probe may be due before the check now.
+            () = target.ejected.notified() => continue,
         }
         let begun = Instant::now();
         let failure = match probe(&pool, &target).await {
@@ -144,28 +149,28 @@ async fn attend(pool: Arc<Pool>, target: Arc<Target>) {
                 }
             });
         }
-        if trial.is_some_and(|due| due <= begun) {
+        if probe_due.is_some_and(|due| due <= begun) {
             target.apply(match failure {
-                None => Event::TrialPassed,
-                Some((reason, answers)) => Event::TrialFailed { reason, answers },
+                None => Event::ProbePassed,
+                Some((reason, answers)) => Event::ProbeFailed { reason, answers },
             });
         }
     }
 }
 
-/// What a probe found.
+/// What a check or a probe found.
 enum Found {
     Answer,
     /// It answers, but not as it should.
     WrongAnswer(String),
     Nothing(String),
-    /// A probe could not be made.
+    /// Neither could be made.
     OurFault,
 }
 
 /// As a client would: the address that answers first is the one that is spoken to.
 async fn probe(pool: &Pool, target: &Target) -> Found {
-    // Without a check, a trial is what a client would have done.
+    // Without a check, a probe is what a client would have done.
     let health = pool.config.health.as_ref();
     let patience = health.map_or(pool.config.connect_timeout, |check| check.timeout);
     let tls = health.and_then(|check| check.tls.as_deref());
@@ -175,7 +180,7 @@ async fn probe(pool: &Pool, target: &Target) -> Found {
     let connect = async {
         match target.connect(&dial, pool.config.hedge_delay, patience).await {
             Ok(stream) => Ok(stream),
-            Err(failure) if failure.is_our_own() => Err(Found::OurFault),
+            Err(failure) if failure.cause.is_our_own() => Err(Found::OurFault),
             Err(failure) => Err(Found::Nothing(failure.to_string())),
         }
     };

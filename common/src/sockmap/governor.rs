@@ -7,7 +7,7 @@
 //! - A passed byte that the daemon has not yet sent on must not be overtaken: until `consumed` equals `passed`, everything is passed.
 //! - The daemon sleeps while the kernel forwards. It is told when that ends, once: by the pass that finds nothing unconsumed before it.
 
-use crate::{Budget, Row};
+use super::{Budget, Row};
 
 /// Everything is passed; the daemon looks by itself.
 pub const HOLD: u32 = 0;

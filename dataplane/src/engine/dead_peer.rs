@@ -1,13 +1,13 @@
-//! Tells a peer that vanished from one that is merely slow.
+//! Dead peer detection: tells a peer that vanished from one that is merely slow.
 //!
 //! TCP_USER_TIMEOUT cannot. It also cuts a peer that keeps its window shut for that long although it answers every probe, and even one that opens
 //! it now and then by less than the segment that waits, because the kernel's clock for window probes then runs on (net/ipv4/tcp_timer.c,
 //! tcp_probe_timer; net/ipv4/tcp_input.c, tcp_ack_probe): a paused or a throttled download. So while bytes wait, what the peer acknowledges decides;
-//! while none do, keepalive does. The decision is pure; `watch` asks and acts.
+//! while none do, keepalive does. The decision is pure; `idle` asks and acts.
 
 use std::time::{Duration, Instant};
 
-use crate::sys::TcpInfo;
+use crate::kernel::sys::TcpInfo;
 
 /// What is known of one leg.
 #[derive(Debug, Default)]

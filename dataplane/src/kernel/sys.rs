@@ -14,6 +14,11 @@ use rustix::mm::{MapFlags, ProtFlags};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+/// As `uname -r` says it.
+pub fn kernel_release() -> String {
+    rustix::system::uname().release().to_string_lossy().into_owned()
+}
+
 /// The head of `struct tcp_info` (include/uapi/linux/tcp.h), as far as it is used here. The kernel fills as much as it has.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
@@ -209,9 +214,9 @@ pub struct SharedArray<T> {
 pub unsafe trait Shareable {}
 
 // SAFETY: words, see `common`.
-unsafe impl Shareable for common::Row {}
+unsafe impl Shareable for common::sockmap::Row {}
 // SAFETY: words, see `common`.
-unsafe impl Shareable for common::Budget {}
+unsafe impl Shareable for common::sockmap::Budget {}
 
 impl<T: Shareable> SharedArray<T> {
     /// Maps the first `len` values.

@@ -7,15 +7,15 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::vigil::{self, Finding, Leg};
-use super::{End, Side, Timeouts};
-use crate::{socket, sys};
+use super::dead_peer::{self, Finding, Leg};
+use super::pair::{End, Side, Timeouts};
+use crate::kernel::{socket, sys};
 
 /// How often to see whether a slow reader has taken the last bytes of a connection that has ended otherwise.
 const TAIL_TICK: Duration = Duration::from_millis(500);
 
 /// See the module.
-pub struct Watch {
+pub struct IdleTimer {
     timeouts: Timeouts,
     last_bytes: Instant,
     /// When to look at the legs; `None` while both are quiet.
@@ -31,14 +31,14 @@ pub struct Watch {
     half_closed: bool,
 }
 
-impl Watch {
+impl IdleTimer {
     /// For a connection of which every byte is noticed by [`bytes_moved`](Self::bytes_moved).
     pub fn new(timeouts: Timeouts) -> Self {
         let now = Instant::now();
         Self {
             timeouts,
             last_bytes: now,
-            next_look: Some(now + vigil::interval(timeouts.dead_peer)),
+            next_look: Some(now + dead_peer::interval(timeouts.dead_peer)),
             legs: [Leg::default(), Leg::default()],
             acknowledged: [None; 2],
             keep_alive: false,
@@ -72,14 +72,14 @@ impl Watch {
         self.last_bytes = at;
         let was_quiet = self.next_look.is_none();
         if was_quiet {
-            self.next_look = Some(self.last_bytes + vigil::interval(self.timeouts.dead_peer));
+            self.next_look = Some(self.last_bytes + dead_peer::interval(self.timeouts.dead_peer));
         }
         was_quiet
     }
 
     /// No event will tell what is waited for: look again before long.
     pub fn keep_looking(&mut self) {
-        let soon = Instant::now() + vigil::interval(self.timeouts.dead_peer).min(TAIL_TICK);
+        let soon = Instant::now() + dead_peer::interval(self.timeouts.dead_peer).min(TAIL_TICK);
         self.next_look = Some(self.next_look.map_or(soon, |look| look.min(soon)));
     }
 
@@ -103,7 +103,7 @@ impl Watch {
             return None;
         }
         let dead_peer = self.timeouts.dead_peer;
-        let mut quiet = now >= self.last_bytes + vigil::interval(dead_peer);
+        let mut quiet = now >= self.last_bytes + dead_peer::interval(dead_peer);
         if !self.keep_alive {
             self.keep_alive = true;
             for (_, socket) in sockets {
@@ -118,7 +118,7 @@ impl Watch {
                 Finding::Waiting => quiet = false,
             }
         }
-        self.next_look = (self.unattended || !quiet).then(|| now + vigil::interval(dead_peer));
+        self.next_look = (self.unattended || !quiet).then(|| now + dead_peer::interval(dead_peer));
         None
     }
 }

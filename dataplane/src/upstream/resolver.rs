@@ -36,7 +36,7 @@ const MAGIC_DNS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(100, 100,
 const FILES: [&str; 2] = ["/etc/resolv.conf", "/etc/hosts"];
 
 /// Asks for names, on behalf of all targets.
-pub struct Names {
+pub struct Resolver {
     config: config::Resolver,
     system: Mutex<Option<(Fingerprint, TokioResolver)>>,
     hosts: Mutex<Option<(Option<SystemTime>, Arc<Hosts>)>>,
@@ -45,7 +45,7 @@ pub struct Names {
 
 type Fingerprint = [Option<SystemTime>; 2];
 
-impl Names {
+impl Resolver {
     /// Nothing is asked yet.
     pub fn new(config: config::Resolver) -> Self {
         Self {
@@ -159,7 +159,7 @@ pub fn ambiguous(config: &Config) -> Vec<Diagnostic> {
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return Vec::new() };
     runtime.block_on(async {
         let Ok(view) = tailnet::look(&config.tailnet.socket).await else { return Vec::new() };
-        let names = Names::new(config.resolver.clone());
+        let names = Resolver::new(config.resolver.clone());
         let mut found = Vec::new();
         for target in config.upstreams.iter().flat_map(|upstream| &upstream.targets) {
             let TargetHost::Name(name) = &target.host else { continue };
@@ -237,7 +237,7 @@ async fn ask(resolver: &TokioResolver, name: &str) -> Result<(Vec<IpAddr>, Durat
 /// Looks a name up again and again, and tells `tell` of each outcome. What the tailnet tells is looked at at once, and so is the name when somebody wants
 /// it and it has no answer; but never more often than once a second.
 pub async fn follow(
-    names: Arc<Names>,
+    names: Arc<Resolver>,
     name: &str,
     mut view: watch::Receiver<Option<Arc<View>>>,
     wanted: &Notify,
@@ -285,8 +285,8 @@ mod tests {
     use super::*;
 
     /// A resolver that reaches no server.
-    fn names() -> Names {
-        Names::new(config::Resolver { servers: vec![([127, 0, 0, 1], 1).into()] })
+    fn names() -> Resolver {
+        Resolver::new(config::Resolver { servers: vec![([127, 0, 0, 1], 1).into()] })
     }
 
     #[tokio::test]

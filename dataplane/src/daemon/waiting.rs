@@ -1,0 +1,95 @@
+//! Addresses that this machine does not have yet, tailscale0's at boot above all: they stop nothing, and are tried again.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+
+use sd_notify::NotifyState;
+
+use super::Daemon;
+use super::binding::bind_webhook;
+use super::worker::Command;
+use crate::listen;
+use crate::shared::{Role, Waiting};
+use crate::systemd::notify;
+
+impl Daemon {
+    /// Whether there are any.
+    pub(super) fn waits(&self) -> bool {
+        !self.shared.waiting.lock().expect("no panic while held").is_empty()
+    }
+
+    /// From now on tries these addresses again, and no others.
+    pub(super) fn wait_for(&self, waiting: Vec<Waiting>) {
+        for waiting in &waiting {
+            tracing::warn!(
+                addr = %waiting.addr,
+                role = %waiting.role,
+                "this machine does not have that address yet: it is listened on as soon as it does"
+            );
+        }
+        self.tell_waiting(waiting);
+    }
+
+    /// For `status`, `/readyz`, metrics and systemd.
+    fn tell_waiting(&self, waiting: Vec<Waiting>) {
+        let generation = self.shared.generation.load();
+        let listeners = generation.config.listeners.iter().flat_map(|l| l.bind.iter().map(|b| (&*l.name, b.addr)));
+        let is_bound = |addr: SocketAddr| waiting.iter().all(|waiting| waiting.addr != addr);
+        let mut all: Vec<_> = listeners.map(|(name, addr)| (name, addr, self.bound.contains(&addr))).collect();
+        let admin = generation.config.admin.bind.addr;
+        all.push(("admin", admin, is_bound(admin)));
+        if let Some(webhook) = generation.config.webhook() {
+            all.push(("webhook", webhook.bind.addr, is_bound(webhook.bind.addr)));
+        }
+        self.shared.metrics.set_bound(all);
+        let text = match &waiting[..] {
+            [] => "serving".to_owned(),
+            some => {
+                let some: Vec<_> = some.iter().map(|w| format!("{} ({})", w.addr, w.role)).collect();
+                format!("serving; this machine does not have {} yet", some.join(", "))
+            }
+        };
+        notify(&[NotifyState::Status(&text)]);
+        *self.shared.waiting.lock().expect("no panic while held") = waiting;
+    }
+
+    /// Tries each of the addresses that were missing.
+    pub(super) fn try_waiting(&mut self) {
+        let generation = self.shared.generation.load_full();
+        let waiting = self.shared.waiting.lock().expect("no panic while held").clone();
+        let before = waiting.len();
+        let mut left = Vec::new();
+        for one in waiting {
+            let bound = match &one.role {
+                Role::Listener(_) => {
+                    let beside =
+                        self.bound.iter().any(|b| b.port() == one.addr.port() && b.is_ipv4() == one.addr.is_ipv4());
+                    listen::bind(one.addr, self.workers.len(), beside).map(|sockets| {
+                        for (worker, socket) in self.workers.iter().zip(sockets) {
+                            worker.send(Command::Listen(one.addr, socket));
+                        }
+                        self.bound.push(one.addr);
+                    })
+                }
+                Role::Admin => TcpListener::bind(one.addr).map(|tcp| drop(self.admin.send(tcp))),
+                Role::Webhook => match bind_webhook(&generation.config, None, &mut Vec::new()) {
+                    Ok(Some(webhook)) => {
+                        self.serve_webhook(Some(webhook));
+                        Ok(())
+                    }
+                    _ => Err(io::ErrorKind::AddrNotAvailable.into()),
+                },
+            };
+            match bound {
+                Ok(()) => tracing::info!(addr = %one.addr, role = %one.role, "listening"),
+                Err(error) => {
+                    tracing::debug!(addr = %one.addr, %error, "not yet");
+                    left.push(one);
+                }
+            }
+        }
+        if left.len() < before {
+            self.tell_waiting(left);
+        }
+    }
+}
