@@ -334,6 +334,8 @@ fn the_routing_table_shows_what_wins_first() {
     let text = r#"
 [listeners.public]
 bind = ["0.0.0.0:443"]
+deny = ["192.0.2.7"]
+accept_proxy = ["10.0.0.0/8"]
 [listeners.inside]
 bind = ["127.0.0.1:8443"]
 [listeners.web]
@@ -370,8 +372,13 @@ blog.example.com    public,inside,web  any          cluster   thinkpad-1:443,thi
 Every other server name is refused.
 Listener web speaks HTTP: ACME challenges go to port 8080 of these targets, the rest is sent to https.
 
-LISTENER  BIND                    UPSTREAM  TARGETS        PROXY
-git       0.0.0.0:2222,[::]:2222  git-ssh   thinkpad-1:22  off
+LISTENER  MODE  BIND                    DENY          ALLOW  ACCEPT_PROXY  UPSTREAM  TARGETS        PROXY
+public    tls   0.0.0.0:443             192.0.2.7/32  all    10.0.0.0/8    by host
+inside    tls   127.0.0.1:8443          nobody        all    nobody        by host
+web       http  0.0.0.0:80              nobody        all    nobody        by host
+git       tcp   0.0.0.0:2222,[::]:2222  nobody        all    nobody        git-ssh   thinkpad-1:22  off
+
+Metrics on 127.0.0.1:9443, control socket /run/dataplane/admin.sock.
 ";
     assert_eq!(routing_table(&read(text).0), expected);
     let all = SMALL.replace("blog.example.com", "*");
