@@ -708,6 +708,6 @@ mod tests {
         assert_eq!((limits.max_connections, limits.idle_timeout.as_secs(), limits.hello_timeout.as_secs()), (7, 60, 3));
         // No table that it may have names a file.
         let tables = [keys::INCLUDED, keys::LISTENER, keys::UPSTREAM, keys::HEALTH, keys::ROUTE, keys::LIMITS];
-        assert!(tables.concat().iter().all(|key| !key.ends_with("_file") || keys::NODE_ONLY.contains(key)));
+        assert!(tables.concat().iter().all(|key| !key.name.ends_with("_file") || keys::NODE_ONLY.contains(&key.name)));
     }
 }

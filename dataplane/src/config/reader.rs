@@ -9,7 +9,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::diagnostic::{MOST_KEPT, hidden};
-use super::keys;
+use super::keys::{self, Key};
 use super::values::{Refused, format_duration, format_size, parse_duration, parse_size};
 use super::{Diagnostic, Span};
 
@@ -166,14 +166,14 @@ impl Reader {
     }
 
     /// The root table of a file that begins at `base`.
-    pub(super) fn root<'t>(&mut self, table: &'t DeTable<'t>, name: &str, base: usize, keys: &[&str]) -> Section<'t> {
+    pub(super) fn root<'t>(&mut self, table: &'t DeTable<'t>, name: &str, base: usize, keys: &[Key]) -> Section<'t> {
         let section = Section { table, name: name.into(), span: base..base, base };
         self.report_unknown_keys(&section, keys);
         section
     }
 
     /// A table with these keys alone. `name` is how it is written: `[limits]`.
-    pub(super) fn section<'t>(&mut self, field: Field<'t>, name: String, keys: &[&str]) -> Option<Section<'t>> {
+    pub(super) fn section<'t>(&mut self, field: Field<'t>, name: String, keys: &[Key]) -> Option<Section<'t>> {
         let section = self.any_section(field, name)?;
         self.report_unknown_keys(&section, keys);
         Some(section)
@@ -203,7 +203,7 @@ impl Reader {
     }
 
     /// `[[key]]`: a list of tables.
-    pub(super) fn sections<'t>(&mut self, field: Field<'t>, keys: &[&str]) -> Vec<Section<'t>> {
+    pub(super) fn sections<'t>(&mut self, field: Field<'t>, keys: &[Key]) -> Vec<Section<'t>> {
         let name = format!("[[{}]]", field.key);
         let DeValue::Array(items) = field.value() else {
             self.error(
@@ -231,9 +231,9 @@ impl Reader {
         sections
     }
 
-    fn report_unknown_keys(&mut self, section: &Section<'_>, keys: &[&str]) {
+    fn report_unknown_keys(&mut self, section: &Section<'_>, keys: &[Key]) {
         for (span, field) in section.entries() {
-            if !keys.contains(&field.key) {
+            if !keys::has(keys, field.key) {
                 let word = if self.is_full() { None } else { meant(field.key, keys) };
                 let remedy = if let Some(word) = word {
                     self.misspelt.push((section.span.start, word.to_owned()));
@@ -535,16 +535,17 @@ fn other_value(key: &str, value: &str) -> Option<&'static str> {
     OTHER_VALUES.iter().find(|(of, other, _)| *of == key && *other == plain).map(|(.., word)| *word)
 }
 
-fn meant<'k>(key: &str, keys: &[&'k str]) -> Option<&'k str> {
+fn meant(key: &str, keys: &[Key]) -> Option<&'static str> {
+    let keys: Vec<&'static str> = keys.iter().map(|key| key.name).collect();
     let plain = key.to_lowercase().replace('-', "_");
-    suggest(key, keys).or_else(|| {
+    suggest(key, &keys).or_else(|| {
         let mut others = OTHER_NAMES.iter().filter(|(other, _)| *other == plain);
         others.find_map(|(_, word)| keys.iter().find(|key| *key == word).copied())
     })
 }
 
-fn unknown_key_remedy(key: &str, section: &Section<'_>, keys: &[&str]) -> String {
-    if let Some((home, _)) = keys::ALL.iter().find(|(home, keys)| *home != section.name && keys.contains(&key)) {
+fn unknown_key_remedy(key: &str, section: &Section<'_>, keys: &[Key]) -> String {
+    if let Some((home, _)) = keys::ALL.iter().find(|(home, keys)| *home != section.name && keys::has(keys, key)) {
         return match *home {
             "the top level" if section.is_root() => {
                 format!("`{key}` belongs to the file that the daemon is started with, on the node itself")
@@ -553,6 +554,6 @@ fn unknown_key_remedy(key: &str, section: &Section<'_>, keys: &[&str]) -> String
             home => format!("`{key}` belongs to {home}"),
         };
     }
-    let known = keys.iter().map(|key| format!("`{key}`")).collect::<Vec<_>>();
+    let known = keys.iter().map(|key| format!("`{}`", key.name)).collect::<Vec<_>>();
     format!("remove it; the keys here are {}", list(&known).replace(" or ", " and "))
 }

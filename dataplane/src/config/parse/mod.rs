@@ -21,6 +21,7 @@ pub use repository::{Repository, Webhook};
 
 use crate::config::check::Places;
 use crate::config::diagnostic::shown_part;
+use crate::config::keys::Key;
 use crate::config::reader::{Field, Reader, Section, quoted};
 use crate::config::source::{File, Role};
 use crate::config::{
@@ -151,9 +152,9 @@ struct Parser {
 }
 
 /// The one table in a table, where that has nothing else and none of `keys`.
-fn dotted<'t>(field: Field<'t>, keys: &[&str]) -> Option<(&'t str, Field<'t>)> {
+fn dotted<'t>(field: Field<'t>, keys: &[Key]) -> Option<(&'t str, Field<'t>)> {
     match &field.children()?[..] {
-        [inner] if inner.is_table() && !keys.contains(&inner.key) => Some((inner.key, *inner)),
+        [inner] if inner.is_table() && !keys::has(keys, inner.key) => Some((inner.key, *inner)),
         _ => None,
     }
 }
@@ -254,7 +255,7 @@ impl Parser {
     }
 
     /// The tables below `[listeners]` or `[upstreams]`, in the order of the files.
-    fn named<'t>(&mut self, roots: &[Section<'t>], key: &str, keys: &[&str]) -> Vec<(Span, Arc<str>, Section<'t>)> {
+    fn named<'t>(&mut self, roots: &[Section<'t>], key: &str, keys: &[Key]) -> Vec<(Span, Arc<str>, Section<'t>)> {
         let mut sections = Vec::new();
         let mut seen: HashMap<&'t str, Span> = HashMap::new();
         for field in roots.iter().filter_map(|root| root.get(key)) {
