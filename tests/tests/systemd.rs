@@ -115,6 +115,7 @@ fn install_keeps_an_edited_configuration_and_lets_the_service_read_it() {
         ("usr/local/share/man/man1", 0o755),
         ("usr/local/share/man/man1/dataplane.1", 0o644),
         ("usr/local/share/man/man1/dataplane-check.1", 0o644),
+        ("usr/local/share/man/man5/dataplane.toml.5", 0o644),
     ] {
         let permissions = std::fs::metadata(root.join(path)).unwrap_or_else(|e| panic!("{path}: {e}")).permissions();
         assert_eq!(permissions.mode() & 0o777, mode, "{path}");

@@ -84,10 +84,15 @@ fn put_manual(root: &Path, prefix: &Path, built: &Path) -> Result<()> {
         let text = said(Command::new(built).args(["completions", shell]))?;
         put(root, &share.join(path), &text, 0o644)?;
     }
-    let pages = below(root, &share.join("man/man1"));
-    fs::create_dir_all(&pages).with_context(|| format!("cannot make {}", pages.display()))?;
+    let manual = below(root, &share.join("man"));
+    let pages = manual.join("man1");
+    let file = "dataplane.toml.5";
+    for folder in [&pages, &manual.join("man5")] {
+        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    }
     said(Command::new(built).arg("man").arg(&pages))?;
-    step(format_args!("{}/dataplane*.1 installed", pages.display()));
+    fs::rename(pages.join(file), manual.join("man5").join(file))?;
+    step(format_args!("{} has the manual pages", manual.display()));
     Ok(())
 }
 

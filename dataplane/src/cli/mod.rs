@@ -2,6 +2,7 @@
 
 mod client;
 mod explain;
+mod manual;
 mod show;
 
 use std::io::{ErrorKind, Write};
@@ -305,7 +306,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             clap_complete::generate(*shell, &mut Arguments::command(), "dataplane", &mut out);
         }
         Command::Man { folder } => {
-            clap_mangen::generate_to(Arguments::command().disable_help_subcommand(true), folder)?;
+            manual::write(Arguments::command().disable_help_subcommand(true), folder)?;
         }
         Command::Reload => write!(out, "{}", ask(path, Method::POST, "/reload")?)?,
         Command::Drain { target } => write!(out, "{}", ask(path, Method::POST, &about("/drain", target))?)?,

@@ -372,6 +372,21 @@ pub const WEBHOOK: &[Key] = &[
     Key { name: "secret_file", kind: "path", default: "required", meaning: "a file with the secret" },
 ];
 
+/// The tables in the order of the reference, with their keys.
+pub const REFERENCE: [(&str, &[Key]); 11] = [
+    ("top level", ROOT),
+    ("[listeners.NAME]", LISTENER),
+    ("[upstreams.NAME]", UPSTREAM),
+    ("health in [upstreams.NAME]", HEALTH),
+    ("[[routes]]", ROUTE),
+    ("[limits]", LIMITS),
+    ("[resolver]", RESOLVER),
+    ("[tailnet]", TAILNET),
+    ("[admin]", ADMIN),
+    ("[source]", SOURCE),
+    ("webhook in [source]", WEBHOOK),
+];
+
 /// Where each key is at home, for those that stand in the wrong place.
 pub const ALL: [(&str, &[Key]); 9] = [
     ("the top level", ROOT),

@@ -30,6 +30,7 @@ pub use check::own_listener_targets;
 pub use diagnostic::{Diagnostic, Severity, redacted, shown};
 pub use diff::{Change, diff};
 pub use fence::{Fence, own_targets};
+pub use keys::REFERENCE;
 pub use load::{
     Files, LARGEST, LoadError, WILDCARDS, add_repository, glob, includes, is_pattern, read, read_repository,
 };
