@@ -71,7 +71,9 @@ fn what_a_push_changes_is_said_without_reading_outside_of_it() {
         let mut command = Command::new(binary());
         let out = command.arg("diff").args(arguments).current_dir(folder.path()).output();
         let out = out.expect("the daemon's binary can be run");
-        (out.status.success(), String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned())
+        // 2: they could not be compared.
+        let good = matches!(out.status.code(), Some(0 | 1));
+        (good, String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned())
     };
     let inside = ["--repository", "old", "new", "--path", "nodes.toml"];
     write("old", GOOD);
