@@ -1,5 +1,5 @@
-//! Embeds the eBPF object, if one was built: `cargo xtask build-ebpf` puts it into `target/ebpf`. Without one the daemon is built too, and says so when it
-//! would need it.
+//! Embeds the eBPF object, if one was built: `cargo xtask build-ebpf` puts it into `target/ebpf`.
+//! Without one the daemon is built too, and says so when it would need it.
 //!
 //! `DATAPLANE_EBPF_OBJECT` names another object, for packagers.
 
@@ -22,7 +22,8 @@ fn main() {
         println!("cargo::rerun-if-changed={}", object.display());
         object
     } else {
-        // The folder, not the file: cargo would run this every time for a file that does not exist. A fixed place, whatever CARGO_TARGET_DIR says.
+        // The folder, not the file: cargo would run this every time for a file that does not exist.
+        // A fixed place, whatever CARGO_TARGET_DIR says.
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("target").join("ebpf");
         fs::create_dir_all(&folder).unwrap_or_else(|error| panic!("cannot make {}: {error}", folder.display()));
         println!("cargo::rerun-if-changed={}", folder.display());
@@ -34,8 +35,8 @@ fn main() {
     }
 }
 
-/// The version, and in a release build the commit, if git knows it or `DATAPLANE_COMMIT` says it: not in others, which would
-/// all be built again for each commit.
+/// The version, and in a release build the commit, if git knows it or `DATAPLANE_COMMIT` says it:
+/// not in others, which would all be built again for each commit.
 fn version() -> String {
     println!("cargo::rerun-if-env-changed=DATAPLANE_COMMIT");
     let version = env!("CARGO_PKG_VERSION");

@@ -1,6 +1,8 @@
-//! Metrics and health over TCP, status and control over a unix socket: HTTP on a thread and a runtime of its own.
+//! Metrics and health over TCP, status and control over a unix socket: HTTP on a thread and a
+//! runtime of its own.
 //!
-//! Nothing here is on the way of a connection's bytes: it reads shared state, and asks other threads for what changes it.
+//! Nothing here is on the way of a connection's bytes: it reads shared state, and asks other
+//! threads for what changes it.
 
 use std::io;
 use std::net::TcpListener as StdTcpListener;
@@ -51,7 +53,8 @@ const PUBLIC: Bounds = Bounds { connections: AT_A_TIME, age: Duration::from_secs
 const CONTROL: Bounds =
     Bounds { connections: AT_A_TIME, age: Duration::from_secs(30), grace: Duration::from_secs(3600) };
 
-/// Serves until the process ends. Where `[admin] bind` could not be bound yet, its socket may be sent later.
+/// Serves until the process ends. Where `[admin] bind` could not be bound yet, its socket may be
+/// sent later.
 pub fn start(
     shared: Arc<Shared>,
     sockets: Sockets,

@@ -1,6 +1,7 @@
 //! One configuration in force: tables built from it, and the handles that connections need.
 //!
-//! A connection keeps the generation that it was accepted under until its end; a reload makes a new one beside it.
+//! A connection keeps the generation that it was accepted under until its end; a reload makes a new
+//! one beside it.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -16,7 +17,6 @@ use crate::route::{Pattern, Table};
 use crate::upstream::Pool;
 use crate::upstream::inventory::Inventory;
 
-/// See the module.
 pub struct Generation {
     /// What the owner wrote.
     pub config: Config,
@@ -46,7 +46,6 @@ pub struct Generation {
 pub struct Destination {
     /// Name of the route, or of the listener.
     pub route: Arc<str>,
-    /// Where to dial.
     pub pool: Arc<Pool>,
     /// What to count with.
     pub metrics: Arc<RouteMetrics>,
@@ -103,7 +102,8 @@ impl Generation {
         self.by_bind.get(&bound).copied()
     }
 
-    /// Whether connections that were listed so on a listener of that name still would be, wherever they would go.
+    /// Whether connections that were listed so on a listener of that name still would be, wherever
+    /// they would go.
     pub fn lists(&self, listener: &str, server_name: Option<&str>, listed: Listed) -> bool {
         let Some(index) = self.config.listeners.iter().position(|l| *l.name == *listener) else { return false };
         match listed {

@@ -1,6 +1,6 @@
-//! The forwarding dataplane of an entrance node. Modules in the order in which a connection meets them:
-//! [`listen`], [`connection`] ([`hello`] or [`http`], [`route`], [`upstream`], [`proxy_protocol`]), [`engine`]; beside it what they are driven by.
-//! ARCHITECTURE.md is the map.
+//! The forwarding dataplane of an entrance node. Modules in the order in which a connection meets
+//! them: [`listen`], [`connection`] ([`hello`] or [`http`], [`route`], [`upstream`],
+//! [`proxy_protocol`]), [`engine`]; beside it what they are driven by. ARCHITECTURE.md is the map.
 
 pub mod listen;
 

@@ -1,4 +1,5 @@
-//! All metrics of the process. Each module has its own beside what it measures; here they are registered, and rendered for Prometheus.
+//! All metrics of the process. Each module has its own beside what it measures; here they are
+//! registered, and rendered for Prometheus.
 
 use std::sync::Arc;
 
@@ -10,18 +11,13 @@ use crate::shortages::Shortages;
 use crate::source::ConfigMetrics;
 use crate::upstream::UpstreamMetrics;
 
-/// See the module.
 pub struct Metrics {
     register: Register,
     /// Of listeners, and of connections that are not forwarded.
     pub listen: ListenMetrics,
-    /// Of connections that are.
     pub registry: RegistryMetrics,
-    /// Of upstreams and targets.
     pub upstreams: UpstreamMetrics,
-    /// Of engines.
     pub engine: EngineMetrics,
-    /// Of configurations.
     pub config: ConfigMetrics,
     /// What this machine has run out of.
     pub shortages: Arc<Shortages>,

@@ -31,7 +31,6 @@ impl Register {
         metric
     }
 
-    /// A counter.
     pub fn counter(&self, name: &str, help: &str) -> IntCounter {
         self.add(IntCounter::with_opts(opts(name, help)))
     }
@@ -61,7 +60,6 @@ impl Register {
         self.add(GaugeVec::new(opts(name, help), labels))
     }
 
-    /// A histogram of durations.
     pub fn duration(&self, name: &str, help: &str) -> Histogram {
         self.add(Histogram::with_opts(seconds(name, help)))
     }

@@ -17,15 +17,11 @@ use crate::metrics::Metrics;
 use crate::registry::Registry;
 use crate::rejection_log::RejectionLog;
 
-/// See the module.
 pub struct Shared {
     /// The configuration in force; a connection takes it once, at accept.
     pub generation: ArcSwap<Generation>,
-    /// Counters.
     pub metrics: Metrics,
-    /// Live connections.
     pub registry: Arc<Registry>,
-    /// Limits on their number.
     pub admission: Arc<Admission>,
     /// Hellos of the connections that there are.
     pub in_flight: Arc<InFlight>,
@@ -52,7 +48,6 @@ pub struct Shared {
 pub struct Waiting {
     /// What to listen on.
     pub addr: SocketAddr,
-    /// What for.
     pub role: Role,
     /// Why it could not be bound the last time: when it has come, something else may be in the way.
     pub why: Errno,
@@ -123,7 +118,6 @@ pub struct LoadStatus {
 pub struct LoadFailure {
     /// For people.
     pub text: String,
-    /// When.
     pub at: SystemTime,
     /// The repository was not reached: nothing is known to be wrong with the configuration.
     pub is_of_repository: bool,

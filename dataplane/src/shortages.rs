@@ -1,4 +1,5 @@
-//! What this machine has run out of: local ports and file descriptors. Counted by whoever met it, told by the log and `status`.
+//! What this machine has run out of: local ports and file descriptors. Counted by whoever met it,
+//! told by the log and `status`.
 
 use std::sync::Mutex;
 use std::time::{Duration, SystemTime};
@@ -49,7 +50,6 @@ impl Shortage {
 pub struct Shortages([(IntCounter, Mutex<Option<SystemTime>>); 2]);
 
 impl Shortages {
-    /// None was met yet.
     pub fn new(register: &Register) -> Self {
         let counters = register.counters(
             "shortages_total",

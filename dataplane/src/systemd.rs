@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use sd_notify::NotifyState;
 
-/// How long a message may wait for room in the queue of whoever does not read: forwarding and reloads do not depend on that.
+/// How long a message may wait for room in the queue of whoever does not read: forwarding and
+/// reloads do not depend on that.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Tells it, if it wants to know.

@@ -1,4 +1,5 @@
-//! The daemon under test, as an operator sees it: a configuration file, a process, its logs, metrics and command line.
+//! The daemon under test, as an operator sees it: a configuration file, a process, its logs,
+//! metrics and command line.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -25,7 +26,8 @@ pub const ROUTE: &str = HOST;
 /// How long a daemon may take to say READY=1 on a busy machine.
 const START_LIMIT: Duration = Duration::from_secs(60);
 
-/// A configuration that is right unless a test makes it wrong: one listener `public` on both families, one upstream `cluster`, one route.
+/// A configuration that is right unless a test makes it wrong: one listener `public` on both
+/// families, one upstream `cluster`, one route.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// `engine = …`
@@ -199,8 +201,8 @@ impl Daemon {
         Self::spawn_on(net, &net.entrance, |dir| config.text(dir), limits)
     }
 
-    /// As [`start`](Self::start), on any host, with a configuration of the caller's own; it is told the daemon's directory, where its control
-    /// socket has to be.
+    /// As [`start`](Self::start), on any host, with a configuration of the caller's own; it is told
+    /// the daemon's directory, where its control socket has to be.
     #[track_caller]
     pub fn start_on(net: &Net, host: &Host, text: impl FnOnce(&Path) -> String) -> Self {
         let daemon = Self::spawn_on(net, host, text, Limits::default());
@@ -313,7 +315,8 @@ impl Daemon {
         std::fs::write(self.config_path(), config.text(&self.dir)).expect("the configuration is written");
     }
 
-    /// Waits for lines of the log that have all of these parts, and returns those that there are: lines come a moment after what they tell of, in its order.
+    /// Waits for lines of the log that have all of these parts, and returns those that there are:
+    /// lines come a moment after what they tell of, in its order.
     #[track_caller]
     pub fn wait_log(&self, parts: &[&str]) -> Vec<String> {
         let has = |line: &String| parts.iter().all(|part| line.contains(part));
@@ -324,7 +327,8 @@ impl Daemon {
         lines.unwrap_or_else(|| panic!("no line with {parts:?}:\n{}", self.log().join("\n")))
     }
 
-    /// What was read of its log so far, line by line. What it has just done may not be there yet: see [`wait_log`](Self::wait_log).
+    /// What was read of its log so far, line by line. What it has just done may not be there yet:
+    /// see [`wait_log`](Self::wait_log).
     pub fn log(&self) -> Vec<String> {
         self.log.lock().expect("no panic while held").clone()
     }
@@ -334,7 +338,6 @@ impl Daemon {
         self.log().into_iter().filter(|line| line.contains("\"target\":\"access\"")).collect()
     }
 
-    /// Its process id.
     pub fn pid(&self) -> u32 {
         self.process.pid()
     }
@@ -450,7 +453,8 @@ impl Daemon {
         self.metrics().sum(name, labels)
     }
 
-    /// Waits for `status` to say that the last reload or look at a repository failed, and returns why: the metric of it may come first.
+    /// Waits for `status` to say that the last reload or look at a repository failed, and returns
+    /// why: the metric of it may come first.
     #[track_caller]
     pub fn wait_last_error(&self) -> String {
         eventually(PATIENCE, "an error in the status", || {

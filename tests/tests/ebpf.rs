@@ -180,7 +180,8 @@ fn braked_a_socket_gets_no_data_while_too_much_is_unread() {
     assert_eq!(programs.rows[0].passed.get(), (1 << 20) + 8);
 }
 
-/// The last entry of a full map is taken by somebody else, as if the client had sent FIN between the look at its state and the insertion.
+/// The last entry of a full map is taken by somebody else, as if the client had sent FIN between
+/// the look at its state and the insertion.
 #[test]
 fn a_connection_of_which_only_one_socket_can_be_inserted_goes_on_with_the_relay() {
     let table = Table::load(1, Metrics::new().engine.spills()).unwrap_or_else(|error| panic!("{error}"));

@@ -1,4 +1,5 @@
-//! What somebody who may push to the repository cannot do to a node, and what a node does when its last good commit is none any more.
+//! What somebody who may push to the repository cannot do to a node, and what a node does when its
+//! last good commit is none any more.
 
 use std::io::Read;
 use std::net::TcpListener;

@@ -1,4 +1,5 @@
-//! Changing the configuration of a daemon that is in use: nothing is lost, and nothing changes by halves.
+//! Changing the configuration of a daemon that is in use: nothing is lost, and nothing changes by
+//! halves.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -112,7 +113,8 @@ fn a_change_of_the_file_by_write_rename_or_link_is_a_reload_and_a_broken_one_is_
     let dir = rig.daemon.dir().to_path_buf();
     let file = rig.daemon.config_path();
     let hash = || rig.daemon.metrics().values("dataplane_config_info", "hash").concat();
-    // In one step: a file that is written is empty for a moment, which may last, and would be taken for what it should be.
+    // In one step: a file that is written is empty for a moment, which may last, and would be taken
+    // for what it should be.
     let replace = |name: &str, text: String| {
         std::fs::write(dir.join("other"), text).expect("written");
         std::fs::rename(dir.join("other"), dir.join(name)).expect("renamed");
@@ -392,7 +394,8 @@ fn ten_thousand_hosts_in_two_hundred_files_are_in_force_within_a_second() {
         ask_reload(&rig.daemon);
         start.elapsed()
     };
-    // The first one makes 1,000 routes' metrics, the others keep them; the best of each kind: another program may have the processors.
+    // The first one makes 1,000 routes' metrics, the others keep them; the best of each kind:
+    // another program may have the processors.
     let mut first = once(0);
     for n in 1..4 {
         rig.daemon.rewrite(&Config::new("auto"));

@@ -1,4 +1,5 @@
-//! The daemon as the unit in `dist` runs it, under a real systemd: what an administrator does with it, and what the hardening leaves it.
+//! The daemon as the unit in `dist` runs it, under a real systemd: what an administrator does with
+//! it, and what the hardening leaves it.
 
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};

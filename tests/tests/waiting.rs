@@ -1,4 +1,5 @@
-//! Addresses that this machine does not have yet, tailscale0's above all, and what else must not keep clients out.
+//! Addresses that this machine does not have yet, tailscale0's above all, and what else must not
+//! keep clients out.
 
 use std::io::Write;
 use std::net::TcpStream;

@@ -1,4 +1,5 @@
-//! `cargo xtask install`: the release build with the eBPF programs in it, the systemd unit, and a starter configuration if there is none.
+//! `cargo xtask install`: the release build with the eBPF programs in it, the systemd unit, and a
+//! starter configuration if there is none.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,12 +11,14 @@ use rustix::fs::Mode;
 use crate::ebpf;
 use crate::run::{self, replace_file, step};
 
-/// What the unit in `dist` starts; replaced when `--prefix` says otherwise. In the `secure_path` of Debian's sudo.
+/// What the unit in `dist` starts; replaced when `--prefix` says otherwise. In the `secure_path` of
+/// Debian's sudo.
 const PREFIX: &str = "/usr/local";
 
 #[derive(clap::Args)]
 pub struct Options {
-    /// Install below this folder instead of /, for packages; nothing of the running system is touched
+    /// Install below this folder instead of /, for packages; nothing of the running system is
+    /// touched
     #[arg(long, value_name = "FOLDER", default_value = "/")]
     root: PathBuf,
     /// Where bin/dataplane goes

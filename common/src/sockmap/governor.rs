@@ -1,11 +1,15 @@
-//! The rules by which the verdict program forwards a byte in the kernel or leaves it to the daemon. Pure: rows and numbers in, a decision out.
+//! The rules by which the verdict program forwards a byte in the kernel or leaves it to the daemon.
+//! Pure: rows and numbers in, a decision out.
 //!
 //! Why each rule is there:
-//! - Nothing in the kernel bounds what is redirected to a socket that does not get rid of it (net/core/skmsg.c, `sk_psock_skb_redirect`). So a segment is
-//!   redirected only when the sink's send buffer and the budget have room; else it is *passed*: then it is charged to the source's receive buffer, and TCP's
-//!   own window slows the sender.
-//! - A passed byte that the daemon has not yet sent on must not be overtaken: until `consumed` equals `passed`, everything is passed.
-//! - The daemon sleeps while the kernel forwards. It is told when that ends, once: by the pass that finds nothing unconsumed before it.
+//! - Nothing in the kernel bounds what is redirected to a socket that does not get rid of it
+//!   (net/core/skmsg.c, `sk_psock_skb_redirect`). So a segment is redirected only when the sink's
+//!   send buffer and the budget have room; else it is *passed*: then it is charged to the source's
+//!   receive buffer, and TCP's own window slows the sender.
+//! - A passed byte that the daemon has not yet sent on must not be overtaken: until `consumed`
+//!   equals `passed`, everything is passed.
+//! - The daemon sleeps while the kernel forwards. It is told when that ends, once: by the pass that
+//!   finds nothing unconsumed before it.
 
 use super::{Budget, Row};
 
@@ -19,17 +23,20 @@ pub const SEQ_KNOWN: u32 = 1;
 /// Bit of [`Row::known`]: `base` is valid.
 pub const BASE_KNOWN: u32 = 2;
 
-/// What one queued segment costs besides its bytes: an sk_buff, its head, and what its page holds in vain. One-byte segments cost 1 to 4 KiB each.
+/// What one queued segment costs besides its bytes: an sk_buff, its head, and what its page holds
+/// in vain. One-byte segments cost 1 to 4 KiB each.
 pub const SEGMENT_COST: u32 = 2048;
 
-/// A run of so many bytes without an answer in the other direction is bulk, unless its segments are small. Exchanges of a few hundred KiB stay in the kernel; a
-/// download of a megabyte pays for its way out.
+/// A run of so many bytes without an answer in the other direction is bulk, unless its segments are
+/// small. Exchanges of a few hundred KiB stay in the kernel; a download of a megabyte pays for its
+/// way out.
 pub const BULK_BYTES: u32 = 256 * 1024;
 
 /// A run ends when the other direction has carried more than this part of it.
 pub const ANSWER: u32 = 16;
 
-/// The mean segment of a run of bulk is larger than this: bulk fills its packets, or GRO its segments.
+/// The mean segment of a run of bulk is larger than this: bulk fills its packets, or GRO its
+/// segments.
 pub const BULK_SEGMENT: u32 = 1000;
 
 /// Why bytes are passed.
@@ -44,9 +51,11 @@ pub enum Reason {
     Bulk = 2,
     /// The sink is not in the map (any more).
     NoSink = 3,
-    /// More is unread than a receive buffer holds, although the [`is_over`] filter is there: nothing bounds it. The connection is lost; nothing more is kept.
+    /// More is unread than a receive buffer holds, although the [`is_over`] filter is there:
+    /// nothing bounds it. The connection is lost; nothing more is kept.
     Flood = 4,
-    /// The kernel did not do as it was told with acknowledged bytes. The connection is lost; nothing more is kept.
+    /// The kernel did not do as it was told with acknowledged bytes. The connection is lost;
+    /// nothing more is kept.
     Lost = 5,
 }
 
@@ -90,7 +99,8 @@ pub enum Action {
 /// What is read of the sink (struct sock, struct tcp_sock).
 #[derive(Debug, Clone, Copy)]
 pub struct Sink {
-    /// `tcp_sock.write_seq`: the sequence number behind the last byte that its send queue has accepted.
+    /// `tcp_sock.write_seq`: the sequence number behind the last byte that its send queue has
+    /// accepted.
     pub write_seq: u32,
     /// `sock.sk_wmem_queued`: memory in its send queue, bytes.
     pub wmem_queued: u32,
@@ -98,8 +108,9 @@ pub struct Sink {
     pub sndbuf: u32,
 }
 
-/// How many bytes at the front of a segment came before. The kernel hands the program what a retransmit brings again together with what is new (net/ipv4/tcp.c,
-/// `tcp_read_skb` does not look at `copied_seq`). `copied_seq` is that of the source, asked once.
+/// How many bytes at the front of a segment came before. The kernel hands the program what a
+/// retransmit brings again together with what is new (net/ipv4/tcp.c, `tcp_read_skb` does not look
+/// at `copied_seq`). `copied_seq` is that of the source, asked once.
 #[inline(always)]
 pub fn overlap(row: &Row, seq: u32, len: u32, copied_seq: impl FnOnce() -> Option<u32>) -> u32 {
     let known = row.known.get();
@@ -111,7 +122,8 @@ pub fn overlap(row: &Row, seq: u32, len: u32, copied_seq: impl FnOnce() -> Optio
         row.next_seq.get()
     };
     let before = next.wrapping_sub(seq);
-    // Behind `next` there can be no segment: TCP delivers in order. Were there one, the count at the end of the stream would tell.
+    // Behind `next` there can be no segment: TCP delivers in order. Were there one, the count at
+    // the end of the stream would tell.
     let before = if (before as i32) < 0 {
         0
     } else if before > len {
@@ -138,18 +150,20 @@ impl Sequence for u32 {
     }
 }
 
-/// Whether more is unread than a receive buffer holds: then it is not charged to it. The kernel queues passed bytes behind those that the other direction has
-/// redirected to the same socket, and until its worker has got rid of these, the window stays open (net/core/skmsg.c). So what comes is dropped *before* TCP sees
-/// it, and its sender sends it again.
+/// Whether more is unread than a receive buffer holds: then it is not charged to it. The kernel
+/// queues passed bytes behind those that the other direction has redirected to the same socket, and
+/// until its worker has got rid of these, the window stays open (net/core/skmsg.c). So what comes
+/// is dropped *before* TCP sees it, and its sender sends it again.
 #[inline(always)]
 pub fn is_over(row: &Row, budget: &Budget) -> bool {
-    // In this order: what is published between the two questions makes the difference larger, not negative.
+    // In this order: what is published between the two questions makes the difference larger, not
+    // negative.
     let consumed = row.consumed.get();
     row.passed.get().wrapping_sub(consumed) > budget.unread.get() as u64
 }
 
-/// Decides on `len` new bytes of the source. The sink is asked when the daemon is known not to write to it: what was read before that could lag behind what
-/// the daemon has published since.
+/// Decides on `len` new bytes of the source. The sink is asked when the daemon is known not to
+/// write to it: what was read before that could lag behind what the daemon has published since.
 #[inline(always)]
 pub fn judge(row: &Row, opposite: &Row, budget: &Budget, len: u32, sink: impl FnOnce() -> Option<Sink>) -> Action {
     if Reason::from_u32(row.reason.get()).is_final() {
@@ -177,7 +191,8 @@ pub fn judge(row: &Row, opposite: &Row, budget: &Budget, len: u32, sink: impl Fn
     if unread == 0 {
         row.reason.set(reason as u32);
     }
-    // The daemon publishes `consumed` first and reads `passed` afterwards; here it is the other way round. So one of both sees the other.
+    // The daemon publishes `consumed` first and reads `passed` afterwards; here it is the other way
+    // round. So one of both sees the other.
     let before = row.passed.add(len as u64);
     Action::Pass { tell: mode == RUN && row.consumed.get() == before }
 }
@@ -196,7 +211,8 @@ fn room(row: &Row, opposite: &Row, budget: &Budget, len: u32, sink: Sink) -> Opt
     let end = row.base.get().wrapping_add(sent_on);
     let queued = end.wrapping_sub(sink.write_seq);
 
-    // How many segments are queued is not told anywhere; a bound is: those counted since the last mark but one, unless the last was reached.
+    // How many segments are queued is not told anywhere; a bound is: those counted since the last
+    // mark but one, unless the last was reached.
     let mut before = row.segments_before.get();
     let mut after = row.segments_after.get();
     if sink.write_seq.wrapping_sub(row.segments_mark.get()) as i32 >= 0 {
@@ -207,8 +223,9 @@ fn room(row: &Row, opposite: &Row, budget: &Budget, len: u32, sink: Sink) -> Opt
     }
     let segments = before.wrapping_add(after);
     let cost = queued.saturating_add(len).saturating_add(segments.saturating_mul(SEGMENT_COST));
-    // What is redirected must not have to wait for the peer: passed bytes of the other direction queue behind it, and are charged to nobody there. The send queue
-    // costs more memory than it holds bytes, the more so on older kernels, which copy.
+    // What is redirected must not have to wait for the peer: passed bytes of the other direction
+    // queue behind it, and are charged to nobody there. The send queue costs more memory than it
+    // holds bytes, the more so on older kernels, which copy.
     let memory = sink
         .wmem_queued
         .saturating_add(queued.saturating_add(len).saturating_mul(2))

@@ -16,13 +16,15 @@ pub const QUIESCE: &str = "quiesce";
 /// [`BRAKE`], which keeps the end of the stream away, too.
 pub const POSTPONE_END: &str = "postpone_end";
 
-/// The forwarded sockets, to which [`VERDICT`] is attached. Key: the [`Row`] of which the socket is the source.
+/// The forwarded sockets, to which [`VERDICT`] is attached. Key: the [`Row`] of which the socket is
+/// the source.
 pub const SOCKS: &str = "SOCKS";
 
 /// From a socket's cookie to its key in [`SOCKS`].
 pub const KEYS: &str = "KEYS";
 
-/// One [`Row`] a direction. Those of one connection are neighbours: the key of a socket's peer is its own with the lowest bit flipped.
+/// One [`Row`] a direction. Those of one connection are neighbours: the key of a socket's peer is
+/// its own with the lowest bit flipped.
 pub const ROWS: &str = "ROWS";
 
 /// One [`Budget`].
@@ -31,8 +33,9 @@ pub const BUDGET: &str = "BUDGET";
 /// A ring buffer of `u32`s: keys whose direction left the kernel's path.
 pub const EVENTS: &str = "EVENTS";
 
-/// Bytes of [`EVENTS`] for so many keys: an event is 16 bytes there, and a direction has one at a time, or two while the daemon is late to
-/// look. Were there ever more, the daemon would see the row itself at its next look, within seconds.
+/// Bytes of [`EVENTS`] for so many keys: an event is 16 bytes there, and a direction has one at a
+/// time, or two while the daemon is late to look. Were there ever more, the daemon would see the
+/// row itself at its next look, within seconds.
 pub const fn events_bytes(keys: u32) -> u32 {
     let bytes = (keys * 32).next_power_of_two();
     // A whole number of pages, however large a page is.
@@ -51,9 +54,11 @@ pub mod offset {
     pub const SNDBUF: &str = "OFFSET_SNDBUF";
 }
 
-/// One direction of a forwarded connection: bytes that its *source* receives, for its *sink*. Positions count bytes since the source went into [`SOCKS`].
+/// One direction of a forwarded connection: bytes that its *source* receives, for its *sink*.
+/// Positions count bytes since the source went into [`SOCKS`].
 ///
-/// While the source is in the map, the first cache line is written by [`VERDICT`] alone, which the kernel runs with the source locked, the second by the daemon alone.
+/// While the source is in the map, the first cache line is written by [`VERDICT`] alone, which the
+/// kernel runs with the source locked, the second by the daemon alone.
 #[repr(C, align(64))]
 #[derive(Debug, Default)]
 pub struct Row {
@@ -65,7 +70,8 @@ pub struct Row {
     pub last_ms: Word,
     /// TCP sequence number of the next byte; valid with [`governor::SEQ_KNOWN`].
     pub next_seq: Word,
-    /// `write_seq` of the sink when nothing of this direction had been sent to it; valid with [`governor::BASE_KNOWN`].
+    /// `write_seq` of the sink when nothing of this direction had been sent to it; valid with
+    /// [`governor::BASE_KNOWN`].
     pub base: Word,
     /// What is known already.
     pub known: Word,
@@ -99,9 +105,11 @@ pub struct Row {
 #[repr(C, align(64))]
 #[derive(Debug, Default)]
 pub struct Budget {
-    /// What one direction may have queued on its way to the sink's send buffer, bytes, overhead included.
+    /// What one direction may have queued on its way to the sink's send buffer, bytes, overhead
+    /// included.
     pub queue: Word,
-    /// How many bytes of a direction may be unread: more than any receive buffer holds. [`BRAKE`] lets no more in until some were read.
+    /// How many bytes of a direction may be unread: more than any receive buffer holds. [`BRAKE`]
+    /// lets no more in until some were read.
     pub unread: Word,
     /// With so many the connection is given up: more than [`BRAKE`] can have let in.
     pub flood: Word,

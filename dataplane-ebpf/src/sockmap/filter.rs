@@ -1,8 +1,12 @@
-//! Socket filters of the sockmap's sockets. What is dropped here, before TCP has seen it, its sender sends again.
+//! Socket filters of the sockmap's sockets. What is dropped here, before TCP has seen it, its
+//! sender sends again.
 //!
-//! - Passed bytes behind redirected ones are charged to nobody, and the window stays open ([`is_over`]).
-//! - Deleting a socket's entry while the verdict runs for it loses acknowledged bytes (net/core/sock_map.c takes no socket lock).
-//! - When both FINs were exchanged the kernel takes a socket out of the map by itself, and passed bytes that were not read yet are lost.
+//! - Passed bytes behind redirected ones are charged to nobody, and the window stays open
+//!   ([`is_over`]).
+//! - Deleting a socket's entry while the verdict runs for it loses acknowledged bytes
+//!   (net/core/sock_map.c takes no socket lock).
+//! - When both FINs were exchanged the kernel takes a socket out of the map by itself, and passed
+//!   bytes that were not read yet are lost.
 
 use aya_ebpf::{
     EbpfContext, helpers::generated::bpf_get_socket_cookie, macros::socket_filter, programs::SkBuffContext,
@@ -50,7 +54,8 @@ fn verdict(keep: bool) -> i64 {
     if keep { KEEP } else { DROP }
 }
 
-/// What the header says (RFC 9293 section 3.1). The kernel has pulled the IP header by now (net/ipv4/tcp_ipv4.c, `tcp_filter`).
+/// What the header says (RFC 9293 section 3.1). The kernel has pulled the IP header by now
+/// (net/ipv4/tcp_ipv4.c, `tcp_filter`).
 struct Segment {
     flags: u8,
     has_data: bool,

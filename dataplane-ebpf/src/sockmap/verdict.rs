@@ -1,7 +1,7 @@
 //! The stream verdict of the sockmap: what becomes of each skb that a forwarded socket receives.
 //!
-//! The kernel runs it with the receiving socket locked (net/core/skmsg.c, `sk_psock_verdict_recv`). It reads what the rules of [`common::sockmap::governor`] ask for,
-//! and does what they say.
+//! The kernel runs it with the receiving socket locked (net/core/skmsg.c, `sk_psock_verdict_recv`).
+//! It reads what the rules of [`common::sockmap::governor`] ask for, and does what they say.
 
 use core::ptr::{addr_of, read_volatile};
 
@@ -48,7 +48,8 @@ static EVENTS: RingBuf = RingBuf::with_byte_size(common::sockmap::events_bytes(2
 const BPF_F_NO_PREALLOC: u32 = 1;
 const BPF_F_MMAPABLE: u32 = 1 << 10;
 
-/// Byte offsets in the running kernel's structures. The loader freezes them, so that the verifier takes them for constants.
+/// Byte offsets in the running kernel's structures. The loader freezes them, so that the verifier
+/// takes them for constants.
 #[unsafe(no_mangle)]
 static OFFSET_WRITE_SEQ: u32 = 0;
 #[unsafe(no_mangle)]
@@ -62,8 +63,9 @@ static OFFSET_SNDBUF: u32 = 0;
 #[stream_verdict]
 fn verdict(ctx: SkBuffContext) -> u32 {
     let len = ctx.len();
-    // A FIN without data comes as an skb without length. The socket has seen the end of its stream already: `recv` returns 0 all the same.
-    // Queued behind data that another socket sent here, such an skb ends the connection with ECONNRESET.
+    // A FIN without data comes as an skb without length. The socket has seen the end of its stream
+    // already: `recv` returns 0 all the same. Queued behind data that another socket sent here,
+    // such an skb ends the connection with ECONNRESET.
     if len == 0 {
         return SK_DROP;
     }
@@ -78,8 +80,9 @@ fn verdict(ctx: SkBuffContext) -> u32 {
     let now = unsafe { bpf_ktime_get_coarse_ns() };
     row.last_ms.set((now / 1_000_000) as u32);
 
-    // The first word of the control block is the sequence number of the first byte (struct tcp_skb_cb, include/net/tcp.h).
-    // SAFETY: the kernel maps `cb` of the context to the skb's control block.
+    // The first word of the control block is the sequence number of the first byte (struct
+    // tcp_skb_cb, include/net/tcp.h). SAFETY: the kernel maps `cb` of the context to the skb's
+    // control block.
     let seq = unsafe { read_volatile(addr_of!((*ctx.skb.skb).cb[0])) };
     let before = governor::overlap(row, seq, len, || copied_seq(&ctx));
     if before > 0 && !trim(ctx.skb.skb, before) {
@@ -87,7 +90,8 @@ fn verdict(ctx: SkBuffContext) -> u32 {
     }
     let len = len - before;
     if len == 0 {
-        // Cut to nothing first: a drop advances `copied_seq` by what is left of the segment (net/core/skmsg.c, `sk_psock_verdict_apply`).
+        // Cut to nothing first: a drop advances `copied_seq` by what is left of the segment
+        // (net/core/skmsg.c, `sk_psock_verdict_apply`).
         return SK_DROP;
     }
 
@@ -142,7 +146,8 @@ fn copied_seq(ctx: &SkBuffContext) -> Option<u32> {
 /// Reads the sink, if it is in the map.
 #[inline(always)]
 fn sink(key: u32) -> Option<Sink> {
-    // SAFETY: map and key are what the helper asks for; what it gives is null or a socket that has to be released.
+    // SAFETY: map and key are what the helper asks for; what it gives is null or a socket that has
+    // to be released.
     let socket = unsafe { bpf_map_lookup_elem(addr_of!(SOCKS).cast_mut().cast(), addr_of!(key).cast()) };
     if socket.is_null() {
         return None;
@@ -169,18 +174,20 @@ fn sink(key: u32) -> Option<Sink> {
 /// `structure` is one of the kernel's of which the verifier knows the type; it checks the offset.
 #[inline(always)]
 unsafe fn load(structure: *const u8, offset: *const u32) -> u32 {
-    // Volatile: the compiler must not fold the zero that the loader replaces, nor merge loads of a running kernel's memory.
+    // Volatile: the compiler must not fold the zero that the loader replaces, nor merge loads of a
+    // running kernel's memory.
     unsafe { read_volatile(structure.add(read_volatile(offset) as usize).cast()) }
 }
 
-/// Cuts bytes off the front; false when not all could be. A function of its own: in line, the verifier of older kernels follows the rest of the program for each
-/// turn of the loop.
+/// Cuts bytes off the front; false when not all could be. A function of its own: in line, the
+/// verifier of older kernels follows the rest of the program for each turn of the loop.
 #[inline(never)]
 fn trim(skb: *mut __sk_buff, bytes: u32) -> bool {
     // What one call takes (net/core/filter.c, `sk_skb_adjust_room`).
     const MOST: u32 = 0xfff;
-    // 4 MiB: TCP joins segments that wait for a lock or for one that is missing (net/ipv4/tcp_ipv4.c, `tcp_add_backlog`; net/ipv4/tcp_input.c,
-    // `tcp_ooo_try_coalesce`), as many as the 17 fragments of an skb hold. 197 KB that had come before were seen.
+    // 4 MiB: TCP joins segments that wait for a lock or for one that is missing
+    // (net/ipv4/tcp_ipv4.c, `tcp_add_backlog`; net/ipv4/tcp_input.c, `tcp_ooo_try_coalesce`), as
+    // many as the 17 fragments of an skb hold. 197 KB that had come before were seen.
     const TURNS: u32 = 1024;
     let (whole, rest) = (bytes / MOST, bytes % MOST);
     for turn in 0..TURNS {

@@ -21,8 +21,9 @@ pub fn ask(path: &Path, method: Method, request: &str) -> Result<String> {
     ask_at(&control_socket(path), method, request)
 }
 
-/// Where the daemon listens for commands. A configuration that is invalid just now must not keep its owner from the daemon that runs on the old one,
-/// so this looks at nothing else in it; only where it may be in a file that is included, the whole is asked.
+/// Where the daemon listens for commands. A configuration that is invalid just now must not keep
+/// its owner from the daemon that runs on the old one, so this looks at nothing else in it; only
+/// where it may be in a file that is included, the whole is asked.
 fn control_socket(path: &Path) -> PathBuf {
     let text = std::fs::read_to_string(path).unwrap_or_default();
     let document: toml::Table = text.parse().unwrap_or_default();

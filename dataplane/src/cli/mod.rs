@@ -1,4 +1,5 @@
-//! The command line: what each command does is elsewhere, here is what they are called and what they print.
+//! The command line: what each command does is elsewhere, here is what they are called and what
+//! they print.
 
 mod client;
 mod explain;
@@ -41,20 +42,23 @@ enum Command {
         #[arg(long, value_enum, default_value = "text")]
         log_format: logging::Format,
     },
-    /// Validate the configuration, with the newest commit of its repository if it has one, and print the routing table.
+    /// Validate the configuration, with the newest commit of its repository if it has one, and
+    /// print the routing table.
     Check {
         /// The configuration, in the place of --config; `-` is standard input.
         #[arg(conflicts_with = "repository")]
         file: Option<PathBuf>,
         #[command(flatten)]
         output: Output,
-        /// Check the content of a repository instead, which lies in this folder: without a network, without a file outside of it, and as strictly as a node does.
+        /// Check the content of a repository instead, which lies in this folder: without a network,
+        /// without a file outside of it, and as strictly as a node does.
         #[arg(long, value_name = "DIR")]
         repository: Option<PathBuf>,
         /// The file in the repository, as `path` in [source].
         #[arg(long, value_name = "FILE", default_value = "dataplane.toml", requires = "repository")]
         path: PathBuf,
-        /// A node's own file, of which `allow_hosts`, `allow_listeners` and `allow_targets` in [source] count; their defaults when left out.
+        /// A node's own file, of which `allow_hosts`, `allow_listeners` and `allow_targets` in
+        /// [source] count; their defaults when left out.
         #[arg(long, value_name = "FILE", requires = "repository")]
         node: Option<PathBuf>,
     },
@@ -84,7 +88,8 @@ enum Command {
     },
     /// Print a commented starter configuration.
     Init,
-    /// Write another program's configuration as one of ours, to stdout; on stderr, what could not be carried over.
+    /// Write another program's configuration as one of ours, to stdout; on stderr, what could not
+    /// be carried over.
     ///
     /// It reads whatever file `include` names: for files of your own.
     Import {
@@ -98,7 +103,8 @@ enum Command {
     Doctor {
         #[command(flatten)]
         output: Output,
-        /// Say what each target answers to a hello, with and without the PROXY header, and what to change.
+        /// Say what each target answers to a hello, with and without the PROXY header, and what to
+        /// change.
         #[arg(long)]
         upstreams: bool,
     },

@@ -1,4 +1,5 @@
-//! What must hold between the parts of a configuration: no address taken twice, no two routes for one name, no loop.
+//! What must hold between the parts of a configuration: no address taken twice, no two routes for
+//! one name, no loop.
 
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
@@ -21,7 +22,8 @@ pub(super) struct Places {
     pub(super) hosts: Vec<Vec<Span>>,
 }
 
-/// Errors that can be told without looking at the machine. Indices that resolve to nothing have been reported before.
+/// Errors that can be told without looking at the machine. Indices that resolve to nothing have
+/// been reported before.
 pub(super) fn conflicts(config: &Config, places: &Places) -> Vec<Diagnostic> {
     let mut found = bind_conflicts(config);
     found.extend(webhook_conflicts(config));
@@ -30,7 +32,8 @@ pub(super) fn conflicts(config: &Config, places: &Places) -> Vec<Diagnostic> {
     found
 }
 
-/// Warnings of what nothing leads to, or nothing good. Only for a configuration without errors: else what leads to it may be what is wrong.
+/// Warnings of what nothing leads to, or nothing good. Only for a configuration without errors:
+/// else what leads to it may be what is wrong.
 pub(super) fn unused(config: &Config, places: &Places) -> Vec<Diagnostic> {
     let mut found = unreached_listeners(config, places);
     found.extend(trusts_everybody(config, places));
@@ -91,7 +94,8 @@ fn other_port(port: u16) -> u16 {
     if port == 9443 { 9444 } else { 9443 }
 }
 
-/// Would binding the second fail with EADDRINUSE? IPv6 sockets are IPv6 only, so families never meet.
+/// Would binding the second fail with EADDRINUSE? IPv6 sockets are IPv6 only, so families never
+/// meet.
 fn clash(a: SocketAddr, b: SocketAddr) -> bool {
     a.port() == b.port()
         && a.is_ipv4() == b.is_ipv4()
@@ -139,8 +143,9 @@ fn share<T: PartialEq>(a: &[T], b: &[T]) -> bool {
     a.iter().any(|item| b.contains(item))
 }
 
-/// Targets that are listeners of this configuration: a connection to one would come back in for ever. `local` are the addresses of
-/// this machine, for listeners on every address; loopback need not be among them.
+/// Targets that are listeners of this configuration: a connection to one would come back in for
+/// ever. `local` are the addresses of this machine, for listeners on every address; loopback need
+/// not be among them.
 pub fn own_listener_targets(config: &Config, local: &[IpAddr]) -> Vec<Diagnostic> {
     let mut found = Vec::new();
     for target in config.upstreams.iter().flat_map(|upstream| &upstream.targets) {
@@ -169,7 +174,8 @@ pub fn own_listener_targets(config: &Config, local: &[IpAddr]) -> Vec<Diagnostic
     found
 }
 
-/// Targets on this machine whose `acme_port` is a listener of ours: no challenge can be passed on to them.
+/// Targets on this machine whose `acme_port` is a listener of ours: no challenge can be passed on
+/// to them.
 fn challenges_to_ourselves(config: &Config) -> Vec<Diagnostic> {
     let mut found = Vec::new();
     for (index, listener) in config.listeners.iter().enumerate() {

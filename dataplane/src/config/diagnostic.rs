@@ -11,7 +11,8 @@ use super::{Source, Span};
 /// Lines longer than this many columns are quoted in part: a generated file may be a single line.
 const QUOTE_WIDTH: usize = 160;
 
-/// Errors, and warnings, that are shown of one configuration: more than anybody corrects at once. What comes after them is counted.
+/// Errors, and warnings, that are shown of one configuration: more than anybody corrects at once.
+/// What comes after them is counted.
 const MOST_SHOWN: usize = 100;
 
 /// Errors, and warnings, that each stage of reading keeps for the choice of those.
@@ -35,7 +36,6 @@ pub struct Diagnostic {
     pub note: Option<(Span, String)>,
 }
 
-/// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
@@ -89,13 +89,15 @@ impl Diagnostic {
         json
     }
 
-    /// For people: `path:line:column: error: message`, the quoted line, the remedy. Ends with a newline.
+    /// For people: `path:line:column: error: message`, the quoted line, the remedy. Ends with a
+    /// newline.
     pub fn render<'a>(&'a self, source: &'a Source) -> impl fmt::Display + 'a {
         Rendered { diagnostic: self, source }
     }
 }
 
-/// In the order of the files; what is beyond [`MOST_SHOWN`], and the errors and warnings that were `left_out` before, as a number.
+/// In the order of the files; what is beyond [`MOST_SHOWN`], and the errors and warnings that were
+/// `left_out` before, as a number.
 pub(super) fn shown_part(mut all: Vec<Diagnostic>, left_out: [usize; 2]) -> Vec<Diagnostic> {
     all.sort_by_key(|diagnostic| (diagnostic.span.start, diagnostic.span.end));
     let mut seen = [0, 0];

@@ -1,8 +1,8 @@
-//! What a change of the configuration does, in words: which names go elsewhere, which are let through
-//! or refused, what else is set differently.
+//! What a change of the configuration does, in words: which names go elsewhere, which are let
+//! through or refused, what else is set differently.
 //!
-//! A pure comparison of two configurations. Each table is taken apart field by field, so that a new key
-//! does not compile until it is compared.
+//! A pure comparison of two configurations. Each table is taken apart field by field, so that a new
+//! key does not compile until it is compared.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

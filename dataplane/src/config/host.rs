@@ -1,6 +1,7 @@
 //! Host names: what a route matches and where a target lies.
 //!
-//! Names are compared as A-labels (RFC 5890) in lower case, as they stand in a ClientHello (RFC 6066 section 3).
+//! Names are compared as A-labels (RFC 5890) in lower case, as they stand in a ClientHello (RFC
+//! 6066 section 3).
 
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
@@ -15,7 +16,8 @@ use super::{HostPattern, Span, Target, TargetHost};
 const LONGEST_NAME: usize = 253;
 const LONGEST_LABEL: usize = 63;
 
-/// A name as A-labels, in lower case, without trailing dot. Underscores are let through: not valid in host names, but in use.
+/// A name as A-labels, in lower case, without trailing dot. Underscores are let through: not valid
+/// in host names, but in use.
 pub fn normalize_name(text: &str) -> Result<String, Refused> {
     const REMEDY: &str =
         "names are letters, digits and hyphens, in labels of up to 63 with dots between them, 253 in all";

@@ -1,5 +1,6 @@
 //! The keys: what each is called, may hold and means, and what it is when left out. This is the one
-//! place that says so: the parser, the reference in `docs/configuration.md` and the starter follow it.
+//! place that says so: the parser, the reference in `docs/configuration.md` and the starter follow
+//! it.
 
 /// A key of a table.
 #[derive(Debug, Clone, Copy)]

@@ -1,4 +1,5 @@
-//! Puts the files of a configuration together; what can go wrong before there is text to point into.
+//! Puts the files of a configuration together; what can go wrong before there is text to point
+//! into.
 //!
 //! Where files are is the business of [`Files`]; what they say is the parser's.
 
@@ -13,7 +14,8 @@ use toml::de::{DeTable, DeValue};
 use super::source::Role;
 use super::{Diagnostic, Source, Span};
 
-/// Bytes of all files of a configuration together: room for some 20,000 hosts, and read within a moment however wrong it is.
+/// Bytes of all files of a configuration together: room for some 20,000 hosts, and read within a
+/// moment however wrong it is.
 pub const LARGEST: usize = 1 << 20;
 
 /// Files of a configuration, and entries of one `include`.
@@ -24,7 +26,8 @@ const MOST_WILDCARDS: usize = 3;
 
 /// Where included files are.
 pub trait Files {
-    /// The files that a pattern, seen from a folder, matches, sorted by name; one without wildcards matches itself, whether it is there or not.
+    /// The files that a pattern, seen from a folder, matches, sorted by name; one without wildcards
+    /// matches itself, whether it is there or not.
     ///
     /// # Errors
     /// Why it is no pattern, or what could not be listed.
@@ -199,7 +202,8 @@ fn patterns(text: &str) -> Vec<(Span, String)> {
     strings.collect()
 }
 
-/// `*` stands for a part of one name; names that begin with a dot have to be written out: editors leave such files behind.
+/// `*` stands for a part of one name; names that begin with a dot have to be written out: editors
+/// leave such files behind.
 pub const WILDCARDS: glob::MatchOptions =
     glob::MatchOptions { case_sensitive: true, require_literal_separator: true, require_literal_leading_dot: true };
 

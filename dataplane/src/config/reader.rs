@@ -17,12 +17,14 @@ use super::{Diagnostic, Span};
 #[derive(Default)]
 pub(super) struct Reader {
     pub(super) diagnostics: Vec<Diagnostic>,
-    /// Of things that are not there: kept apart, for they prove nothing once a syntax error has swallowed part of the file.
+    /// Of things that are not there: kept apart, for they prove nothing once a syntax error has
+    /// swallowed part of the file.
     pub(super) absences: Vec<Diagnostic>,
     /// How many errors and warnings were found after there were enough of them.
     pub(super) left_out: [usize; 2],
     kept: [usize; 2],
-    /// Keys that are there under a wrong name, with the start of their table: they are not missing as well.
+    /// Keys that are there under a wrong name, with the start of their table: they are not missing
+    /// as well.
     misspelt: Vec<(usize, String)>,
 }
 
@@ -133,7 +135,8 @@ impl Reader {
         room
     }
 
-    /// The candidate that was probably meant; of many the first ones are looked at. Nothing when nobody would read it.
+    /// The candidate that was probably meant; of many the first ones are looked at. Nothing when
+    /// nobody would read it.
     pub(super) fn suggest<'c>(&self, word: &str, candidates: &[&'c str]) -> Option<&'c str> {
         if self.is_full() { None } else { suggest(word, &candidates[..candidates.len().min(MOST_CANDIDATES)]) }
     }

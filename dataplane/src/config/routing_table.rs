@@ -5,8 +5,8 @@ use ipnet::IpNet;
 use super::values::word;
 use super::{Config, HostPattern, Listener, Mode, SendProxy, Upstream};
 
-/// Every host with where it goes, in the order in which they are tried, then every listener with whom it lets in, and where metrics are.
-/// Ends with a newline.
+/// Every host with where it goes, in the order in which they are tried, then every listener with
+/// whom it lets in, and where metrics are. Ends with a newline.
 pub fn routing_table(config: &Config) -> String {
     let mut hosts: Vec<_> =
         config.routes.iter().flat_map(|route| route.hosts.iter().map(move |host| (host, route))).collect();

@@ -1,6 +1,7 @@
 //! The text of a configuration: one file or several, told apart by their places in one long text.
 //!
-//! Positions count through all files, as if they stood one after the other; so a [`Span`] alone says in which file it lies.
+//! Positions count through all files, as if they stood one after the other; so a [`Span`] alone
+//! says in which file it lies.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -16,7 +17,8 @@ pub struct Source {
     pub text: String,
     /// The commit of the files that are of a repository.
     pub commit: Option<String>,
-    /// Where `include` looks for files, besides the folders of those that it found; of this machine alone.
+    /// Where `include` looks for files, besides the folders of those that it found; of this machine
+    /// alone.
     pub folders: Vec<PathBuf>,
     files: Vec<File>,
     /// What was noticed while the files were put together.

@@ -1,6 +1,7 @@
 //! Syntax errors of TOML as diagnostics, and what they cast doubt upon.
 //!
-//! The parser recovers from a mistake and goes on, so what comes after is worth reporting too; but not what was made up to go on.
+//! The parser recovers from a mistake and goes on, so what comes after is worth reporting too; but
+//! not what was made up to go on.
 
 use std::collections::HashSet;
 
@@ -11,7 +12,8 @@ use super::reader::quoted;
 use super::values::is_quotation_mark;
 use super::{Diagnostic, Source, Span};
 
-/// Puts syntax errors, a list for each file, together with `findings` about what could be read and `absences` of what could not be found.
+/// Puts syntax errors, a list for each file, together with `findings` about what could be read and
+/// `absences` of what could not be found.
 pub(super) fn combine(
     source: &Source,
     errors: &[Vec<Error>],

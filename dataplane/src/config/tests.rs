@@ -1,4 +1,5 @@
-//! The configuration as its owner meets it: whole files, their warnings and the explanations of what is wrong with them.
+//! The configuration as its owner meets it: whole files, their warnings and the explanations of
+//! what is wrong with them.
 
 use std::fmt::Write;
 use std::path::Path;

@@ -1,4 +1,5 @@
-//! Durations, sizes, bind addresses and networks as people write them. Errors say what to write instead.
+//! Durations, sizes, bind addresses and networks as people write them. Errors say what to write
+//! instead.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -245,7 +246,8 @@ pub fn has_zone(text: &str) -> bool {
     text.split_once('%').is_some_and(|(ip, _)| ip.trim_start_matches('[').parse::<Ipv6Addr>().is_ok())
 }
 
-/// `"10.0.0.0/8"`, `"fd00::/8"`, `"192.0.2.7"`. What is IPv4 written as IPv6 (`::ffff:10.0.0.0/104`) is read as IPv4.
+/// `"10.0.0.0/8"`, `"fd00::/8"`, `"192.0.2.7"`. What is IPv4 written as IPv6
+/// (`::ffff:10.0.0.0/104`) is read as IPv4.
 pub fn parse_net(text: &str) -> Result<IpNet, Refused> {
     const EXAMPLES: &str = "write a network such as \"10.0.0.0/8\" or \"fd7a:115c:a1e0::/48\", or a single address";
     if let Ok(ip) = text.parse::<IpAddr>() {

@@ -1,4 +1,5 @@
-//! The sockets that the daemon listens on: bound as a whole before anything changes, and what to do about those that cannot be.
+//! The sockets that the daemon listens on: bound as a whole before anything changes, and what to do
+//! about those that cannot be.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -16,7 +17,8 @@ use crate::source::webhook;
 /// The sockets of the workers, by address.
 pub(super) type Bound = HashMap<SocketAddr, Vec<TcpListener>>;
 
-/// Binds the addresses of `config` that are not bound already; all or none, with every failure told. Addresses that this machine does not have are no failure.
+/// Binds the addresses of `config` that are not bound already; all or none, with every failure
+/// told. Addresses that this machine does not have are no failure.
 pub(super) fn bind_all(config: &Config, bound: &[SocketAddr], workers: usize) -> Result<(Bound, Vec<Waiting>)> {
     let (sockets, waiting, errors) = bind_each(config, bound, workers);
     if errors.is_empty() { Ok((sockets, waiting)) } else { bail!(errors) }

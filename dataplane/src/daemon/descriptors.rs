@@ -6,13 +6,15 @@ use crate::admin;
 use crate::engine::splice;
 use crate::source::webhook;
 
-/// Raises RLIMIT_NOFILE to its hard limit; how many descriptors that leaves for workers, listeners, connections and pipes.
+/// Raises RLIMIT_NOFILE to its hard limit; how many descriptors that leaves for workers, listeners,
+/// connections and pipes.
 pub(super) fn available() -> u64 {
     raise_descriptor_limit().saturating_sub(open_descriptors() + DESCRIPTORS_FOR_US)
 }
 
-/// Descriptors that are neither a connection's nor a pipe's nor a listener's: admin clients, the configuration, eBPF maps and programs, webhooks, git's pipes, and of the maintenance thread epoll, its
-/// wake-up, tailscaled, the resolver's questions and checks.
+/// Descriptors that are neither a connection's nor a pipe's nor a listener's: admin clients, the
+/// configuration, eBPF maps and programs, webhooks, git's pipes, and of the maintenance thread
+/// epoll, its wake-up, tailscaled, the resolver's questions and checks.
 const DESCRIPTORS_FOR_US: u64 = 40 + (webhook::AT_A_TIME + 2 * admin::AT_A_TIME) as u64;
 
 /// Of a worker: epoll, its wake-up, signals' pipe, epoll for the sockmap.
@@ -28,7 +30,8 @@ pub(super) struct Budget {
 impl Budget {
     /// Shares out `free` descriptors and `memory` bytes.
     pub(super) fn new(free: u64, memory: u64) -> Self {
-        // A pipe is two descriptors and holds up to its capacity; without a pipe a connection is copied, so an eighth is plenty.
+        // A pipe is two descriptors and holds up to its capacity; without a pipe a connection is
+        // copied, so an eighth is plenty.
         let by_memory = memory / splice::CAPACITY as u64;
         let pipes = by_memory.min(free / 8 / 2);
         Self { connections: ((free - 2 * pipes) / 2) as usize, pipes: pipes as usize }

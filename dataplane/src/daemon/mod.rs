@@ -1,8 +1,8 @@
-//! `dataplane run`: starts the threads, then waits for signals and for what [`crate::source`] finds. Start and reload take the same way through
-//! `Daemon::take_effect`.
+//! `dataplane run`: starts the threads, then waits for signals and for what [`crate::source`]
+//! finds. Start and reload take the same way through `Daemon::take_effect`.
 //!
-//! The order of a start is: read and check the configuration, bind everything, then accept, then tell systemd. A reload binds what is new,
-//! then swaps; any failure leaves all as it was.
+//! The order of a start is: read and check the configuration, bind everything, then accept, then
+//! tell systemd. A reload binds what is new, then swaps; any failure leaves all as it was.
 
 mod beginning;
 mod binding;
@@ -207,7 +207,8 @@ impl Daemon {
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
                 _ = hangup.recv() => {
-                    // What happens is in the log and the metrics. When its queue is full, it reads the file all the same.
+                    // What happens is in the log and the metrics. When its queue is full, it reads
+                    // the file all the same.
                     let _ = reload.try_send(oneshot::channel().0);
                 }
                 Some(news) = news.recv() => self.hear(news).await,
@@ -357,7 +358,8 @@ impl Daemon {
         let _ = self.webhooks.send(served);
     }
 
-    /// Brings limits and listening sockets in line with the generation in force. Sockets that are given up are closed when the answers come.
+    /// Brings limits and listening sockets in line with the generation in force. Sockets that are
+    /// given up are closed when the answers come.
     fn take_effect(&mut self, new: HashMap<SocketAddr, Vec<TcpListener>>) -> Vec<oneshot::Receiver<()>> {
         let generation = self.shared.generation.load_full();
         let config = &generation.config;

@@ -1,5 +1,6 @@
-//! Addresses that this machine does not have yet, tailscale0's at boot above all: they stop nothing, and are tried again.
-//! When one has come and something else is in its way, that is told instead.
+//! Addresses that this machine does not have yet, tailscale0's at boot above all: they stop
+//! nothing, and are tried again. When one has come and something else is in its way, that is told
+//! instead.
 
 use std::net::SocketAddr;
 

@@ -1,4 +1,5 @@
-//! Worker threads: each runs accept loops and connections on a runtime of its own, and shares nothing with the others but [`Shared`].
+//! Worker threads: each runs accept loops and connections on a runtime of its own, and shares
+//! nothing with the others but [`Shared`].
 
 use std::collections::HashMap;
 use std::io;
@@ -17,7 +18,8 @@ use crate::shared::Shared;
 pub enum Command {
     /// Accept on this socket, which is bound to this address.
     Listen(SocketAddr, StdListener),
-    /// Stop accepting on this address, and answer when all that the kernel had completed was accepted; its connections go on.
+    /// Stop accepting on this address, and answer when all that the kernel had completed was
+    /// accepted; its connections go on.
     Close(SocketAddr, oneshot::Sender<()>),
     /// Answer, to prove that the thread is not stuck.
     Ping(oneshot::Sender<()>),
@@ -25,17 +27,16 @@ pub enum Command {
     End,
 }
 
-/// Polls of tasks between two looks at epoll. Tokio's default of 61 lets bulk transfers, which are always ready, keep everybody else waiting.
+/// Polls of tasks between two looks at epoll. Tokio's default of 61 lets bulk transfers, which are
+/// always ready, keep everybody else waiting.
 pub const EVENT_INTERVAL: u32 = 4;
 
-/// A running worker.
 pub struct Worker {
     commands: mpsc::UnboundedSender<Command>,
     thread: thread::JoinHandle<()>,
 }
 
 impl Worker {
-    /// Starts one.
     pub fn start(index: usize, shared: Arc<Shared>) -> io::Result<Self> {
         let (commands, inbox) = mpsc::unbounded_channel();
         let runtime =
@@ -77,7 +78,8 @@ async fn work(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) 
                     drop(stop);
                     accepting
                 });
-                // In a task of its own: the next command does not wait for clients that keep coming.
+                // In a task of its own: the next command does not wait for clients that keep
+                // coming.
                 tokio::spawn(async move {
                     if let Some(accepting) = accepting {
                         let _ = accepting.await;

@@ -17,7 +17,6 @@ use crate::kernel::sys::kernel_release;
 use crate::metrics::Metrics;
 use crate::source;
 
-/// What was found.
 pub struct Findings {
     config: Result<Config, String>,
     engine: Selection,
@@ -38,7 +37,6 @@ const CAPABILITIES: [(&str, u32, &str); 4] = [
 ];
 
 impl Findings {
-    /// Looks.
     pub fn gather(path: &Path) -> Self {
         let config = source::kept(path).map(|loaded| loaded.config).map_err(|e| e.to_string());
         // Room for the self-test's connections.

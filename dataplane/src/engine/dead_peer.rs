@@ -1,9 +1,11 @@
 //! Dead peer detection: tells a peer that vanished from one that is merely slow.
 //!
-//! TCP_USER_TIMEOUT cannot. It also cuts a peer that keeps its window shut for that long although it answers every probe, and even one that opens
-//! it now and then by less than the segment that waits, because the kernel's clock for window probes then runs on (net/ipv4/tcp_timer.c,
-//! tcp_probe_timer; net/ipv4/tcp_input.c, tcp_ack_probe): a paused or a throttled download. So while bytes wait, what the peer acknowledges decides;
-//! while none do, keepalive does. The decision is pure; `idle` asks and acts.
+//! TCP_USER_TIMEOUT cannot. It also cuts a peer that keeps its window shut for that long although
+//! it answers every probe, and even one that opens it now and then by less than the segment that
+//! waits, because the kernel's clock for window probes then runs on (net/ipv4/tcp_timer.c,
+//! tcp_probe_timer; net/ipv4/tcp_input.c, tcp_ack_probe): a paused or a throttled download. So
+//! while bytes wait, what the peer acknowledges decides; while none do, keepalive does. The
+//! decision is pure; `idle` asks and acts.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +14,8 @@ use crate::kernel::sys::TcpInfo;
 /// What is known of one leg.
 #[derive(Debug, Default)]
 pub struct Leg {
-    /// What the peer had acknowledged, and since when it has been no more than that although bytes are in flight.
+    /// What the peer had acknowledged, and since when it has been no more than that although bytes
+    /// are in flight.
     stuck: Option<(u64, Instant)>,
 }
 
@@ -41,7 +44,8 @@ impl Leg {
         } else if self.stuck.is_none_or(|(acked, _)| acked != info.bytes_acked) {
             self.stuck = Some((info.bytes_acked, now));
         }
-        // Silence before there was something to answer proves nothing, so both clocks have to run out.
+        // Silence before there was something to answer proves nothing, so both clocks have to run
+        // out.
         let silent = Duration::from_millis(info.last_ack_recv.into()) >= dead_peer;
         let unanswered = info.probes >= UNANSWERED_PROBES
             || self.stuck.is_some_and(|(_, since)| now.saturating_duration_since(since) >= dead_peer);

@@ -1,4 +1,5 @@
-//! Who forwards a connection when: the relay, and in turns with it an engine that works in the kernel.
+//! Who forwards a connection when: the relay, and in turns with it an engine that works in the
+//! kernel.
 
 use std::sync::Arc;
 
@@ -15,7 +16,8 @@ pub struct Plan {
     pub relay: Kind,
     /// Where connections are moved to.
     pub in_kernel: Option<Arc<dyn InKernel>>,
-    /// Only those are moved that live long with small messages, and they come back for bulk. Else all are, at once.
+    /// Only those are moved that live long with small messages, and they come back for bulk. Else
+    /// all are, at once.
     pub must_earn: bool,
 }
 
@@ -29,7 +31,8 @@ impl Plan {
     }
 }
 
-/// Forwards until the connection ends. On [`End::Done`] both sockets were closed with FIN, on anything else with RST.
+/// Forwards until the connection ends. On [`End::Done`] both sockets were closed with FIN, on
+/// anything else with RST.
 pub async fn forward(plan: &Plan, pair: Pair, timeouts: Timeouts, traffic: &Traffic) -> End {
     let Pair { client, upstream, mut first } = pair;
     let mut legs = Legs { client, upstream, streams: PerSide::new(|_| StreamState::Open) };

@@ -1,4 +1,5 @@
-//! An engine that works inside the kernel, as the driver sees it: one row in [`selection`](super::selection), and one folder.
+//! An engine that works inside the kernel, as the driver sees it: one row in
+//! [`selection`](super::selection), and one folder.
 
 use std::fmt;
 use std::pin::Pin;
@@ -9,13 +10,13 @@ use super::traffic::Traffic;
 
 /// Takes connections over from the relay, and gives them back.
 pub trait InKernel: fmt::Debug + Send + Sync {
-    /// Its name.
     fn kind(&self) -> Kind;
 
     /// Bounds what all its connections together may queue in the kernel, bytes.
     fn set_memory(&self, bytes: u64);
 
-    /// Forwards, for as long as that is good for the connection. `leave_on_bulk`: the relay is better at bulk.
+    /// Forwards, for as long as that is good for the connection. `leave_on_bulk`: the relay is
+    /// better at bulk.
     fn forward(
         self: Arc<Self>,
         legs: Legs,
@@ -31,7 +32,6 @@ pub type Forwarding<'a> = Pin<Box<dyn Future<Output = Outcome> + Send + 'a>>;
 /// What became of a connection.
 #[derive(Debug)]
 pub enum Outcome {
-    /// It has ended.
     Ended(End),
     /// The kernel does not forward it any more, or never did: the relay goes on with it.
     Left(Legs, Left),
@@ -42,7 +42,6 @@ pub enum Outcome {
 pub enum Left {
     /// There was no place for it.
     Refused,
-    /// It carries bulk.
     Bulk,
     /// One side has ended; passing that on is the relay's.
     Ending,

@@ -7,7 +7,6 @@ use super::splice;
 use crate::kernel::sys::kernel_release;
 use crate::register::Register;
 
-/// See the module.
 pub struct EngineMetrics {
     build_info: GaugeVec,
     refused: IntGaugeVec,
@@ -18,7 +17,6 @@ pub struct EngineMetrics {
 }
 
 impl EngineMetrics {
-    /// Registers them.
     pub fn new(register: &Register) -> Self {
         Self {
             build_info: register.info(

@@ -1,8 +1,9 @@
 //! Engines: what carries the bytes once both sides are connected.
 //!
-//! An engine takes a [`Pair`], the two sockets and the bytes that still have to be sent first, and ends with an [`End`]. All engines behave
-//! alike: no byte lost, doubled or reordered; FIN passed on after the last byte; anything unproven ends in RST. An engine does not know
-//! why the pair was made: no host names, no routes, no PROXY protocol.
+//! An engine takes a [`Pair`], the two sockets and the bytes that still have to be sent first, and
+//! ends with an [`End`]. All engines behave alike: no byte lost, doubled or reordered; FIN passed
+//! on after the last byte; anything unproven ends in RST. An engine does not know why the pair was
+//! made: no host names, no routes, no PROXY protocol.
 
 pub mod answer;
 mod copy;

@@ -23,7 +23,6 @@ pub struct Support {
 /// An engine that works in the kernel.
 #[derive(Debug, Clone)]
 pub struct Candidate {
-    /// Its name.
     pub kind: Kind,
     /// Its programs in the kernel, and how the kernel behaves with them in the self-test.
     pub engine: Result<Arc<dyn InKernel>, String>,
@@ -32,7 +31,8 @@ pub struct Candidate {
 }
 
 impl Support {
-    /// Tries everything. Engines in the kernel have room for so many connections; the sockmap counts spills there.
+    /// Tries everything. Engines in the kernel have room for so many connections; the sockmap
+    /// counts spills there.
     pub fn test(connections: usize, spills: [IntCounter; 2]) -> Self {
         Self { splice: splice::self_test(), in_kernel: vec![sockmap(connections, spills)] }
     }
@@ -66,9 +66,7 @@ fn sockmap(connections: usize, spills: [IntCounter; 2]) -> Candidate {
 /// What runs when the configuration asks for `configured`, and why it is something else.
 #[derive(Debug, Clone)]
 pub struct Selection {
-    /// What was asked for.
     pub configured: EngineChoice,
-    /// What runs.
     pub plan: Plan,
     /// One line for each engine that was passed over.
     pub reasons: Vec<String>,
@@ -77,7 +75,6 @@ pub struct Selection {
 }
 
 impl Selection {
-    /// Decides.
     pub fn choose(choice: EngineChoice, support: &Support) -> Self {
         let (mut reasons, mut warnings) = (Vec::new(), Vec::new());
         if choice == EngineChoice::Translate {
@@ -119,7 +116,8 @@ impl Selection {
         }
     }
 
-    /// What runs: `auto` when connections are moved between engines, else the one that they all have.
+    /// What runs: `auto` when connections are moved between engines, else the one that they all
+    /// have.
     pub fn name(&self) -> &'static str {
         match &self.plan.in_kernel {
             Some(_) if self.plan.must_earn => "auto",
@@ -139,7 +137,8 @@ impl Selection {
         }
     }
 
-    /// How much of a budget for bytes queued in the kernel pipes may have; the rest is for the engines in the kernel.
+    /// How much of a budget for bytes queued in the kernel pipes may have; the rest is for the
+    /// engines in the kernel.
     pub fn share_of_pipes(&self, memory: u64) -> u64 {
         if self.plan.in_kernel.is_some() { memory / 2 } else { memory }
     }

@@ -1,7 +1,8 @@
 //! Where the members of the running kernel's structures are (kernel: Documentation/bpf/btf.rst).
 //!
-//! Of the libraries that read BTF one is under the LGPL, one keeps members to itself, and one unfolds all 150,000 types into tens of megabytes, which the machines
-//! that this runs on do not have to spare. All that is needed here is one pass over the file.
+//! Of the libraries that read BTF one is under the LGPL, one keeps members to itself, and one
+//! unfolds all 150,000 types into tens of megabytes, which the machines that this runs on do not
+//! have to spare. All that is needed here is one pass over the file.
 
 use std::path::Path;
 use std::{fs, io};
@@ -12,10 +13,12 @@ pub const KERNEL: &str = "/sys/kernel/btf/vmlinux";
 const MAGIC: u16 = 0xeb9f;
 const KIND_STRUCT: u32 = 4;
 
-/// Byte offsets of members, asked for as `("tcp_sock", "write_seq")`, in the order of the questions.
+/// Byte offsets of members, asked for as `("tcp_sock", "write_seq")`, in the order of the
+/// questions.
 ///
 /// # Errors
-/// `InvalidData` when the file is not BTF of this machine's byte order, `NotFound` when it has no such structure or member.
+/// `InvalidData` when the file is not BTF of this machine's byte order, `NotFound` when it has no
+/// such structure or member.
 pub fn offsets<const N: usize>(file: &Path, members: [(&str, &str); N]) -> io::Result<[u32; N]> {
     find(&fs::read(file)?, members)
 }

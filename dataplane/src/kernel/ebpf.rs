@@ -1,6 +1,8 @@
-//! The programs that run in the kernel: embedded at build time, and why a kernel does not take them.
+//! The programs that run in the kernel: embedded at build time, and why a kernel does not take
+//! them.
 //!
-//! What they do is in `dataplane-ebpf`, what both sides share in `common`; which of them are loaded, and what they are attached to, each engine decides for itself.
+//! What they do is in `dataplane-ebpf`, what both sides share in `common`; which of them are
+//! loaded, and what they are attached to, each engine decides for itself.
 
 use std::error::Error;
 use std::path::Path;
@@ -14,8 +16,9 @@ use rustix::thread::CapabilitySet;
 use super::btf;
 use super::sys::{Shareable, SharedArray};
 
-/// What bpf(2) asks for when it makes a socket map, loads a program for it (kernel: kernel/bpf/syscall.c), and when that program reads a socket's structure
-/// (kernel/bpf/verifier.c, `check_ptr_to_btf_access`).
+/// What bpf(2) asks for when it makes a socket map, loads a program for it (kernel:
+/// kernel/bpf/syscall.c), and when that program reads a socket's structure (kernel/bpf/verifier.c,
+/// `check_ptr_to_btf_access`).
 const CAPABILITIES: [(CapabilitySet, &str); 3] = [
     (CapabilitySet::BPF, "CAP_BPF"),
     (CapabilitySet::NET_ADMIN, "CAP_NET_ADMIN"),
@@ -36,9 +39,11 @@ pub fn object() -> Option<&'static [u8]> {
     None
 }
 
-/// Makes the maps of the embedded object, and readies its programs to be loaded one by one: an engine's that are refused cost another engine nothing.
+/// Makes the maps of the embedded object, and readies its programs to be loaded one by one: an
+/// engine's that are refused cost another engine nothing.
 ///
-/// `offsets` are members of the kernel's structures, by the global that holds each; `entries` are the sizes of maps that the object leaves open.
+/// `offsets` are members of the kernel's structures, by the global that holds each; `entries` are
+/// the sizes of maps that the object leaves open.
 pub fn open<const N: usize>(
     offsets: [(&str, (&str, &str)); N],
     entries: &[(&'static str, u32)],
@@ -72,7 +77,8 @@ pub fn shared<T: Shareable>(map: &Map, len: usize) -> Result<SharedArray<T>, Map
 pub enum LoadError {
     /// The binary was built without an object.
     NotBuiltIn,
-    /// The kernel was built without `CONFIG_DEBUG_INFO_BTF`, /sys is not mounted here, or a structure is not as expected.
+    /// The kernel was built without `CONFIG_DEBUG_INFO_BTF`, /sys is not mounted here, or a
+    /// structure is not as expected.
     KernelTypes(io::Error),
     /// bpf(2) said EPERM. Holds the capabilities that the process lacks; none if it has all.
     NotPermitted(Vec<&'static str>),
@@ -121,7 +127,8 @@ impl fmt::Display for LoadError {
 
 impl Error for LoadError {}
 
-/// An error and its causes, each told once: some of aya's errors repeat their cause, some leave it out.
+/// An error and its causes, each told once: some of aya's errors repeat their cause, some leave it
+/// out.
 fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();

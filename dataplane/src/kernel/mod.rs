@@ -1,4 +1,5 @@
-//! The kernel boundary: what is asked of the kernel in other ways than through the standard library and tokio.
+//! The kernel boundary: what is asked of the kernel in other ways than through the standard library
+//! and tokio.
 //!
 //! Knows no connection, no route and no configuration.
 

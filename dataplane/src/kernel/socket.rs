@@ -1,4 +1,5 @@
-//! Options of the sockets of both legs, set before they connect or, on a listener, inherited by what it accepts; and how a socket is left.
+//! Options of the sockets of both legs, set before they connect or, on a listener, inherited by
+//! what it accepts; and how a socket is left.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
@@ -11,7 +12,8 @@ use tokio::net::TcpStream;
 /// More than a client sends that has its answer already.
 const DISCARDED: usize = 256 * 1024;
 
-/// Whether an address is one of this machine: then the kernel answers it from itself. Nothing is sent.
+/// Whether an address is one of this machine: then the kernel answers it from itself. Nothing is
+/// sent.
 pub fn is_of_this_machine(ip: IpAddr) -> bool {
     let any: IpAddr = if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let from = UdpSocket::bind((any, 0)).and_then(|socket| {
@@ -32,13 +34,15 @@ pub fn prepare(socket: impl AsFd) -> io::Result<()> {
     socket.set_out_of_band_inline(true)
 }
 
-/// Before a connect after which something is sent at once: the SYN of the other side is then acknowledged together with that, in one packet instead of two
-/// (net/ipv4/tcp_input.c, `tcp_rcv_synsent_state_process`).
+/// Before a connect after which something is sent at once: the SYN of the other side is then
+/// acknowledged together with that, in one packet instead of two (net/ipv4/tcp_input.c,
+/// `tcp_rcv_synsent_state_process`).
 pub fn save_an_acknowledgement(socket: impl AsFd) -> io::Result<()> {
     rustix::net::sockopt::set_tcp_quickack(socket, false).map_err(Into::into)
 }
 
-/// Has the kernel notice, within about `dead_peer`, that the peer of an idle connection has vanished.
+/// Has the kernel notice, within about `dead_peer`, that the peer of an idle connection has
+/// vanished.
 pub fn keep_alive(socket: impl AsFd, dead_peer: Duration) -> io::Result<()> {
     let seconds = dead_peer.as_secs().max(1);
     // Half of the time idle, the other half for three probes.
@@ -52,13 +56,14 @@ pub fn keep_alive(socket: impl AsFd, dead_peer: Duration) -> io::Result<()> {
     )
 }
 
-/// From now on closing means FIN: for a connection whose end is proven, or of which nothing was forwarded.
+/// From now on closing means FIN: for a connection whose end is proven, or of which nothing was
+/// forwarded.
 pub fn close_with_fin(socket: impl AsFd) {
     let _ = SockRef::from(&socket).set_linger(None);
 }
 
-/// Reads and throws away until the peer's FIN, or until it is too much: bytes that nobody has read turn a FIN of ours into a RST, which can overtake what was
-/// sent before it.
+/// Reads and throws away until the peer's FIN, or until it is too much: bytes that nobody has read
+/// turn a FIN of ours into a RST, which can overtake what was sent before it.
 pub async fn discard(stream: &TcpStream) -> io::Result<()> {
     let mut left = DISCARDED;
     while left > 0 {

@@ -19,7 +19,8 @@ pub fn kernel_release() -> String {
     rustix::system::uname().release().to_string_lossy().into_owned()
 }
 
-/// The head of `struct tcp_info` (include/uapi/linux/tcp.h), as far as it is used here. The kernel fills as much as it has.
+/// The head of `struct tcp_info` (include/uapi/linux/tcp.h), as far as it is used here. The kernel
+/// fills as much as it has.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct TcpInfo {
@@ -93,7 +94,8 @@ pub const TCP_ESTABLISHED: u8 = 1;
 /// [`TcpInfo::state`] of a socket that has received FIN and sent none.
 pub const TCP_CLOSE_WAIT: u8 = 8;
 
-/// [`TcpInfo::state`] of a socket without a connection, for example after a RST (include/net/tcp_states.h).
+/// [`TcpInfo::state`] of a socket without a connection, for example after a RST
+/// (include/net/tcp_states.h).
 pub const TCP_CLOSE: u8 = 7;
 
 /// `getsockopt(TCP_INFO)`.
@@ -101,7 +103,8 @@ pub fn tcp_info(socket: impl AsFd) -> io::Result<TcpInfo> {
     get(socket, libc::TCP_INFO)
 }
 
-/// `ioctl(SIOCOUTQ)`: bytes in the send queue, sent or not, that the peer has not acknowledged (tcp(7)).
+/// `ioctl(SIOCOUTQ)`: bytes in the send queue, sent or not, that the peer has not acknowledged
+/// (tcp(7)).
 pub fn unacknowledged(socket: impl AsFd) -> io::Result<u32> {
     let mut bytes: libc::c_int = 0;
     // SAFETY: the kernel writes one int (net/ipv4/tcp.c, `tcp_ioctl`).
@@ -120,8 +123,9 @@ struct RepairWindow {
     rcv_wup: u32,
 }
 
-/// Closes an established connection without a word to its peer, and opens it anew so many bytes earlier in what it has sent: what is written next overlaps with
-/// what the peer has already, as a retransmit may. For tests; by TCP_REPAIR, which needs CAP_NET_ADMIN.
+/// Closes an established connection without a word to its peer, and opens it anew so many bytes
+/// earlier in what it has sent: what is written next overlaps with what the peer has already, as a
+/// retransmit may. For tests; by TCP_REPAIR, which needs CAP_NET_ADMIN.
 pub fn rewind(socket: TcpStream, bytes: u32) -> io::Result<TcpStream> {
     const RECEIVE_QUEUE: u32 = 1;
     const SEND_QUEUE: u32 = 2;
@@ -136,7 +140,8 @@ pub fn rewind(socket: TcpStream, bytes: u32) -> io::Result<TcpStream> {
     drop(socket);
 
     let again = socket2::Socket::new(socket2::Domain::for_address(peer), socket2::Type::STREAM, None)?;
-    // With it comes the permission to bind where somebody listens; SO_REUSEADDR would take that away.
+    // With it comes the permission to bind where somebody listens; SO_REUSEADDR would take that
+    // away.
     set(&again, libc::TCP_REPAIR, &1_u32)?;
     again.bind(&local.into())?;
     for (queue, at) in [(SEND_QUEUE, sent.wrapping_sub(bytes)), (RECEIVE_QUEUE, received)] {
@@ -164,14 +169,16 @@ fn set<T>(socket: impl AsFd, option: libc::c_int, value: &T) -> io::Result<()> {
 fn get<T: Integers>(socket: impl AsFd, option: libc::c_int) -> io::Result<T> {
     let mut value = MaybeUninit::<T>::zeroed();
     let mut len = mem::size_of::<T>() as libc::socklen_t;
-    // SAFETY: `value` is valid for `len` bytes of writes, and the kernel writes at most `len` of them.
+    // SAFETY: `value` is valid for `len` bytes of writes, and the kernel writes at most `len` of
+    // them.
     let rc = unsafe {
         libc::getsockopt(socket.as_fd().as_raw_fd(), libc::IPPROTO_TCP, option, value.as_mut_ptr().cast(), &raw mut len)
     };
     if rc != 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: it was zeroed, zero is a value of every integer, and whatever the kernel wrote is integers.
+    // SAFETY: it was zeroed, zero is a value of every integer, and whatever the kernel wrote is
+    // integers.
     Ok(unsafe { value.assume_init() })
 }
 
@@ -188,8 +195,9 @@ unsafe impl Integers for RepairWindow {}
 // SAFETY: see the type.
 unsafe impl Integers for TcpInfo {}
 
-/// Waits until every thread of the machine has passed through a point outside of the kernel's read-side critical sections (membarrier(2),
-/// `MEMBARRIER_CMD_GLOBAL`): code that looked at something before it was changed has ended. Takes some 10 ms.
+/// Waits until every thread of the machine has passed through a point outside of the kernel's
+/// read-side critical sections (membarrier(2), `MEMBARRIER_CMD_GLOBAL`): code that looked at
+/// something before it was changed has ended. Takes some 10 ms.
 ///
 /// # Errors
 /// `EINVAL` on kernels with `nohz_full`.
@@ -200,17 +208,20 @@ pub fn grace_period() -> io::Result<()> {
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Values of an eBPF array map that was made with `BPF_F_MMAPABLE`, in memory shared with the kernel.
+/// Values of an eBPF array map that was made with `BPF_F_MMAPABLE`, in memory shared with the
+/// kernel.
 #[derive(Debug)]
 pub struct SharedArray<T> {
     start: NonNull<T>,
     len: usize,
 }
 
-/// A type of which any bytes are a value, and which may be changed by the kernel while it is borrowed.
+/// A type of which any bytes are a value, and which may be changed by the kernel while it is
+/// borrowed.
 ///
 /// # Safety
-/// It consists of atomics and padding only, and is a whole number of 8-byte words long, as array maps have them.
+/// It consists of atomics and padding only, and is a whole number of 8-byte words long, as array
+/// maps have them.
 pub unsafe trait Shareable {}
 
 // SAFETY: words, see `common`.
@@ -232,7 +243,8 @@ impl<T: Shareable> Deref for SharedArray<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
-        // SAFETY: the mapping is `len` values long (the kernel refuses longer ones than the map), lives as long as `self`, and any bytes are a value.
+        // SAFETY: the mapping is `len` values long (the kernel refuses longer ones than the map),
+        // lives as long as `self`, and any bytes are a value.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
 }
@@ -251,11 +263,13 @@ unsafe impl<T: Shareable> Sync for SharedArray<T> {}
 
 /// Has the current runtime say when a descriptor becomes readable.
 pub fn watch_readable(fd: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
-    // SAFETY: the descriptor is owned, so it stays open and the same for as long as the `Arc` that the `AsyncFd` holds.
+    // SAFETY: the descriptor is owned, so it stays open and the same for as long as the `Arc` that
+    // the `AsyncFd` holds.
     unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.map_err(Into::into)
 }
 
-/// Puts this thread into a network namespace of its own, where only a loopback interface is, and brings that up.
+/// Puts this thread into a network namespace of its own, where only a loopback interface is, and
+/// brings that up.
 ///
 /// # Errors
 /// `EPERM` without CAP_SYS_ADMIN, and where a sandbox forbids it.
@@ -272,8 +286,9 @@ pub fn own_network() -> io::Result<()> {
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Has a child keep no capability, whoever started us (capabilities(7)), and get none by any program that it runs (`PR_SET_NO_NEW_PRIVS`; without it, root's
-/// children would get all of them back); and write no file larger than this, nor its children.
+/// Has a child keep no capability, whoever started us (capabilities(7)), and get none by any
+/// program that it runs (`PR_SET_NO_NEW_PRIVS`; without it, root's children would get all of them
+/// back); and write no file larger than this, nor its children.
 pub fn confine(command: &mut std::process::Command, largest_file: u64) {
     use std::os::unix::process::CommandExt;
 
@@ -282,8 +297,8 @@ pub fn confine(command: &mut std::process::Command, largest_file: u64) {
     let confine = move || {
         let limit = rustix::process::Rlimit { current: Some(largest_file), maximum: Some(largest_file) };
         rustix::process::setrlimit(rustix::process::Resource::Fsize, limit)?;
-        // A write beyond it then fails with EFBIG, and says so, instead of ending the program without a word.
-        // SAFETY: no handler is installed, so none can run.
+        // A write beyond it then fails with EFBIG, and says so, instead of ending the program
+        // without a word. SAFETY: no handler is installed, so none can run.
         unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
         let none = CapabilitySet::empty();
         thread::set_no_new_privs(true)?;
@@ -291,8 +306,8 @@ pub fn confine(command: &mut std::process::Command, largest_file: u64) {
         thread::set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })?;
         Ok(())
     };
-    // SAFETY: between fork and exec only bare system calls are made, setrlimit(2), rt_sigaction(2), prctl(2) and capset(2); nothing is allocated and no lock is
-    // taken.
+    // SAFETY: between fork and exec only bare system calls are made, setrlimit(2), rt_sigaction(2),
+    // prctl(2) and capset(2); nothing is allocated and no lock is taken.
     unsafe { command.pre_exec(confine) };
 }
 

@@ -9,7 +9,6 @@ use prometheus::{Histogram, IntCounter, IntCounterVec, IntGaugeVec};
 use crate::register::Register;
 use crate::reject::Reason;
 
-/// See the module.
 pub struct ListenMetrics {
     accepted: IntCounterVec,
     rejected: IntCounterVec,
@@ -40,7 +39,6 @@ impl ListenerMetrics {
 }
 
 impl ListenMetrics {
-    /// Registers them.
     pub fn new(register: &Register) -> Self {
         Self {
             accepted: register.counters("connections_accepted_total", "Connections accepted.", &["listener"]),

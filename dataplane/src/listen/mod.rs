@@ -1,7 +1,8 @@
 //! Listening sockets: binding them, and accepting without ever spinning.
 //!
-//! Each worker has a socket of its own on each address (SO_REUSEPORT), so that the kernel spreads connections and no thread hands one to
-//! another. What a connection is for is not known here; it goes to [`crate::connection`] as it comes.
+//! Each worker has a socket of its own on each address (SO_REUSEPORT), so that the kernel spreads
+//! connections and no thread hands one to another. What a connection is for is not known here; it
+//! goes to [`crate::connection`] as it comes.
 
 pub mod metrics;
 
@@ -29,15 +30,18 @@ const BACKLOG: i32 = 4096;
 /// The same where few ask.
 const BACKLOG_OF_ONE: i32 = 128;
 
-/// How long to wait when the kernel is out of memory for sockets: long enough not to spin, short enough to go unnoticed.
+/// How long to wait when the kernel is out of memory for sockets: long enough not to spin, short
+/// enough to go unnoticed.
 const BREATHER: Duration = Duration::from_millis(50);
 
-/// Binds one address once for each worker. `beside_own`: this process already listens on the port at another address.
+/// Binds one address once for each worker. `beside_own`: this process already listens on the port
+/// at another address.
 ///
 /// # Errors
 /// Those of bind(2); EADDRINUSE also when the other listener would have shared the port.
 pub fn bind(addr: SocketAddr, workers: usize, beside_own: bool) -> io::Result<Vec<StdListener>> {
-    // SO_REUSEPORT would let a second daemon of the same user take half of the connections in silence: without it, bind finds out.
+    // SO_REUSEPORT would let a second daemon of the same user take half of the connections in
+    // silence: without it, bind finds out.
     if !beside_own {
         socket(addr)?.bind(&addr.into())?;
     }
@@ -96,8 +100,8 @@ pub async fn accept(shared: Arc<Shared>, bound: SocketAddr, listener: TcpListene
 enum Turn {
     /// Until this is sent or dropped.
     Open(oneshot::Receiver<()>),
-    /// For so many connections that are there at once: the kernel resets what is left in the queue of a socket that closes, but clients that keep coming
-    /// fill it again for ever.
+    /// For so many connections that are there at once: the kernel resets what is left in the queue
+    /// of a socket that closes, but clients that keep coming fill it again for ever.
     Draining(i32),
 }
 
@@ -146,7 +150,8 @@ async fn take(
             Some(libc::EMFILE | libc::ENFILE) => {
                 shared.metrics.listen.accept_errors.inc();
                 shared.metrics.shortages.note(Shortage::Descriptors);
-                // The connection stays in the queue and the socket stays readable. With the spare descriptor it is taken out and refused.
+                // The connection stays in the queue and the socket stays readable. With the spare
+                // descriptor it is taken out and refused.
                 if !spare.spend() {
                     tokio::time::sleep(BREATHER).await;
                     spare.restore();
@@ -156,7 +161,8 @@ async fn take(
                 shared.metrics.listen.accept_errors.inc();
                 tokio::time::sleep(BREATHER).await;
             }
-            // accept(2): errors of the connection that was in the queue; the next one is not concerned.
+            // accept(2): errors of the connection that was in the queue; the next one is not
+            // concerned.
             _ => tracing::debug!(%error, "accept"),
         },
     }

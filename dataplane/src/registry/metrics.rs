@@ -8,7 +8,6 @@ use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
 use crate::engine::{End, Kind, Path};
 use crate::register::Register;
 
-/// See the module.
 pub struct RegistryMetrics {
     active: IntGaugeVec,
     closed: IntCounterVec,
@@ -39,7 +38,6 @@ impl RouteMetrics {
 }
 
 impl RegistryMetrics {
-    /// Registers them.
     pub fn new(register: &Register) -> Self {
         Self {
             active: register.gauges("connections_active", "Connections being forwarded.", &["route", "engine"]),

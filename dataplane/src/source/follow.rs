@@ -1,6 +1,8 @@
-//! Keeps the configuration up to date: looks when asked, when a file changes, when a push is announced, and now and then.
+//! Keeps the configuration up to date: looks when asked, when a file changes, when a push is
+//! announced, and now and then.
 //!
-//! What it finds goes to the control thread as [`News`]. A look that fails changes nothing, however often it fails.
+//! What it finds goes to the control thread as [`News`]. A look that fails changes nothing, however
+//! often it fails.
 
 use std::collections::BTreeSet;
 use std::hash::{BuildHasher, RandomState};
@@ -57,16 +59,17 @@ impl Fetch for Git {
     }
 }
 
-/// See the module.
 pub struct Follower<F> {
     path: PathBuf,
     fetch: F,
     news: mpsc::Sender<News>,
     /// This machine's files as they are in force.
     local: Source,
-    /// What they said when they were looked at last, good or not; empty: to be looked at whatever they say.
+    /// What they said when they were looked at last, good or not; empty: to be looked at whatever
+    /// they say.
     looked_at: String,
-    /// What the ref was when its commit was looked at last, good or not; `None`: to be looked at whatever it is.
+    /// What the ref was when its commit was looked at last, good or not; `None`: to be looked at
+    /// whatever it is.
     seen: Option<Seen>,
     /// In force, and nothing was refused since: then even the way back to it is news.
     commit: Option<String>,
@@ -106,7 +109,8 @@ enum Failure {
 }
 
 impl<F: Fetch> Follower<F> {
-    /// Goes on from what was loaded at the start; where that is in force only in part, it is tried again with each look. Must be called within a runtime.
+    /// Goes on from what was loaded at the start; where that is in force only in part, it is tried
+    /// again with each look. Must be called within a runtime.
     pub fn new(path: PathBuf, fetch: F, news: mpsc::Sender<News>, at_start: &config::Config, in_part: bool) -> Self {
         let local = at_start.source.local();
         let mut follower = Self {
@@ -161,7 +165,8 @@ impl<F: Fetch> Follower<F> {
         }
     }
 
-    /// Watches what there is to watch now; what changed in a place before it was watched is looked at.
+    /// Watches what there is to watch now; what changed in a place before it was watched is looked
+    /// at.
     async fn catch_up(&mut self) {
         while self.watch() {
             let _ = self.look(Why::Changed).await;
@@ -257,8 +262,9 @@ impl<F: Fetch> Follower<F> {
         }
     }
 
-    /// Reads or checks on another thread, so that webhooks are answered meanwhile, and not for ever: a file may be a pipe, or lie on a server that is gone.
-    /// There is never more than one that does not end.
+    /// Reads or checks on another thread, so that webhooks are answered meanwhile, and not for
+    /// ever: a file may be a pipe, or lie on a server that is gone. There is never more than one
+    /// that does not end.
     async fn aside<T: Send + 'static>(&mut self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Failure> {
         if self.stuck.as_ref().is_some_and(|stuck| !stuck.is_finished()) {
             return Err(Failure::Broken("an earlier reading of the configuration has not ended yet".to_owned()));
@@ -292,7 +298,8 @@ impl<F: Fetch> Follower<F> {
         }
     }
 
-    /// Links may lead elsewhere by now, also to something wrong. Whether there is a folder that was not watched before.
+    /// Links may lead elsewhere by now, also to something wrong. Whether there is a folder that was
+    /// not watched before.
     fn watch(&mut self) -> bool {
         let Some(watcher) = &mut self.watcher else { return false };
         watcher.watch(&self.places.iter().flat_map(|place| watch::folders(place)).collect::<BTreeSet<_>>())
@@ -316,7 +323,8 @@ fn text(source: &Source) -> String {
     source.local_texts().map(|(path, text)| format!("{}\n{text}\n", path.display())).collect()
 }
 
-/// A tenth more or less, so that entrance nodes do not all ask at once. Chance needs no secrecy here: the standard library's keys will do.
+/// A tenth more or less, so that entrance nodes do not all ask at once. Chance needs no secrecy
+/// here: the standard library's keys will do.
 fn with_jitter(interval: Duration) -> Duration {
     let chance = RandomState::new().hash_one(0) % 1000;
     interval * 9 / 10 + interval / 5 * chance as u32 / 1000
@@ -387,7 +395,8 @@ mod tests {
             Self::start_with("", |_| {})
         }
 
-        /// The same, with these lines in front, and something that happens when the file has been read.
+        /// The same, with these lines in front, and something that happens when the file has been
+        /// read.
         fn start_with(lines: &str, meanwhile: impl FnOnce(&Path)) -> Self {
             let folder = tempfile::tempdir().unwrap();
             let file = folder.path().join("dataplane.toml");
@@ -559,7 +568,8 @@ mod tests {
         std::fs::write(rig.folder.path().join("neighbour"), "").unwrap();
         assert_eq!(rig.next(Duration::from_millis(500)).await, "nothing");
         assert_eq!(rig.server.asked.load(Relaxed), asked);
-        // One that could not be put in force is in question until it is, even where it says again what is in force.
+        // One that could not be put in force is in question until it is, even where it says again
+        // what is in force.
         rig.refuse = true;
         rig.edit();
         assert_eq!(rig.next(LONG).await, "refused");

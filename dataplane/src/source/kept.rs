@@ -1,4 +1,5 @@
-//! The last good commit, on disk: one file that is replaced as a whole, so that a node starts while its repository is away.
+//! The last good commit, on disk: one file that is replaced as a whole, so that a node starts while
+//! its repository is away.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

@@ -4,7 +4,6 @@ use prometheus::{Gauge, GaugeVec, IntGauge};
 
 use crate::register::Register;
 
-/// See the module.
 pub struct ConfigMetrics {
     info: GaugeVec,
     /// 1 when the last reload (or start) succeeded.
@@ -15,7 +14,6 @@ pub struct ConfigMetrics {
 }
 
 impl ConfigMetrics {
-    /// Registers them.
     pub fn new(register: &Register) -> Self {
         Self {
             info: register.info(
@@ -36,7 +34,6 @@ impl ConfigMetrics {
         }
     }
 
-    /// Notes a successful load.
     pub fn set(&self, hash: &str, commit: &str, unix_time: f64) {
         self.info.reset();
         self.info.with_label_values(&[hash, commit]).set(1.0);

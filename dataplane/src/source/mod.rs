@@ -1,7 +1,9 @@
-//! Where the configuration's text comes from: files of this machine, and the newest commit of a repository that validates.
+//! Where the configuration's text comes from: files of this machine, and the newest commit of a
+//! repository that validates.
 //!
-//! It gives [`crate::config`] a set of named files and hands what validates to the control thread, from a thread of its own: neither a slow
-//! repository nor a large file keeps anybody waiting. What a configuration means, and what runs, is not known here.
+//! It gives [`crate::config`] a set of named files and hands what validates to the control thread,
+//! from a thread of its own: neither a slow repository nor a large file keeps anybody waiting. What
+//! a configuration means, and what runs, is not known here.
 
 pub mod folder;
 pub mod follow;
@@ -27,7 +29,6 @@ use crate::kernel::socket;
 /// A configuration that validates.
 #[derive(Debug)]
 pub struct Loaded {
-    /// What it says.
     pub config: Config,
     /// What its owner should know.
     pub warnings: Vec<Diagnostic>,
@@ -85,8 +86,9 @@ pub fn kept(path: &Path) -> Result<Loaded, LoadError> {
     }
 }
 
-/// Loads the content of a repository that lies in a folder, without a network and without a file outside of it. `path` is that of its file, seen from the folder;
-/// `node` the own file of a node, whose fence it has to fit.
+/// Loads the content of a repository that lies in a folder, without a network and without a file
+/// outside of it. `path` is that of its file, seen from the folder; `node` the own file of a node,
+/// whose fence it has to fit.
 pub fn content(folder: &Path, path: &Path, node: Option<&Path>) -> Result<Loaded, LoadError> {
     let fence = node.map(|node| {
         let local = config::read(node)?;
@@ -116,7 +118,8 @@ pub fn newest(path: &Path, before: impl FnOnce(&Repository)) -> Result<Loaded, L
     }
 }
 
-/// Loads what is kept, so that a start does not wait for a repository; or else the newest commit. The text says why it is the latter.
+/// Loads what is kept, so that a start does not wait for a repository; or else the newest commit.
+/// The text says why it is the latter.
 ///
 /// # Errors
 /// Why there is neither: an outage does not hide what is wrong with what is kept.
@@ -140,7 +143,8 @@ pub fn at_start(path: &Path) -> anyhow::Result<(Loaded, Option<String>)> {
 
 fn repository(local: &Source) -> Result<Option<Repository>, LoadError> {
     config::repository(local).map_err(|diagnostics| {
-        // Everything else that is wrong with the file belongs to it; what is only in the repository does not.
+        // Everything else that is wrong with the file belongs to it; what is only in the repository
+        // does not.
         LoadError::Report { source: Arc::new(local.clone()), diagnostics }
     })
 }

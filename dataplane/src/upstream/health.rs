@@ -1,7 +1,10 @@
-//! Whether a target is up: a state machine of events and time, without sockets and without a clock of its own.
+//! Whether a target is up: a state machine of events and time, without sockets and without a clock
+//! of its own.
 //!
-//! Four judges, and a target is up when none of them says otherwise: the configured check (`fall`, `rise`), the connections of clients (a failed one puts the
-//! target out for a while that doubles each time), the tailnet, and the resolver. The operator's drain is no judgement, and is not kept here.
+//! Four judges, and a target is up when none of them says otherwise: the configured check (`fall`,
+//! `rise`), the connections of clients (a failed one puts the target out for a while that doubles
+//! each time), the tailnet, and the resolver. The operator's drain is no judgement, and is not kept
+//! here.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant, SystemTime};
@@ -10,12 +13,12 @@ use serde::Serialize;
 
 /// How long a target is ejected the first time; doubles with each further one.
 const EJECTION_FIRST: Duration = Duration::from_secs(1);
-/// The longest that a target is ejected. One that has been up for longer than this since it came back begins with [`EJECTION_FIRST`] again.
+/// The longest that a target is ejected. One that has been up for longer than this since it came
+/// back begins with [`EJECTION_FIRST`] again.
 const EJECTION_MAX: Duration = Duration::from_secs(30);
 /// Changes that are remembered for the operator.
 const HISTORY: usize = 16;
 
-/// What happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// The configured check passed; `rise` in a row bring a target back.
@@ -118,13 +121,15 @@ struct Ejection {
     reason: String,
     /// It answered, if only with a reset.
     answers: bool,
-    /// A second sign says the same: a probe, or the check. One failed dial may be a full accept queue, or an ingress that starts again.
+    /// A second sign says the same: a probe, or the check. One failed dial may be a full accept
+    /// queue, or an ingress that starts again.
     confirmed: bool,
     passes: u32,
 }
 
 impl Event {
-    /// What it tells of the machine, whatever upstream it was met in. What is answered depends on the PROXY header and the check, which are the upstream's.
+    /// What it tells of the machine, whatever upstream it was met in. What is answered depends on
+    /// the PROXY header and the check, which are the upstream's.
     pub fn of_the_machine(&self) -> Option<Self> {
         match self {
             Self::DialFailed { .. } => Some(self.clone()),
@@ -238,13 +243,15 @@ impl Health {
     }
 
     fn eject(&mut self, started: Instant, reason: String, answers: bool, now: Instant) {
-        // What began before the last failure is no further one, and what began before it was back is of before.
+        // What began before the last failure is no further one, and what began before it was back
+        // is of before.
         if [self.last_failure, self.back_since].into_iter().flatten().any(|at| started <= at) {
             return;
         }
         self.last_failure = Some(now);
         if let Some(ejection) = &mut self.ejection {
-            // It was tried because all others were down, too. That is no reason to keep it away longer.
+            // It was tried because all others were down, too. That is no reason to keep it away
+            // longer.
             (ejection.reason, ejection.answers) = (reason, answers);
             ejection.confirmed &= !answers;
             return;

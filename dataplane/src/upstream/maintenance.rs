@@ -1,6 +1,8 @@
-//! What keeps the knowledge of targets true, on a thread and a runtime of its own: checks, probes of targets that were ejected, the resolver, the tailnet.
+//! What keeps the knowledge of targets true, on a thread and a runtime of its own: checks, probes
+//! of targets that were ejected, the resolver, the tailnet.
 //!
-//! A configuration's tasks end when the next one comes; what they found stays in the targets. Forwarding never waits for anything here.
+//! A configuration's tasks end when the next one comes; what they found stays in the targets.
+//! Forwarding never waits for anything here.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -20,10 +22,12 @@ use crate::config::{self, Config, TargetHost};
 use crate::kernel::socket;
 use crate::tailnet::{self, View};
 
-/// The first checks after a start are spread over this, or over the interval where that is shorter. Also how long to wait when we lack what a check needs.
+/// The first checks after a start are spread over this, or over the interval where that is shorter.
+/// Also how long to wait when we lack what a check needs.
 const SPREAD: Duration = Duration::from_secs(1);
 
-/// How long names wait for the tailnet's first word at a start; without a tailscaled that is a refusal, at once.
+/// How long names wait for the tailnet's first word at a start; without a tailscaled that is a
+/// refusal, at once.
 const TAILNET_FIRST: Duration = Duration::from_millis(500);
 
 /// The running thread.
@@ -88,7 +92,8 @@ async fn resolve(
     names: Arc<Resolver>,
     mut view: watch::Receiver<Option<Arc<View>>>,
 ) {
-    // At a start the tailnet has not been heard yet, and what is one of its names the resolver may not know.
+    // At a start the tailnet has not been heard yet, and what is one of its names the resolver may
+    // not know.
     if view.borrow().is_none() {
         let _ = timeout(TAILNET_FIRST, view.changed()).await;
     }
@@ -108,7 +113,8 @@ async fn see(pools: Vec<Arc<Pool>>, names: Arc<Resolver>, mut view: watch::Recei
     }
 }
 
-/// Checks a target as configured, and probes it when it was ejected for long enough; one of both at a time.
+/// Checks a target as configured, and probes it when it was ejected for long enough; one of both at
+/// a time.
 async fn attend(pool: Arc<Pool>, target: Arc<Target>) {
     let health = pool.config.health.as_ref();
     if health.is_none() {
@@ -140,7 +146,8 @@ async fn attend(pool: Arc<Pool>, target: Arc<Target>) {
         if let Some((check, due)) = health.zip(next_check)
             && due <= begun
         {
-            // A tenth more or less, so that the checks of many targets and of many entrance nodes do not fall into step.
+            // A tenth more or less, so that the checks of many targets and of many entrance nodes
+            // do not fall into step.
             next_check = Some(begun + check.interval.mul_f64(0.9 + 0.2 * fastrand::f64()));
             target.apply(match &failure {
                 None => Event::CheckPassed { rise: check.rise },

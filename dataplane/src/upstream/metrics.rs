@@ -8,13 +8,13 @@ use crate::register::Register;
 use crate::shortages::Shortages;
 use crate::tailnet::Way;
 
-/// See the module.
 pub struct UpstreamMetrics {
     connect_duration: HistogramVec,
     /// By upstream, target and reason.
     pub connect_failures: IntCounterVec,
     target_up: IntGaugeVec,
-    /// By upstream, target and path: 1 for the path that is taken. For targets that are peers of a tailnet.
+    /// By upstream, target and path: 1 for the path that is taken. For targets that are peers of a
+    /// tailnet.
     pub tailnet_path: IntGaugeVec,
     queued: IntGaugeVec,
     /// What dials may meet.
@@ -22,7 +22,6 @@ pub struct UpstreamMetrics {
 }
 
 impl UpstreamMetrics {
-    /// Registers them.
     pub fn new(register: &Register, shortages: Arc<Shortages>) -> Self {
         Self {
             connect_duration: register.durations(

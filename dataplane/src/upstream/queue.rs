@@ -6,16 +6,19 @@ use std::time::Duration;
 use prometheus::IntGauge;
 use tokio::sync::{Mutex, Notify};
 
-/// Connections that may wait for room at the targets of one upstream. With more, the rest would only wait to be refused.
+/// Connections that may wait for room at the targets of one upstream. With more, the rest would
+/// only wait to be refused.
 const QUEUE: usize = 1024;
 
-/// How often a connection that waits looks for room that came about otherwise than by the end of another.
+/// How often a connection that waits looks for room that came about otherwise than by the end of
+/// another.
 pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Connections that wait for room, first come, first served.
 #[derive(Debug)]
 pub struct Queue {
-    /// Whoever holds it is next, and looks for room; the others wait for it in the order in which they came.
+    /// Whoever holds it is next, and looks for room; the others wait for it in the order in which
+    /// they came.
     pub(super) next: Mutex<()>,
     pub(super) released: Notify,
     waiting: AtomicUsize,

@@ -9,7 +9,8 @@ use crate::config::values::{parse_bind, parse_net};
 use crate::config::{Bind, Listener, Mode, Upstream, keys};
 
 const PORT: RangeInclusive<u64> = 1..=65535;
-/// What is compared with each other has bounds, so that whoever may write the text cannot make the reading of it slow.
+/// What is compared with each other has bounds, so that whoever may write the text cannot make the
+/// reading of it slow.
 const MOST_LISTENERS: usize = 256;
 const MOST_BINDS: usize = 1024;
 

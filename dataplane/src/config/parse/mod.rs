@@ -1,7 +1,7 @@
 //! From text to [`Config`]: the keys, what each may hold, and what stands in when it is left out.
 //!
-//! A value that is wrong is reported and replaced by a placeholder, so that everything wrong with a file is said at once. No placeholder
-//! gets out: a configuration with an error is not returned.
+//! A value that is wrong is reported and replaced by a placeholder, so that everything wrong with a
+//! file is said at once. No placeholder gets out: a configuration with an error is not returned.
 
 mod listeners;
 mod repository;
@@ -36,7 +36,8 @@ const HOUR: Duration = Duration::from_secs(3600);
 const DEADLINE: RangeInclusive<Duration> = MILLISECOND..=HOUR;
 const IDLE: RangeInclusive<Duration> = MILLISECOND..=Duration::from_secs(365 * 24 * 3600);
 
-/// Reads a whole configuration. Gives the warnings with it, or else everything that is wrong, warnings included, in the order of the files.
+/// Reads a whole configuration. Gives the warnings with it, or else everything that is wrong,
+/// warnings included, in the order of the files.
 pub fn parse(source: Arc<Source>) -> Result<(Config, Vec<Diagnostic>), Vec<Diagnostic>> {
     parse_within(source, None)
 }
@@ -105,8 +106,8 @@ fn read(source: &Source) -> (Parser, Root, Vec<Vec<Error>>) {
     (parser, root, trees.into_iter().map(|(_, errors)| errors).collect())
 }
 
-/// Reads `[source]` alone: what it names has to be fetched before the whole can be read. Errors are those of this table, and with them whatever
-/// else is wrong with the files.
+/// Reads `[source]` alone: what it names has to be fetched before the whole can be read. Errors are
+/// those of this table, and with them whatever else is wrong with the files.
 pub fn repository(source: &Source) -> Result<Option<Repository>, Vec<Diagnostic>> {
     let mut reader = Reader::default();
     let file = &source.files()[0];

@@ -1,4 +1,5 @@
-//! `[source]`: the repository that holds the configuration of all entrance nodes, and how this node reaches it.
+//! `[source]`: the repository that holds the configuration of all entrance nodes, and how this node
+//! reaches it.
 
 use std::net::Ipv6Addr;
 use std::ops::RangeInclusive;
@@ -59,7 +60,6 @@ pub struct Webhook {
     pub secret_file: PathBuf,
 }
 
-/// Reads the table.
 pub(super) fn read(reader: &mut Reader, field: Field<'_>) -> Option<Repository> {
     let section = reader.section(field, "[source]".into(), keys::SOURCE)?;
     let Some(git) = section.get("git") else {

@@ -13,7 +13,8 @@ use crate::config::{Admin, Bind, DEFAULT_SOCKET, DEFAULT_TAILSCALED, Limits, Res
 /// The kernel counts keepalive in whole seconds, up to 32767 (include/net/tcp.h, MAX_TCP_KEEPIDLE).
 const DEAD_PEER: RangeInclusive<Duration> = SECOND..=Duration::from_secs(9 * 3600);
 const DRAIN: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(24 * 3600);
-/// No client says less than 512 bytes; four records of the largest size (RFC 8446 section 5.1) are more than any client says.
+/// No client says less than 512 bytes; four records of the largest size (RFC 8446 section 5.1) are
+/// more than any client says.
 const HELLO_BYTES: RangeInclusive<u64> = 512..=65536;
 const KERNEL_MEMORY: RangeInclusive<u64> = 64 << 10..=1 << 40;
 /// `sun_path` of unix(7), without the closing NUL.

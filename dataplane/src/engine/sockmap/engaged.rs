@@ -12,14 +12,14 @@ use crate::engine::pair::{Kind, PerSide, SIDES, Side};
 use crate::engine::traffic::Offload;
 use crate::kernel::sys;
 
-/// A connection in the map; what others may look at while the connection is in the map. Dropped in this order: the slot goes when the sockets are closed.
+/// A connection in the map; what others may look at while the connection is in the map. Dropped in
+/// this order: the slot goes when the sockets are closed.
 #[derive(Debug)]
 pub struct Engaged {
     /// By side.
     pub sockets: PerSide<TcpStream>,
     /// By side of the sink: bytes that its send queue had accepted before.
     pub accepted_before: PerSide<u64>,
-    /// Its rows.
     pub slot: Slot,
 }
 
@@ -33,7 +33,8 @@ impl Engaged {
 
     /// Bytes that this side's send queue has accepted since it went into the map, at least.
     pub fn accepted(&self, side: Side) -> io::Result<u64> {
-        // Less than at the beginning, when an acknowledgement of earlier bytes comes between the two questions.
+        // Less than at the beginning, when an acknowledgement of earlier bytes comes between the
+        // two questions.
         Ok(accepted(&self.sockets[side])?.saturating_sub(self.accepted_before[side]))
     }
 }
@@ -74,7 +75,8 @@ pub fn coarse_ms() -> u32 {
     (now.tv_sec as u64 * 1000 + now.tv_nsec as u64 / 1_000_000) as u32
 }
 
-/// Bytes that a socket's send queue has ever accepted, at least: what was acknowledged is asked first, so that what is acknowledged meanwhile counts once.
+/// Bytes that a socket's send queue has ever accepted, at least: what was acknowledged is asked
+/// first, so that what is acknowledged meanwhile counts once.
 fn accepted(socket: impl AsFd + Copy) -> io::Result<u64> {
     let acknowledged = sys::tcp_info(socket)?.bytes_acked;
     Ok(acknowledged + u64::from(sys::unacknowledged(socket)?))

@@ -1,7 +1,10 @@
-//! How a connection leaves the map, step by step. Pure: what has to be done to sockets is said to who asks, and the clock is an argument.
+//! How a connection leaves the map, step by step. Pure: what has to be done to sockets is said to
+//! who asks, and the clock is an argument.
 //!
-//! A socket's entry may only be deleted while no verdict runs for it: the program's verdict on bytes that are acknowledged already would be lost with it. So
-//! data is kept away from the socket first, then whatever had begun before is waited for. And nothing may be unread: passed bytes go with the entry.
+//! A socket's entry may only be deleted while no verdict runs for it: the program's verdict on
+//! bytes that are acknowledged already would be lost with it. So data is kept away from the socket
+//! first, then whatever had begun before is waited for. And nothing may be unread: passed bytes go
+//! with the entry.
 
 use std::time::Duration;
 
@@ -10,7 +13,8 @@ use tokio::time::Instant;
 use super::stream::{Phase, Stream, Want};
 use crate::engine::in_kernel::Left;
 
-/// How long data is kept away from a socket that leaves the map, until both directions have nothing left to forward. Its sender sees a loss.
+/// How long data is kept away from a socket that leaves the map, until both directions have nothing
+/// left to forward. Its sender sees a loss.
 const PATIENCE: Duration = Duration::from_millis(100);
 
 /// How soon to look again meanwhile.
@@ -20,7 +24,8 @@ const TICK: Duration = Duration::from_millis(1);
 const LEAVE_AGAIN: Duration = Duration::from_secs(1);
 const LONGEST_LEAVE_AGAIN: Duration = Duration::from_secs(16);
 
-/// How long a FIN may wait for the socket to leave the map, before it is sent by a socket that is still there.
+/// How long a FIN may wait for the socket to leave the map, before it is sent by a socket that is
+/// still there.
 const FIN_PATIENCE: Duration = Duration::from_millis(300);
 
 /// What is to be done.
@@ -28,13 +33,15 @@ const FIN_PATIENCE: Duration = Duration::from_millis(300);
 pub enum Step {
     /// Nothing, until then or until something happens.
     Wait(Option<Instant>),
-    /// Keep data away from the sockets in the map whose direction is open, wait for what had begun before, and say so to [`Leaving::kept_away`].
+    /// Keep data away from the sockets in the map whose direction is open, wait for what had begun
+    /// before, and say so to [`Leaving::kept_away`].
     KeepDataAway,
     /// Let it in again.
     LetDataIn,
     /// Take the sockets out of the map.
     TakeOut(Left),
-    /// Send the FIN that is owed, from a socket that is in the map, and say so to [`Leaving::finished`].
+    /// Send the FIN that is owed, from a socket that is in the map, and say so to
+    /// [`Leaving::finished`].
     Finish,
 }
 
@@ -65,7 +72,6 @@ impl View {
     }
 }
 
-/// See the module.
 #[derive(Debug)]
 pub struct Leaving {
     why: Option<Left>,
@@ -87,7 +93,8 @@ impl Leaving {
         if self.why.is_some() { Want::Userspace } else { Want::Kernel }
     }
 
-    /// There is a reason to leave, or none; true when that has changed what is [`want`](Self::want)ed.
+    /// There is a reason to leave, or none; true when that has changed what is
+    /// [`want`](Self::want)ed.
     pub fn note(&mut self, why: Option<Left>) -> bool {
         let is_new = self.why.is_none() && why.is_some();
         self.why = self.why.or(why);

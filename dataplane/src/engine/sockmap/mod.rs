@@ -1,8 +1,12 @@
-//! The sockmap engine: an sk_skb program redirects bytes between both sockets inside the kernel, and userspace sleeps.
+//! The sockmap engine: an sk_skb program redirects bytes between both sockets inside the kernel,
+//! and userspace sleeps.
 //!
-//! In the order of a connection's life: `table` gives it a slot, `flow` puts its sockets into the map and drives it, `stream` decides for each direction
-//! who forwards, `reactor` wakes it, `leaving` says how it gets out. The program's half of the rules is [`common::sockmap::governor`]. Whether this kernel can be trusted with it, [`known_bugs`] says by its
-//! version and [`self_test`] by its behaviour. README.md beside this file has the states, the rules and what makes them safe.
+//! In the order of a connection's life: `table` gives it a slot, `flow` puts its sockets into the
+//! map and drives it, `stream` decides for each direction who forwards, `reactor` wakes it,
+//! `leaving` says how it gets out. The program's half of the rules is
+//! [`common::sockmap::governor`]. Whether this kernel can be trusted with it, [`known_bugs`] says
+//! by its version and [`self_test`] by its behaviour. README.md beside this file has the states,
+//! the rules and what makes them safe.
 
 mod engaged;
 mod flow;

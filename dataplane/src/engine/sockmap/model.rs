@@ -1,8 +1,11 @@
-//! The program's rules and the daemon's against each other: the real [`governor`] and the real [`Stream`]s of both directions, over a kernel that is played
-//! here and whose every choice is random. It makes its steps between any two calls of the daemon, as if on another CPU.
+//! The program's rules and the daemon's against each other: the real [`governor`] and the real
+//! [`Stream`]s of both directions, over a kernel that is played here and whose every choice is
+//! random. It makes its steps between any two calls of the daemon, as if on another CPU.
 //!
-//! What must hold, whatever the schedule: the sinks accept exactly what the sources' peers sent, in order; what waits in the kernel is bounded; a direction is
-//! complete only when its sink has accepted all of it; and nobody sleeps for ever. The last tests break one rule each, and see that it is noticed.
+//! What must hold, whatever the schedule: the sinks accept exactly what the sources' peers sent, in
+//! order; what waits in the kernel is bounded; a direction is complete only when its sink has
+//! accepted all of it; and nobody sleeps for ever. The last tests break one rule each, and see that
+//! it is noticed.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -184,7 +187,8 @@ struct Socket {
     fin: bool,
     /// Received, without a verdict.
     receive_queue: VecDeque<Span>,
-    /// Something was received just now, and the socket is locked until there is a verdict on all of `receive_queue`.
+    /// Something was received just now, and the socket is locked until there is a verdict on all of
+    /// `receive_queue`.
     locked: bool,
     verdict: Option<Verdict>,
     /// What recv(2) gives.
@@ -325,7 +329,8 @@ impl Kernel {
         }
     }
 
-    /// Something before the bytes for this sink was lost by the kernel, which is not the rules' fault.
+    /// Something before the bytes for this sink was lost by the kernel, which is not the rules'
+    /// fault.
     fn has_gap(&self, sink: usize) -> bool {
         self.fault == Fault::LosesSegment && self.lost[1 - sink]
     }
@@ -667,7 +672,8 @@ impl Ports for Direction<'_> {
         self.world.meanwhile();
         let mut kernel = self.world.kernel.borrow_mut();
         self.world.lock(&mut kernel, self.from);
-        // What came before the socket was in the map has its verdict now (net/ipv4/tcp_bpf.c, `tcp_bpf_recvmsg_parser`).
+        // What came before the socket was in the map has its verdict now (net/ipv4/tcp_bpf.c,
+        // `tcp_bpf_recvmsg_parser`).
         while self.world.verdict(&mut kernel, self.from) {}
         let Some(head) = kernel.sides[self.from].readable.front().copied() else {
             if kernel.sides[self.from].fin {

@@ -20,15 +20,14 @@ const OFFSETS: [(&str, (&str, &str)); 4] = [
     (offset::SNDBUF, ("sock", "sk_sndbuf")),
 ];
 
-/// The programs in the kernel, and the maps that they share with the daemon. All is gone when it is dropped.
+/// The programs in the kernel, and the maps that they share with the daemon. All is gone when it is
+/// dropped.
 pub struct Programs {
     /// The forwarded sockets, by key.
     pub sockets: Mutex<SockMap<MapData>>,
     /// Cookie of a socket to its key.
     pub keys: Mutex<HashMap<MapData, u64, u32>>,
-    /// One a key.
     pub rows: SharedArray<Row>,
-    /// One.
     pub budget: SharedArray<Budget>,
     /// Keys of directions that left the kernel's path; whoever reads them takes it.
     pub events: Option<RingBuf<MapData>>,
@@ -50,7 +49,8 @@ impl Programs {
         self.verdict_id
     }
 
-    /// From now on the socket takes no data while more is unread than is bounded; before that, [`KEYS`](sockmap::KEYS) has it.
+    /// From now on the socket takes no data while more is unread than is bounded; before that,
+    /// [`KEYS`](sockmap::KEYS) has it.
     pub fn brake(&self, socket: impl AsFd) -> io::Result<()> {
         self.filter(sockmap::BRAKE, socket)
     }
@@ -77,7 +77,8 @@ impl Programs {
     }
 }
 
-/// Loads the programs, with room for so many connections, and attaches the stream verdict to its map.
+/// Loads the programs, with room for so many connections, and attaches the stream verdict to its
+/// map.
 pub fn load(connections: u32) -> Result<Programs, LoadError> {
     let keys = connections * 2;
     let entries = [

@@ -1,7 +1,10 @@
-//! Readiness of sockets in the sockmap: one epoll instance a worker, itself registered with the worker's runtime.
+//! Readiness of sockets in the sockmap: one epoll instance a worker, itself registered with the
+//! worker's runtime.
 //!
-//! tokio registers sockets for EPOLLIN. The kernel wakes such a waiter for every segment, also for one that it has redirected already: 100,000 wake-ups in a
-//! transfer of 4 GB. So a socket in the map is registered here, for nothing but the end of the stream and errors, until userspace has something to do with it.
+//! tokio registers sockets for EPOLLIN. The kernel wakes such a waiter for every segment, also for
+//! one that it has redirected already: 100,000 wake-ups in a transfer of 4 GB. So a socket in the
+//! map is registered here, for nothing but the end of the stream and errors, until userspace has
+//! something to do with it.
 
 use std::cell::OnceCell;
 use std::io;
@@ -49,7 +52,8 @@ impl Registration {
         Ok(Self { epoll, data, flags: always() })
     }
 
-    /// Says whether it matters that the socket can be read or written. What is ready already is told at once.
+    /// Says whether it matters that the socket can be read or written. What is ready already is
+    /// told at once.
     pub fn want(&mut self, socket: &TcpStream, readable: bool, writable: bool) -> io::Result<()> {
         let mut flags = always();
         flags.set(EventFlags::IN, readable);

@@ -1,6 +1,8 @@
-//! Whether this kernel can be trusted with connections: its behaviour is tried out, since version numbers do not tell what a distribution has mended.
+//! Whether this kernel can be trusted with connections: its behaviour is tried out, since version
+//! numbers do not tell what a distribution has mended.
 //!
-//! Real connections over a loopback interface, through the whole engine, in a network namespace of its own where that is allowed. Well under a second.
+//! Real connections over a loopback interface, through the whole engine, in a network namespace of
+//! its own where that is allowed. Well under a second.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream as StdStream};

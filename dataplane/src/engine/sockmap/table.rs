@@ -1,4 +1,5 @@
-//! Places in the sockmap: which rows are whose, how much each may queue, and who is woken for a row.
+//! Places in the sockmap: which rows are whose, how much each may queue, and who is woken for a
+//! row.
 //!
 //! Knows no connection.
 
@@ -22,18 +23,20 @@ use crate::engine::pair::Side;
 use crate::kernel::ebpf::LoadError;
 use crate::kernel::sys;
 
-/// Connections that the map has room for at most. A row is 128 bytes, and the kernel allocates them when the map is made.
+/// Connections that the map has room for at most. A row is 128 bytes, and the kernel allocates them
+/// when the map is made.
 const MOST: u32 = 16 * 1024;
 
-/// What one direction may queue in the kernel, whatever the budget allows: more than a segment of GRO, or bulk never stays in the kernel at all.
+/// What one direction may queue in the kernel, whatever the budget allows: more than a segment of
+/// GRO, or bulk never stays in the kernel at all.
 const LARGEST_QUEUE: u64 = 256 * 1024;
 /// Less is not worth a slot: one message of 2 KiB and its overhead.
 const SMALLEST_QUEUE: u64 = 4 * 1024;
 
-/// Space above the largest receive buffer: segments of GRO, and what is in flight when the window closes.
+/// Space above the largest receive buffer: segments of GRO, and what is in flight when the window
+/// closes.
 const UNREAD_MARGIN: u32 = 1 << 20;
 
-/// See the module.
 #[derive(Debug)]
 pub struct Table {
     /// What is in the kernel.
@@ -94,7 +97,8 @@ impl Signal {
 }
 
 impl Table {
-    /// Loads the programs, with room for so many connections, and starts to listen to them. Spills are counted in `spills`.
+    /// Loads the programs, with room for so many connections, and starts to listen to them. Spills
+    /// are counted in `spills`.
     pub fn load(connections: usize, spills: [IntCounter; 2]) -> Result<Arc<Self>, LoadError> {
         let slots = MOST.min(connections as u32).max(1);
         let mut programs = load(slots)?;
@@ -126,7 +130,8 @@ impl Table {
         self.share_out(&self.free());
     }
 
-    /// A slot for a connection; `None` when all are taken or the budget has nothing left for one more.
+    /// A slot for a connection; `None` when all are taken or the budget has nothing left for one
+    /// more.
     pub fn take(self: &Arc<Self>) -> Option<Slot> {
         let mut free = self.free();
         if self.share(&free, 1) < SMALLEST_QUEUE {
@@ -143,14 +148,16 @@ impl Table {
         Some(slot)
     }
 
-    /// Waits until whatever in the kernel looked at something before this call has ended. Those who ask at the same time wait together.
+    /// Waits until whatever in the kernel looked at something before this call has ended. Those who
+    /// ask at the same time wait together.
     pub async fn grace_period(&self) -> io::Result<()> {
         let (answer, answered) = oneshot::channel();
         self.grace.send(answer).map_err(io::Error::other)?;
         answered.await.map_err(io::Error::other)?
     }
 
-    /// Whether the budget still has a share for each connection that is in the map: a reload may have taken it.
+    /// Whether the budget still has a share for each connection that is in the map: a reload may
+    /// have taken it.
     pub fn has_room(&self) -> bool {
         u64::from(self.programs.budget[0].queue.get()) >= SMALLEST_QUEUE
     }
@@ -184,8 +191,9 @@ impl Table {
 
     /// Gives the kernel's path up while TCP is short of memory, and takes it again later.
     ///
-    /// Then send buffers shrink, and what was redirected to a socket whose peer does not read may have to wait. Passed bytes queue behind it, charged to nobody:
-    /// with both directions of many connections stalled that would be much.
+    /// Then send buffers shrink, and what was redirected to a socket whose peer does not read may
+    /// have to wait. Passed bytes queue behind it, charged to nobody: with both directions of many
+    /// connections stalled that would be much.
     fn watch_memory(&self, pressure: u64) {
         let Some(used) = tcp_memory() else { return };
         // Leave early, come back late.
@@ -202,7 +210,8 @@ fn bound_unread(budget: &Budget) {
     let (receive, send) = (largest_buffer("tcp_rmem"), largest_buffer("tcp_wmem"));
     let unread = receive.saturating_add(UNREAD_MARGIN);
     budget.unread.set(unread);
-    // What may be past the filter already: a queue of segments that came out of order, and the backlog of a socket in use (net/ipv4/tcp_ipv4.c, `tcp_add_backlog`).
+    // What may be past the filter already: a queue of segments that came out of order, and the
+    // backlog of a socket in use (net/ipv4/tcp_ipv4.c, `tcp_add_backlog`).
     budget.flood.set(unread.saturating_add(receive).saturating_add(receive).saturating_add(send));
 }
 
@@ -238,7 +247,8 @@ fn clear(row: &Row) {
     }
 }
 
-/// The slot of one connection: two keys, two rows, a signal. It must outlive the sockets that were put there, or they must have been taken out.
+/// The slot of one connection: two keys, two rows, a signal. It must outlive the sockets that were
+/// put there, or they must have been taken out.
 #[derive(Debug)]
 pub struct Slot {
     table: Arc<Table>,
@@ -247,12 +257,10 @@ pub struct Slot {
 }
 
 impl Slot {
-    /// The table.
     pub fn table(&self) -> &Arc<Table> {
         &self.table
     }
 
-    /// Its number.
     pub fn index(&self) -> u32 {
         self.index
     }
@@ -267,7 +275,6 @@ impl Slot {
         &self.table.programs.rows[self.key(side) as usize]
     }
 
-    /// Its signal.
     pub fn signal(&self) -> &Signal {
         &self.table.signals[self.index as usize]
     }
@@ -323,7 +330,8 @@ impl Listener {
     }
 
     fn listen(mut self) {
-        // Often enough to end soon after the table; and often enough that TCP's memory does not grow by much between two looks.
+        // Often enough to end soon after the table; and often enough that TCP's memory does not
+        // grow by much between two looks.
         const RELAXED: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
         const ATTENTIVE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
         let pressure = tcp_memory_pressure();
@@ -368,7 +376,8 @@ fn tcp_memory() -> Option<u64> {
     Some(pages * rustix::param::page_size() as u64)
 }
 
-/// From how many bytes on the kernel is sparing with them (kernel: Documentation/networking/ip-sysctl.rst, tcp_mem). Network namespaces other than the first do not
+/// From how many bytes on the kernel is sparing with them (kernel:
+/// Documentation/networking/ip-sysctl.rst, tcp_mem). Network namespaces other than the first do not
 /// show it: there it is taken to be the default, a sixteenth of all memory.
 fn tcp_memory_pressure() -> u64 {
     let text = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_mem").unwrap_or_default();
