@@ -225,7 +225,7 @@ fn status(shared: &Shared) -> Value {
         "config": {
             "hash": config.hash,
             "path": config.source.path,
-            "commit": config.source.commit,
+            "commit": config.source.revision,
             "loaded_at": unix_seconds(generation.loaded_at),
             "last_success": load.last_success.map(unix_seconds),
             "last_error": failure.map(|failure| &failure.text),

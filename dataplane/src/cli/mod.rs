@@ -342,7 +342,7 @@ fn checked(outcome: &Result<Loaded, LoadError>) -> Value {
         Ok(Loaded { config, warnings, .. }) => json!({
             "valid": true,
             "hash": config.hash,
-            "commit": config.source.commit,
+            "commit": config.source.revision,
             "diagnostics": warnings.iter().map(|warning| warning.json(&config.source)).collect::<Vec<_>>(),
         }),
         Err(error) => json!({ "valid": false, "hash": null, "commit": null, "diagnostics": error.json() }),

@@ -90,11 +90,11 @@ pub fn read(path: &Path) -> Result<Source, LoadError> {
 }
 
 /// Adds the file `path` of a commit, and what it includes.
-pub fn add_repository(source: &mut Source, commit: &str, path: &Path, files: &impl Files) -> Result<(), LoadError> {
-    let shown = |path: &Path| PathBuf::from(format!("{}:{}", &commit[..commit.len().min(12)], path.display()));
+pub fn add_repository(source: &mut Source, revision: &str, path: &Path, files: &impl Files) -> Result<(), LoadError> {
+    let shown = |path: &Path| PathBuf::from(format!("{}:{}", &revision[..revision.len().min(12)], path.display()));
     let bytes = files.read(path).map_err(|error| LoadError::Unreadable { path: shown(path), error })?;
     let text = text(&shown(path), bytes, source.text.len())?;
-    source.commit = Some(commit.to_owned());
+    source.revision = Some(revision.to_owned());
     source.add(shown(path), &text, Role::Repository);
     include(source, folder_of(path), files, Role::RepositoryIncluded, shown);
     Ok(())

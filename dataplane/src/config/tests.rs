@@ -648,7 +648,7 @@ fn the_file_in_a_repository_is_read_as_one_with_the_nodes_own() {
     let (config, _) = whole(node, "deep/main.toml").unwrap();
     assert_eq!(config.routes.len(), 2);
     assert_eq!(config.admin.bind.addr.port(), 2);
-    assert_eq!(config.source.commit.as_deref(), Some("0123456789abcdef"));
+    assert_eq!(config.source.revision.as_deref(), Some("0123456789abcdef"));
     let (other, _) = whole("[source]\ngit = \"/srv/x.git\"\n", "deep/main.toml").unwrap();
     assert_eq!(config.hash, other.hash, "nodes that run one commit have one hash");
     let (more, _) = whole(&format!("{node}{ROUTE}"), "deep/main.toml").expect("the upstream is in the repository");

@@ -39,8 +39,8 @@ use crate::machine_memory::MachineMemory;
 use crate::metrics::Metrics;
 use crate::registry::Registry;
 use crate::shared::{LoadFailure, LoadStatus, Role, Shared};
-use crate::source::follow::{self, Follower, News, ReloadRequest};
-use crate::source::{Loaded, Snapshot, kept, webhook};
+use crate::source::follow::{Follower, News, ReloadRequest};
+use crate::source::{Loaded, Snapshot, git, kept, webhook};
 use crate::systemd::notify;
 use crate::upstream::maintenance::Maintenance;
 
@@ -176,7 +176,7 @@ impl Following {
             runtime.block_on(async {
                 let pushed = Arc::new(Notify::new());
                 tokio::spawn(webhook::serve(self.webhooks, pushed.clone()));
-                let follower = Follower::new(self.path, follow::Git, self.news, &config, self.in_part);
+                let follower = Follower::new(self.path, git::Repositories, self.news, &config, self.in_part);
                 follower.run(self.requests, pushed).await;
             });
         })?;
@@ -343,7 +343,7 @@ impl Daemon {
         let removed = self.shared.registry.judge(&generation);
         tracing::info!(
             hash = generation.config.hash,
-            commit = generation.config.source.commit.as_deref().unwrap_or_default(),
+            commit = generation.config.source.revision.as_deref().unwrap_or_default(),
             connections_of_removed_routes = removed,
             "configuration reloaded"
         );
@@ -363,7 +363,7 @@ impl Daemon {
     fn take_effect(&mut self, new: HashMap<SocketAddr, Vec<TcpListener>>) -> Vec<oneshot::Receiver<()>> {
         let generation = self.shared.generation.load_full();
         let config = &generation.config;
-        let commit = config.source.commit.as_deref().unwrap_or_default();
+        let commit = config.source.revision.as_deref().unwrap_or_default();
         self.shared.metrics.config.set(&config.hash, commit, unix_seconds(SystemTime::now()));
         self.maintenance.follow(config, &generation.pools);
 

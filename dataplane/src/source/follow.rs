@@ -15,9 +15,8 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 
-use super::git::Seen;
 use super::watch::{self, Watcher};
-use super::{Loaded, Snapshot, git, kept, whole};
+use super::{Loaded, Seen, Snapshot, kept, whole};
 use crate::config::{self, LoadError, Repository, Source, format_duration};
 use crate::systemd::notify;
 
@@ -40,23 +39,14 @@ pub enum News {
     Unchanged,
 }
 
-/// Reaches repositories.
+/// Where the newest revision comes from. Nothing else here depends on what kind of source that is.
 pub trait Fetch {
-    /// As [`git::fetch`].
+    /// The newest revision, unless it is still what was `seen` before.
     fn fetch(
         &self,
         repository: &Repository,
         seen: Option<&Seen>,
     ) -> impl Future<Output = Result<Option<(Seen, Snapshot)>, String>>;
-}
-
-/// The git program.
-pub struct Git;
-
-impl Fetch for Git {
-    async fn fetch(&self, repository: &Repository, seen: Option<&Seen>) -> Result<Option<(Seen, Snapshot)>, String> {
-        git::fetch(repository, seen).await
-    }
 }
 
 pub struct Follower<F> {
@@ -72,7 +62,7 @@ pub struct Follower<F> {
     /// whatever it is.
     seen: Option<Seen>,
     /// In force, and nothing was refused since: then even the way back to it is news.
-    commit: Option<String>,
+    revision: Option<String>,
     /// Of the configuration in force.
     interval: Option<Duration>,
     /// This machine's files, and the folders in which there may be more.
@@ -121,7 +111,7 @@ impl<F: Fetch> Follower<F> {
             places: places(&local),
             local,
             seen: None,
-            commit: at_start.source.commit.clone().filter(|_| !in_part),
+            revision: at_start.source.revision.clone().filter(|_| !in_part),
             interval: None,
             watcher: None,
             stuck: None,
@@ -198,11 +188,11 @@ impl<F: Fetch> Follower<F> {
             // What validates and cannot be put in force is tried again.
             self.looked_at.clear();
             self.seen = None;
-            self.commit = None;
+            self.revision = None;
         })?;
         self.local = config.source.local();
         self.seen = seen;
-        self.commit.clone_from(&config.source.commit);
+        self.revision.clone_from(&config.source.revision);
         self.take_over(&config);
         if let (Some(repository), Some(snapshot)) = (&config.repository, snapshot) {
             kept::keep(repository, &snapshot);
@@ -246,7 +236,7 @@ impl<F: Fetch> Follower<F> {
             Failure::Unreachable(LoadError::Repository { git: repository.git.clone(), error }.to_string())
         })?;
         let Some((seen, snapshot)) = fetched else { return Ok(Found::Unchanged) };
-        if !anew && self.commit.as_ref() == Some(&snapshot.commit) {
+        if !anew && self.revision.as_ref() == Some(&snapshot.revision) {
             self.seen = Some(seen);
             return Ok(Found::Unchanged);
         }
@@ -256,7 +246,7 @@ impl<F: Fetch> Follower<F> {
             Err(failure) => {
                 // The same commit will not be better the next time.
                 self.seen = Some(seen);
-                self.commit = None;
+                self.revision = None;
                 Err(failure)
             }
         }
@@ -368,7 +358,7 @@ mod tests {
                 return Ok(None);
             }
             let files = BTreeMap::from([("dataplane.toml".into(), text.into_bytes())]);
-            Ok(Some((commit.clone(), Snapshot { commit, files })))
+            Ok(Some((commit.clone(), Snapshot { revision: commit, files })))
         }
     }
 
@@ -408,7 +398,7 @@ mod tests {
             let local = config::read(&file).unwrap();
             let repository = config::repository(&local).unwrap().unwrap();
             let files = BTreeMap::from([("dataplane.toml".into(), GOOD.replace("HOST", "one.example").into_bytes())]);
-            let loaded = whole(local, Some((&repository, Snapshot { commit: "one".into(), files }))).unwrap();
+            let loaded = whole(local, Some((&repository, Snapshot { revision: "one".into(), files }))).unwrap();
             let (sender, news) = mpsc::channel(1);
             let (requests, inbox) = mpsc::channel(1);
             let pushed = Arc::new(Notify::new());

@@ -18,7 +18,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, timeout_at};
 
-use super::{Snapshot, matching, secret};
+use super::follow::Fetch;
+use super::{Seen, Snapshot, matching, secret};
 use crate::config::{self, Repository, format_duration, format_size};
 use crate::kernel::sys;
 
@@ -52,8 +53,14 @@ const MESSAGE: u64 = 4096;
 /// token alone.
 const TOKEN_USER: &str = "x-access-token";
 
-/// What the ref is, in git's words: compared with the next look.
-pub type Seen = String;
+/// Reaches repositories by the git program.
+pub struct Repositories;
+
+impl Fetch for Repositories {
+    async fn fetch(&self, repository: &Repository, seen: Option<&Seen>) -> Result<Option<(Seen, Snapshot)>, String> {
+        fetch(repository, seen).await
+    }
+}
 
 /// Fetches, unless the ref is still what was `seen` before.
 ///
@@ -74,7 +81,7 @@ pub async fn fetch(repository: &Repository, seen: Option<&Seen>) -> Result<Optio
     git.text(&["fetch", "--quiet", "--depth=1", "--no-tags", "--no-recurse-submodules", "--", url, &reference]).await?;
     let commit = git.text(&["rev-parse", "--verify", "--quiet", "FETCH_HEAD^{commit}"]).await?.trim().to_owned();
     let files = git.files(&commit).await?;
-    Ok(Some((now, Snapshot { commit, files })))
+    Ok(Some((now, Snapshot { revision: commit, files })))
 }
 
 /// The whole names that a short one may stand for. git itself would take a tag before the branch,

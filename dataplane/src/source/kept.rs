@@ -31,7 +31,7 @@ pub fn save(repository: &Repository, snapshot: &Snapshot) -> io::Result<()> {
         git: repository.git.clone(),
         r#ref: repository.reference.clone(),
         path: repository.path.clone(),
-        commit: snapshot.commit.clone(),
+        commit: snapshot.revision.clone(),
         files: snapshot.files.iter().map(|(path, bytes)| (path.clone(), text(bytes))).collect(),
     };
     let folder = &repository.state_directory;
@@ -68,7 +68,7 @@ pub fn load(repository: &Repository) -> Result<Snapshot, String> {
     if (&r#ref, &path) != (&repository.reference, &repository.path) {
         return Err(why(&format_args!("it is of `ref` {}, `path` {}", r#ref, path.display())));
     }
-    Ok(Snapshot { commit, files: files.into_iter().map(|(path, text)| (path, text.into_bytes())).collect() })
+    Ok(Snapshot { revision: commit, files: files.into_iter().map(|(path, text)| (path, text.into_bytes())).collect() })
 }
 
 #[cfg(test)]
@@ -83,9 +83,9 @@ mod tests {
         let repository = config::repository(&config::Source::new("x", text)).unwrap().unwrap();
         assert!(load(&repository).is_err());
         let files = BTreeMap::from([(PathBuf::from("dataplane.toml"), b"x = \"\xc3\xa9\"".to_vec())]);
-        let mut snapshot = Snapshot { commit: "0123".into(), files };
+        let mut snapshot = Snapshot { revision: "0123".into(), files };
         for commit in ["0123", "4567"] {
-            snapshot.commit = commit.into();
+            snapshot.revision = commit.into();
             save(&repository, &snapshot).unwrap();
             assert_eq!(load(&repository), Ok(snapshot.clone()));
         }

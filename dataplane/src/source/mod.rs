@@ -36,11 +36,14 @@ pub struct Loaded {
     pub snapshot: Option<Snapshot>,
 }
 
+/// What a source says of its newest revision, to be compared with the next look.
+pub type Seen = String;
+
 /// The files of a commit that make up the configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Snapshot {
     /// Its full id.
-    pub commit: String,
+    pub revision: String,
     /// By path from the top of the repository.
     pub files: BTreeMap<PathBuf, Vec<u8>>,
 }
@@ -153,7 +156,7 @@ fn repository(local: &Source) -> Result<Option<Repository>, LoadError> {
 fn whole(mut source: Source, fetched: Option<(&Repository, Snapshot)>) -> Result<Loaded, LoadError> {
     let mut snapshot = None;
     if let Some((repository, files)) = fetched {
-        config::add_repository(&mut source, &files.commit, &repository.path, &files)?;
+        config::add_repository(&mut source, &files.revision, &repository.path, &files)?;
         snapshot = Some(files);
     }
     let source = Arc::new(source);
