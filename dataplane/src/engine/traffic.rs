@@ -172,6 +172,13 @@ pub struct Look {
     pub idle: Duration,
 }
 
+impl Look {
+    /// Whether no byte has come back yet.
+    pub fn is_unanswered(&self) -> bool {
+        self.to_client == [0, 0]
+    }
+}
+
 /// Bytes of one direction, by path.
 #[derive(Debug, Default)]
 pub struct Counter {
