@@ -1,7 +1,8 @@
 //! What the node's owner lets a repository decide: `allow_hosts`, `allow_listeners` and `allow_targets` of `[source]`.
 //!
 //! What stands in the node's own files is never fenced in. Names of targets are judged twice: as they are written, and by [`Target::admit`] each time that
-//! they have been resolved, because whoever answers for a name chooses its addresses.
+//! they have been resolved, because whoever answers for a name chooses its addresses. A dial to another port of a target than its own,
+//! for a challenge, is judged by [`Target::admits`] with that port.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -154,15 +155,25 @@ impl Target {
     /// # Errors
     /// None of them; for people.
     pub fn admit(&self, found: Vec<IpAddr>, is_own: impl Fn(IpAddr) -> bool) -> Result<Vec<IpAddr>, String> {
-        let (Some(fence), TargetHost::Name(name)) = (&self.fence, &self.host) else { return Ok(found) };
+        let (Some(_), TargetHost::Name(_)) = (&self.fence, &self.host) else { return Ok(found) };
         let (admitted, refused): (Vec<_>, Vec<_>) =
-            found.into_iter().partition(|ip| fence.allows_address(Some(name), *ip, self.port, is_own(*ip)));
+            found.into_iter().partition(|ip| self.admits(SocketAddr::new(*ip, self.port), &is_own));
         match (admitted.is_empty(), refused.first()) {
             (true, Some(refused)) => Err(format!(
                 "it leads to {refused}, and `allow_targets` of [source] does not let a repository go there"
             )),
             _ => Ok(admitted),
         }
+    }
+
+    /// Whether the node's owner lets it lead to this address and port of its host; `is_own` says which are of this machine.
+    pub fn admits(&self, at: SocketAddr, is_own: impl Fn(IpAddr) -> bool) -> bool {
+        let Some(fence) = &self.fence else { return true };
+        let name = match &self.host {
+            TargetHost::Name(name) => Some(&**name),
+            TargetHost::Ip(_) => None,
+        };
+        fence.allows_address(name, at.ip(), at.port(), is_own(at.ip()))
     }
 }
 
@@ -200,13 +211,21 @@ pub(super) fn violations(
 /// Targets that are these addresses of this machine, where they are not listed: `parse` cannot know them.
 pub fn own_targets(config: &Config, local: &[IpAddr]) -> Vec<Diagnostic> {
     let mut found = Vec::new();
-    for target in config.upstreams.iter().flat_map(|upstream| &upstream.targets) {
-        if let (Some(fence), TargetHost::Ip(ip)) = (&target.fence, &target.host)
-            && local.contains(ip)
-            && !fence.allows_address(None, *ip, target.port, true)
-        {
-            let what = format!("lead to `{}`, which is this machine", target.text);
-            found.push(outside(&target.span, &what, "allow_targets", &target.text, ""));
+    for (index, upstream) in config.upstreams.iter().enumerate() {
+        let challenges = config.challenge_ports(index);
+        for target in &upstream.targets {
+            let (Some(_), TargetHost::Ip(ip)) = (&target.fence, &target.host) else { continue };
+            let refused = |port: u16| !target.admits(SocketAddr::new(*ip, port), |ip| local.contains(&ip));
+            if !local.contains(ip) {
+                continue;
+            }
+            if refused(target.port) {
+                let what = format!("lead to `{}`, which is this machine", target.text);
+                found.push(outside(&target.span, &what, "allow_targets", &target.text, ""));
+            }
+            for port in challenges.iter().filter(|port| refused(**port)) {
+                found.push(no_challenges(&target.span, &at_port(target, *port)));
+            }
         }
     }
     found
@@ -228,16 +247,15 @@ fn targets(
             if found.len() > MOST_KEPT {
                 return found;
             }
-            for port in std::iter::once(target.port).chain(lead.acme_ports.iter().copied()) {
+            for (port, theirs) in std::iter::once((target.port, true)).chain(lead.acme_ports.iter().copied()) {
                 if fence.allows_target(target, port) {
                     continue;
                 }
-                let text = if port == target.port {
-                    target.text.to_string()
-                } else {
-                    let host = target.text.rsplit_once(':').map_or(&*target.text, |(host, _)| host);
-                    format!("{host}:{port}")
-                };
+                let text = at_port(target, port);
+                if !theirs {
+                    found.push(no_challenges(span, &text));
+                    continue;
+                }
                 let what = format!("lead to `{text}`");
                 found.push(match target.host {
                     TargetHost::Ip(ip) if is_link_local_or_metadata(ip) || is_nowhere(ip) => forbidden(span, &what),
@@ -254,14 +272,14 @@ fn targets(
 struct Lead {
     /// Of the first of its routes or listeners that does.
     span: Option<Span>,
-    /// Ports of the targets that its listeners of mode `http` name.
-    acme_ports: Vec<u16>,
+    /// Ports of the targets that listeners of mode `http` name, and whether one of the repository's does.
+    acme_ports: Vec<(u16, bool)>,
 }
 
 /// For each upstream.
 fn leads(config: &Config, places: &Places, is_of_repository: impl Fn(&Span) -> bool) -> Vec<Lead> {
     let mut leads = vec![Lead::default(); config.upstreams.len()];
-    let mut acme_ports = Vec::new();
+    let mut acme_ports: Vec<(u16, bool)> = Vec::new();
     for (listener, span) in config.listeners.iter().zip(&places.listeners) {
         match listener.mode {
             Mode::Tcp { upstream } if is_of_repository(span) => {
@@ -269,9 +287,10 @@ fn leads(config: &Config, places: &Places, is_of_repository: impl Fn(&Span) -> b
                     lead.span.get_or_insert_with(|| span.clone());
                 }
             }
-            Mode::Http { acme_port } if is_of_repository(span) && !acme_ports.contains(&acme_port) => {
-                acme_ports.push(acme_port);
-            }
+            Mode::Http { acme_port } => match acme_ports.iter_mut().find(|(port, _)| *port == acme_port) {
+                Some((_, theirs)) => *theirs |= is_of_repository(span),
+                None => acme_ports.push((acme_port, is_of_repository(span))),
+            },
             _ => {}
         }
     }
@@ -297,6 +316,21 @@ pub(super) fn mark(config: &mut Config, places: &Places, fence: &Fence, is_of_re
             }
         }
     }
+}
+
+/// Where a challenge for a target goes.
+fn at_port(target: &Target, port: u16) -> String {
+    let host = target.text.rsplit_once(':').map_or(&*target.text, |(host, _)| host);
+    format!("{host}:{port}")
+}
+
+/// A dial to the port of a listener that the node's owner wrote is refused all the same; but that is no fault of the repository's.
+fn no_challenges(span: &Span, to: &str) -> Diagnostic {
+    Diagnostic::warning(
+        span.clone(),
+        format!("challenges are not passed on to `{to}`: `allow_targets` of the node does not cover it"),
+        format!("have the node's owner add {} to `allow_targets` in [source] of the node's own file", quoted(to)),
+    )
 }
 
 fn outside(span: &Span, what: &str, key: &str, entry: &str, shape: &str) -> Diagnostic {
@@ -593,6 +627,11 @@ mod tests {
             admitted("allow_targets = [\"localhost\"]", "localhost:443", &["127.0.0.1", "::1"]),
             "127.0.0.1 ::1"
         );
+        // Another port is another place.
+        let mut target = Target::parse("a.example:8443", 0..0).unwrap();
+        target.fence = Some(Arc::new(fence("allow_targets = [\"*\", \"127.0.0.1:8443\"]")));
+        let admits = |at: &str| target.admits(at.parse().unwrap(), |_| false);
+        assert!(admits("127.0.0.1:8443") && !admits("127.0.0.1:22") && admits("192.0.2.1:22"));
         // What the node's owner wrote is not fenced in.
         let own = Target::parse("a.example:443", 0..0).unwrap();
         assert_eq!(own.admit(vec!["127.0.0.1".parse().unwrap()], |_| true).unwrap().len(), 1);
@@ -631,7 +670,22 @@ mod tests {
         let by_tcp = "[listeners.t]\nmode = \"tcp\"\nbind = [\"0.0.0.0:443\"]\nupstream = \"a\"\n";
         let said = both(&own, by_tcp).unwrap_err();
         assert!(said.contains("0123:x.toml:1:12: error: the repository may not lead to"), "{said}");
-        // The port for challenges is a port of the targets.
+        // The port for challenges is a port of the targets, whoever names it; the owner's own listener refuses no commit.
+        let by_owner = "[listeners.w]\nmode = \"http\"\nbind = [\"0.0.0.0:80\"]\nacme_port = 22\n";
+        let to = |target: &str| content("a.example.com", "0.0.0.0:443", target);
+        let warnings = |own: &str, shared: &str| {
+            let own = format!("[source]\ngit = \"/srv/x.git\"\n{own}{by_owner}");
+            let mut source = Source::new("node.toml", own);
+            crate::config::add_repository(&mut source, "0123", Path::new("x.toml"), &Commit(shared.into())).unwrap();
+            let (config, found) = crate::config::parse(Arc::new(source)).unwrap();
+            let own = own_targets(&config, &["192.0.2.9".parse().unwrap()]);
+            found.iter().chain(&own).map(|found| found.message.clone()).collect::<Vec<_>>().join("\n")
+        };
+        let narrow = "allow_targets = [\"10.0.0.0/8:443\"]\n";
+        assert!(warnings(narrow, &to("10.0.0.1:443")).contains("not passed on to `10.0.0.1:22`"));
+        assert_eq!(warnings("allow_targets = [\"10.0.0.0/8\"]\n", &to("10.0.0.1:443")), "");
+        let this_machine = "allow_targets = [\"*\", \"192.0.2.9:8443\"]\n";
+        assert!(warnings(this_machine, &to("192.0.2.9:8443")).contains("not passed on to `192.0.2.9:22`"));
         let acme = content("a.example.com", "0.0.0.0:443", "10.0.0.1:443")
             + "[listeners.w]\nmode = \"http\"\nbind = [\"0.0.0.0:80\"]\nacme_port = 22\n";
         let own = "allow_targets = [\"10.0.0.0/8:443\"]\n";
