@@ -15,11 +15,26 @@ use super::reader::{Reader, Section, quoted};
 use super::values::{Refused, parse_net, refuse};
 use super::{Config, Diagnostic, HostPattern, Mode, Span, Target, TargetHost};
 
-/// Where clouds tell machines their secrets; the last one is also MagicDNS, which no connection of a client needs.
-const METADATA: [IpAddr; 3] = [
+/// Where clouds tell machines their secrets, outside of link-local networks; and MagicDNS, which no connection of a client needs.
+const METADATA: [IpAddr; 10] = [
+    // Almost all; the others have it, too.
     IpAddr::V4(Ipv4Addr::new(169, 254, 169, 254)),
+    // EC2: instance metadata, and the credentials of EKS pods.
     IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x23)),
+    // Google Cloud.
+    IpAddr::V6(Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254)),
+    // Azure.
+    IpAddr::V4(Ipv4Addr::new(168, 63, 129, 16)),
+    // Alibaba Cloud.
+    IpAddr::V4(Ipv4Addr::new(100, 100, 100, 200)),
+    // Oracle Cloud.
+    IpAddr::V4(Ipv4Addr::new(192, 0, 0, 192)),
+    // Scaleway.
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0x42, 0, 0, 0, 0, 0, 0x42)),
+    // MagicDNS.
     IpAddr::V4(Ipv4Addr::new(100, 100, 100, 100)),
+    IpAddr::V6(Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 0x53)),
 ];
 
 /// The three lists.
@@ -116,6 +131,8 @@ impl Fence {
     /// May a target be there? `is_own`: it is an address of this machine.
     fn allows_address(&self, name: Option<&str>, ip: IpAddr, port: u16, is_own: bool) -> bool {
         let ip = ip.to_canonical();
+        // Where a translator would take it to this machine, it is this machine that has to be allowed.
+        let ip = embedded(ip).filter(Ipv4Addr::is_loopback).map_or(ip, IpAddr::V4);
         let is_own = is_own || ip.is_loopback();
         !is_nowhere(ip)
             && !is_link_local_or_metadata(ip)
@@ -173,7 +190,9 @@ impl Target {
             TargetHost::Name(name) => Some(&**name),
             TargetHost::Ip(_) => None,
         };
-        fence.allows_address(name, at.ip(), at.port(), is_own(at.ip()))
+        let inner = embedded(at.ip()).map(IpAddr::V4).filter(|inner| is_own(*inner));
+        let ip = inner.unwrap_or(at.ip());
+        fence.allows_address(name, ip, at.port(), inner.is_some() || is_own(ip))
     }
 }
 
@@ -215,8 +234,9 @@ pub fn own_targets(config: &Config, local: &[IpAddr]) -> Vec<Diagnostic> {
         let challenges = config.challenge_ports(index);
         for target in &upstream.targets {
             let (Some(_), TargetHost::Ip(ip)) = (&target.fence, &target.host) else { continue };
-            let refused = |port: u16| !target.admits(SocketAddr::new(*ip, port), |ip| local.contains(&ip));
-            if !local.contains(ip) {
+            let is_own = |ip: IpAddr| local.contains(&ip);
+            let refused = |port: u16| !target.admits(SocketAddr::new(*ip, port), is_own);
+            if !is_own(*ip) && !embedded(*ip).is_some_and(|inner| is_own(inner.into())) {
                 continue;
             }
             if refused(target.port) {
@@ -353,14 +373,30 @@ fn forbidden(span: &Span, what: &str) -> Diagnostic {
 fn is_link_local_or_metadata(ip: IpAddr) -> bool {
     let ip = ip.to_canonical();
     METADATA.contains(&ip)
+        || embedded(ip).is_some_and(|inner| is_link_local_or_metadata(inner.into()))
         || match ip {
             IpAddr::V4(ip) => ip.is_link_local(),
             IpAddr::V6(ip) => ip.is_unicast_link_local(),
         }
 }
 
+/// The IPv4 address that a translator or a tunnel on the way makes of an IPv6 one: NAT64 (RFC 6052 section 2.1, and RFC 8215 with the
+/// address at its end), SIIT (RFC 2765 section 2.1), 6to4 (RFC 3056 section 2).
+fn embedded(ip: IpAddr) -> Option<Ipv4Addr> {
+    let IpAddr::V6(ip) = ip else { return None };
+    let (high, low) = match ip.segments() {
+        [0x64, 0xff9b, 0, 0, 0, 0, high, low] | [0x64, 0xff9b, 1, _, _, _, high, low] => (high, low),
+        [0, 0, 0, 0, 0xffff, 0, high, low] | [0x2002, high, low, ..] => (high, low),
+        _ => return None,
+    };
+    Some(Ipv4Addr::from(u32::from(high) << 16 | u32::from(low)))
+}
+
 /// Addresses that no service has; the kernel takes some of them for this machine.
 fn is_nowhere(ip: IpAddr) -> bool {
+    if let Some(inner) = embedded(ip) {
+        return is_nowhere(inner.into());
+    }
     match ip.to_canonical() {
         IpAddr::V4(ip) => ip.octets()[0] == 0 || ip.is_multicast() || ip.is_broadcast(),
         // An IPv4 address in the form of RFC 4291 section 2.5.5.1, too.
@@ -589,6 +625,66 @@ mod tests {
             let text = format!("[source]\ngit = \"/srv/x.git\"\n{wrong}\n");
             assert!(repository(&Source::new("node.toml", text)).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn no_way_to_write_an_address_leads_where_none_may_go() {
+        let everything = fence("allow_targets = [\"*\", \"0.0.0.0/0\", \"::/0\"]");
+        let own: IpAddr = "192.0.2.9".parse().unwrap();
+        let admits = |fence: &Fence, at: &str| {
+            let mut target = Target::parse("a.example:443", 0..0).unwrap();
+            target.fence = Some(Arc::new(fence.clone()));
+            target.admits(SocketAddr::new(at.parse().unwrap(), 443), |ip| ip == own)
+        };
+        for (never, what) in [
+            ("169.254.169.254", "metadata"),
+            ("fd00:ec2::254", "EC2"),
+            ("fd00:ec2::23", "EKS"),
+            ("fd20:ce::254", "Google"),
+            ("168.63.129.16", "Azure"),
+            ("100.100.100.200", "Alibaba"),
+            ("192.0.0.192", "Oracle"),
+            ("fd00:42::42", "Scaleway"),
+            ("100.100.100.100", "MagicDNS"),
+            ("fd7a:115c:a1e0::53", "MagicDNS"),
+            ("fe80::1", "link-local"),
+            ("::ffff:168.63.129.16", "mapped"),
+            ("64:ff9b::169.254.169.254", "NAT64 to link-local"),
+            ("64:ff9b::100.100.100.200", "NAT64 to metadata"),
+            ("64:ff9b:1::169.254.1.1", "NAT64 of one's own prefix"),
+            ("64:ff9b::0.0.0.1", "NAT64 to nowhere"),
+            ("::ffff:0:169.254.169.254", "SIIT"),
+            ("2002:a9fe:a9fe::1", "6to4 to link-local"),
+            ("2002:a83f:8110::", "6to4 to metadata"),
+        ] {
+            assert!(!admits(&everything, never), "{never}: {what}");
+            // That one is refused of everybody.
+            if never == "fe80::1" {
+                continue;
+            }
+            let said = refused(&Fence::default(), &content("a.example.com", "0.0.0.0:443", &target_at(never)));
+            assert!(said.contains("may not lead to") && said.contains("belongs into the node's own file"), "{said}");
+        }
+        for this_machine in
+            ["127.0.0.1", "192.0.2.9", "64:ff9b::127.0.0.1", "64:ff9b::192.0.2.9", "2002:7f00:1::1", "2002:c000:209::"]
+        {
+            assert!(!admits(&Fence::default(), this_machine), "{this_machine} is not listed");
+            assert!(
+                !admits(&fence("allow_targets = [\"::/0\"]"), this_machine),
+                "{this_machine}: nor by its translator"
+            );
+            assert!(admits(&everything, this_machine), "{this_machine} is listed");
+        }
+        for usual in
+            ["64:ff9b::198.51.100.7", "2002:c633:6407::1", "2001:db8::1", "100.100.100.101", "fd7a:115c:a1e0::2"]
+        {
+            assert!(admits(&Fence::default(), usual), "{usual}");
+        }
+    }
+
+    /// As a target is written.
+    fn target_at(ip: &str) -> String {
+        if ip.contains(':') { format!("[{ip}]:443") } else { format!("{ip}:443") }
     }
 
     #[test]
