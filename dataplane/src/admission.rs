@@ -80,8 +80,7 @@ impl Admission {
     /// gives way: a client that means it sends its hello at once. `None`: who the client is comes later, in a PROXY header.
     pub fn enter_lobby(self: &Arc<Self>, client: Option<IpAddr>) -> Guest {
         let client = client.map(client_key);
-        let most = (self.max() / 2).max(FEWEST);
-        let most_of_client = (most / 16).max(FEWEST);
+        let (most, most_of_client) = ((self.max() / 2).max(FEWEST), self.share_of_client());
         let leave = Arc::new(Notify::new());
         let mut lobby = self.lobby.lock().expect("no panic while held");
         let number = lobby.next;
@@ -105,6 +104,11 @@ impl Admission {
         }
         drop(lobby);
         Guest { admission: self.clone(), number, leave }
+    }
+
+    /// How many of one client may be in a state in which nothing has come of them yet.
+    pub fn share_of_client(&self) -> usize {
+        (self.max() / 32).max(FEWEST)
     }
 
     /// The most that may be open at once.

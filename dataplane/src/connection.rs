@@ -37,8 +37,10 @@ const FIRST_READ: usize = 2048;
 /// How long a hello of which bytes are there may take to be read when its connection has to give way.
 const LATE: Duration = Duration::from_secs(2);
 
-/// Connections on a listener of mode `tcp` that may come from the address of one of its own targets at a time. NAT that changes ports hides whether they are ours.
-const FROM_A_TARGET: usize = 64;
+/// Connections of one client on a listener of mode `tcp` that may wait for their first byte before they are taken for a loop: a
+/// client's share of what has come to nothing yet, within these bounds. Where it has the address of a target, which makes a loop
+/// likely, the lower one. See [`loops`].
+const UNANSWERED: std::ops::RangeInclusive<usize> = 64..=1024;
 
 /// What of the offered protocols is kept and logged, bytes: browsers offer `h2,http/1.1`.
 const ALPN_TEXT: usize = 100;
@@ -96,7 +98,7 @@ pub async fn serve(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
         }
     };
     // What the port for challenges does says nothing of the target.
-    if engine.is_some() && end == End::Reset(Side::Upstream) && traffic.look().to_client == [0, 0] {
+    if engine.is_some() && end == End::Reset(Side::Upstream) && traffic.look().is_unanswered() {
         lease.reset_early();
     }
     drop((permits, lease));
@@ -129,7 +131,7 @@ struct Client {
     alpn_text: Option<Box<str>>,
     /// Bytes read and not yet passed on.
     read: Vec<u8>,
-    /// Its hello, while the connection lasts.
+    /// What tells whether it has come back to us, while the connection lasts.
     in_flight: Option<loops::Guard>,
 }
 
@@ -237,7 +239,8 @@ impl Arrival {
             let purpose = match listener.mode {
                 Mode::Tcp { .. } => {
                     let destination = generation.by_tcp_listener(index);
-                    refuse_own(shared, &destination.pool, &listener.name, *peer)?;
+                    let guard = refuse_own(shared, &destination.pool, &listener.name, *peer, ip)?;
+                    client.in_flight = Some(guard);
                     Purpose::Forward(destination, Listed::ByListener)
                 }
                 Mode::Tls => {
@@ -302,7 +305,7 @@ impl Arrival {
 
     /// Enters it among the live connections.
     fn register(self, decision: Decision, first: First, dialled: Dialled) -> Established {
-        let Self { shared, generation, listener, stream, peer, start, permit, client } = self;
+        let Self { shared, generation, listener, stream, start, permit, client, .. } = self;
         let Decision { destination: Destination { route, pool, metrics }, listed, challenge_port, .. } = decision;
         let listener = &generation.config.listeners[listener];
         let is_challenge = challenge_port.is_some();
@@ -311,7 +314,8 @@ impl Arrival {
             in_flight.sent(dialled.lease.of(), &traffic);
         }
         let is_tcp = matches!(listener.mode, Mode::Tcp { .. });
-        let dialled_from = if is_tcp { dialled.stream.local_addr().ok().map(|local| local.port()) } else { None };
+        let legs =
+            || Some((dialled.stream.local_addr().ok()?.port(), dialled.stream.peer_addr().ok()?.ip().to_canonical()));
         let record = Record {
             start: start.wall,
             accepted: start.at,
@@ -323,7 +327,7 @@ impl Arrival {
             upstream: pool.config.name.clone(),
             target: dialled.lease.target().clone(),
             listed,
-            legs: (peer.ip().to_canonical(), dialled_from),
+            dialled: if is_tcp { legs() } else { None },
             traffic,
             removal: Removal::default(),
         };
@@ -360,13 +364,27 @@ fn came_back(target: &Target) -> Reason {
     Reason::Loop
 }
 
-/// Refuses a connection without a hello that may be one of our own which came back: it comes from an address of a target and from a port that we have dialled
-/// from, as 1:1 NAT leaves it, or is one of many from there.
-fn refuse_own(shared: &Shared, pool: &Pool, listener: &str, peer: SocketAddr) -> Result<(), Reason> {
+/// Refuses a connection without a hello that may be one of our own which came back: it comes from the very address that we have
+/// dialled and the port that we have dialled it from, as 1:1 NAT leaves both; or it is one too many of its client that wait for
+/// their first byte.
+fn refuse_own(
+    shared: &Shared,
+    pool: &Pool,
+    listener: &str,
+    peer: SocketAddr,
+    client: IpAddr,
+) -> Result<loops::Guard, Reason> {
     let ip = peer.ip().to_canonical();
-    let Some(target) = pool.targets().iter().find(|target| target.has_address(ip)) else { return Ok(()) };
-    let (count, ours) = shared.registry.from(listener, ip, peer.port());
-    if ours || count >= FROM_A_TARGET { Err(came_back(target)) } else { Ok(()) }
+    let target = pool.targets().iter().find(|target| target.has_address(ip));
+    if let Some(target) = target
+        && shared.registry.awaits((peer.port(), ip))
+    {
+        return Err(came_back(target));
+    }
+    let (fewest, most) = UNANSWERED.into_inner();
+    let most = if target.is_some() { fewest } else { shared.admission.share_of_client().clamp(fewest, most) };
+    let id = shared.next_id.fetch_add(1, Relaxed);
+    shared.in_flight.connection(listener, client.to_canonical(), id, most).map_err(|target| came_back(&target))
 }
 
 /// Reads a PROXY header; what follows it stays in `client.read`.

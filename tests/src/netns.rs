@@ -112,9 +112,14 @@ impl Host {
 
     /// As [`connect`](Self::connect), from one of this host's addresses.
     pub fn connect_from(&self, source: IpAddr, addr: SocketAddr) -> io::Result<TcpStream> {
+        self.connect_from_port(SocketAddr::new(source, 0), addr)
+    }
+
+    /// The same, from a port of it.
+    pub fn connect_from_port(&self, source: SocketAddr, addr: SocketAddr) -> io::Result<TcpStream> {
         self.run(|| {
             let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
-            socket.bind(&SocketAddr::new(source, 0).into())?;
+            socket.bind(&source.into())?;
             socket.connect_timeout(&addr.into(), PATIENCE)?;
             Ok(socket.into())
         })

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tests::daemon::{Config, Daemon};
+use tests::forge::Forge;
 use tests::netns::{CLUSTER, Net, Process};
-use tests::rig::{PATIENCE, Server, hello, public};
+use tests::rig::{PATIENCE, Server, accept_within, hello, public};
 use tests::stream::read_preamble;
 use tests::{beside_others, eventually};
 
@@ -152,6 +153,43 @@ fn a_name_without_an_address_is_a_target_that_is_down_until_it_has_one() {
     daemon.wait_metric(UP, &[], 1.0);
     daemon.wait_log(&["target is up"]);
     assert_eq!(warned().len(), 1, "once for the change: {:?}", warned());
+}
+
+/// A node whose repository says this, and whose own file has these lines in [source].
+fn of_repository(net: &Net, forge: &Forge, shared: &str, own: &str) -> Daemon {
+    forge.push(&[("dataplane.toml", shared)]);
+    Daemon::start_on(net, &net.entrance, |dir| {
+        let d = dir.display();
+        format!(
+            "[admin]\nbind = \"127.0.0.1:9443\"\nsocket = \"{d}/admin.sock\"\n[resolver]\nservers = [\"127.0.0.1:5300\"]\n\
+             [source]\nref = \"main\"\nstate_directory = \"{d}/state\"\ngit = \"file://{}\"\n{own}\n",
+            forge.repository().display()
+        )
+    })
+}
+
+/// What a repository says of a name that it chose.
+const SHARED: &str = "[listeners.public]\nbind = [\"0.0.0.0:443\"]\n\
+                      [upstreams.cluster]\ntargets = [\"laptop.example:443\"]\nconnect_timeout = \"15s\"\n\
+                      [[routes]]\nhosts = [\"app.example.com\"]\nupstream = \"cluster\"\n";
+
+#[test]
+fn a_port_for_challenges_leads_a_repository_nowhere_that_its_node_does_not_let_it() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let forge = Forge::start(&net, &net.entrance);
+    let _dns = Dns::start(&net, "127.0.0.1 laptop.example\n");
+    let secret = net.entrance.listen("127.0.0.1:8022");
+    let web = "[listeners.web]\nmode = \"http\"\nbind = [\"0.0.0.0:80\"]\nacme_port = 8022\n";
+    let shared = format!("{SHARED}{web}").replace("example:443", "example:8443");
+    let daemon = of_repository(&net, &forge, &shared, "allow_targets = [\"*\", \"127.0.0.1:8443\"]");
+    let mut client = net.client.connect(([198, 51, 100, 1], 80).into()).expect("accepted");
+    client.set_read_timeout(Some(PATIENCE)).expect("a time limit");
+    let request = "GET /.well-known/acme-challenge/abc HTTP/1.1\r\nHost: app.example.com\r\n\r\n";
+    client.write_all(request.as_bytes()).expect("sent");
+    let _ = client.read(&mut [0]);
+    assert!(accept_within(&secret, Duration::from_millis(300)).is_none(), "it was dialled");
+    daemon.wait_metric("dataplane_upstream_connect_failures_total", &[("reason", "forbidden")], 1.0);
 }
 
 #[test]

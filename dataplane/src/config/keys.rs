@@ -235,7 +235,7 @@ pub const LIMITS: &[Key] = &[
         name: "half_closed_timeout",
         kind: "duration",
         default: "`5m`",
-        meaning: "no byte in either direction after one side has sent FIN",
+        meaning: "no byte in either direction after one side has sent FIN, and none that a slow reader takes",
     },
     Key {
         name: "dead_peer_timeout",

@@ -88,6 +88,21 @@ impl Config {
     pub fn webhook(&self) -> Option<&Webhook> {
         self.repository.as_ref()?.webhook.as_ref()
     }
+
+    /// The ports of an upstream's targets that get challenges.
+    pub fn challenge_ports(&self, upstream: usize) -> Vec<u16> {
+        if !self.routes.iter().any(|route| route.upstream == upstream) {
+            return Vec::new();
+        }
+        let ports = self.listeners.iter().filter_map(|listener| match listener.mode {
+            Mode::Http { acme_port } => Some(acme_port),
+            _ => None,
+        });
+        let mut ports: Vec<u16> = ports.collect();
+        ports.sort_unstable();
+        ports.dedup();
+        ports
+    }
 }
 
 /// A byte range in [`Source::text`].

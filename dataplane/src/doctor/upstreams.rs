@@ -59,14 +59,7 @@ pub fn ask(config: &Config) -> Result<Vec<Answers>> {
         let mut all = Vec::new();
         for (index, upstream) in config.upstreams.iter().enumerate() {
             let host = host_of(config, index);
-            let routed = config.routes.iter().any(|route| route.upstream == index);
-            let ports = config.listeners.iter().filter_map(|listener| match listener.mode {
-                Mode::Http { acme_port } if routed => Some(acme_port),
-                _ => None,
-            });
-            let mut ports: Vec<u16> = ports.collect();
-            ports.sort_unstable();
-            ports.dedup();
+            let ports = config.challenge_ports(index);
             for target in &upstream.targets {
                 all.push(of_target(upstream, target, host.as_deref(), &ports, &names, view.as_ref()).await);
             }
@@ -159,6 +152,12 @@ async fn of_target(
     for port in challenge_ports {
         let Some(address) = answers.address else { break };
         let address = SocketAddr::new(address.ip(), *port);
+        if !target.admits(address, socket::is_of_this_machine) {
+            let text = "`allow_targets` of [source] does not let a repository go there".to_owned();
+            answers.ok = false;
+            answers.challenges.push(Challenge { port: *port, ok: false, text });
+            continue;
+        }
         let host = host.unwrap_or("doctor.invalid");
         let request =
             format!("GET /.well-known/acme-challenge/doctor HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");

@@ -51,6 +51,7 @@ async fn exchange(client: &TcpStream, upstream: &TcpStream, first: First, traffi
             answered = &mut answered => break answered?,
         }
     }
+    traffic.note_target_closed();
     shutdown(client, Shutdown::Write).map_err(|e| ended_by(Side::Client, Ok(Some(e.into()))))?;
     if !client_ended {
         left.await.map_err(|e| ended_by(Side::Client, Ok(Some(e))))?;

@@ -27,8 +27,8 @@ pub struct IdleTimer {
     keep_alive: bool,
     /// Nobody tells when bytes move: look all the time.
     unattended: bool,
-    /// One side has sent FIN.
-    half_closed: bool,
+    /// Since when one side has sent FIN.
+    half_closed: Option<Instant>,
 }
 
 impl IdleTimer {
@@ -43,7 +43,7 @@ impl IdleTimer {
             acknowledged: [None; 2],
             keep_alive: false,
             unattended: false,
-            half_closed: false,
+            half_closed: None,
         }
     }
 
@@ -54,17 +54,24 @@ impl IdleTimer {
 
     /// When to call [`look`](Self::look).
     pub fn deadline(&self) -> Instant {
-        let idle = self.last_bytes + self.idle_timeout();
+        let idle = self.idle_at();
         self.next_look.map_or(idle, |look| look.min(idle))
     }
 
-    /// Notes that one side has sent FIN, and the other has been told; true when the timer has to be set anew.
-    pub fn half_closed(&mut self) -> bool {
-        !std::mem::replace(&mut self.half_closed, true)
+    /// Notes that one side has sent FIN; true when the timer has to be set anew.
+    pub fn half_closed(&mut self, now: Instant) -> bool {
+        let is_news = self.half_closed.is_none();
+        self.half_closed.get_or_insert(now);
+        is_news
     }
 
-    fn idle_timeout(&self) -> Duration {
-        if self.half_closed { self.timeouts.half_closed.min(self.timeouts.idle) } else { self.timeouts.idle }
+    /// When it will have been idle for too long.
+    fn idle_at(&self) -> Instant {
+        let idle = self.last_bytes + self.timeouts.idle;
+        match self.half_closed {
+            Some(since) => idle.min(self.last_bytes.max(since) + self.timeouts.half_closed),
+            None => idle,
+        }
     }
 
     /// Notes that bytes moved; true when the timer has to be set anew.
@@ -92,11 +99,17 @@ impl IdleTimer {
         for (info, acknowledged) in infos.iter().zip(&mut self.acknowledged) {
             let Some(info) = info else { continue };
             let before = acknowledged.replace(info.bytes_acked);
-            if (info.unacked > 0 || info.notsent_bytes > 0) && before != Some(info.bytes_acked) {
+            let waits = info.unacked > 0 || info.notsent_bytes > 0;
+            let moved = match before {
+                // The last bytes may have been taken since the last look; the short deadline must not overlook that.
+                Some(before) => before != info.bytes_acked && (waits || self.half_closed.is_some()),
+                None => waits,
+            };
+            if moved {
                 self.last_bytes = now;
             }
         }
-        if now >= self.last_bytes + self.idle_timeout() {
+        if now >= self.idle_at() {
             return Some(End::Idle);
         }
         if self.next_look.is_none_or(|look| look > now) {

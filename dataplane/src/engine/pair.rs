@@ -147,7 +147,7 @@ pub enum StreamState {
 pub struct Timeouts {
     /// No byte either way for so long: [`End::Idle`].
     pub idle: Duration,
-    /// The same, once one side has sent FIN and that was passed on.
+    /// The same, once one side has sent FIN: also no byte that a slow reader has taken.
     pub half_closed: Duration,
     /// A peer that acknowledges nothing for so long: [`End::Vanished`].
     pub dead_peer: Duration,

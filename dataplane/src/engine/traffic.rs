@@ -44,7 +44,7 @@ pub struct Traffic {
     offload: Mutex<Option<Arc<dyn Offload>>>,
     /// What forwarded it in the kernel, if it ever was there.
     promoted: OnceLock<Kind>,
-    /// The target has sent its last byte, and the client has it or will get it.
+    /// The target's FIN has come: it has nothing left of the connection, whatever of it still waits here for the client.
     target_closed: Notify,
 }
 
@@ -81,7 +81,7 @@ impl Traffic {
         self.last_bytes.store(now.saturating_duration_since(self.begun).as_millis() as u64, Relaxed);
     }
 
-    /// Notes that the target's FIN was passed on.
+    /// Notes that the target's FIN has come.
     pub fn note_target_closed(&self) {
         // Kept for whoever does not wait yet.
         self.target_closed.notify_one();
@@ -170,6 +170,13 @@ pub struct Look {
     pub to_client: [u64; 2],
     /// Since when no byte moved.
     pub idle: Duration,
+}
+
+impl Look {
+    /// Whether no byte has come back yet.
+    pub fn is_unanswered(&self) -> bool {
+        self.to_client == [0, 0]
+    }
 }
 
 /// Bytes of one direction, by path.

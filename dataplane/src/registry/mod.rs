@@ -62,8 +62,8 @@ pub struct Record {
     pub target: Arc<str>,
     /// What let it through.
     pub listed: Listed,
-    /// Who connected, as TCP says; and from which port the target was dialled, where that is known.
-    pub legs: (IpAddr, Option<u16>),
+    /// From which port of ours which address was dialled, where that may tell of a loop.
+    pub dialled: Option<(u16, IpAddr)>,
     /// What forwards it, and payload so far.
     pub traffic: Arc<Traffic>,
     /// Whether its route is still there.
@@ -216,12 +216,11 @@ impl Registry {
         records.iter().map(|record| record.traffic.backlog()).sum()
     }
 
-    /// Connections on a listener that came from an address, and whether the target of one of all was dialled from this port.
-    pub fn from(&self, listener: &str, peer: IpAddr, port: u16) -> (usize, bool) {
+    /// Whether a connection that was dialled from this port to this address still waits for its first byte.
+    pub fn awaits(&self, dialled: (u16, IpAddr)) -> bool {
         let live = self.live();
-        let records = || live.values().map(|live| &live.record);
-        let count = records().filter(|record| *record.listener == *listener && record.legs.0 == peer).count();
-        (count, records().any(|record| record.legs.1 == Some(port)))
+        let mut records = live.values().map(|live| &live.record);
+        records.any(|record| record.dialled == Some(dialled) && record.traffic.look().is_unanswered())
     }
 
     /// Has connections end whose routes a new configuration no longer has; how many they are.

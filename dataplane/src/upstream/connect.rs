@@ -60,6 +60,8 @@ pub enum Cause {
     Resolve,
     /// The target is a listener of ours.
     OwnListener,
+    /// The node's owner does not let the repository that names the target go there.
+    Forbidden,
     /// Something else.
     Other,
 }
@@ -76,6 +78,7 @@ impl Cause {
             Self::Unreachable => "unreachable",
             Self::Resolve => "resolve",
             Self::OwnListener => "own_listener",
+            Self::Forbidden => "forbidden",
             Self::Other => "other",
         }
     }
@@ -177,7 +180,15 @@ impl Target {
         let remembers = dial.port.is_none();
         let mut connect = Connect { target: self, address, begun: Instant::now(), answered: !remembers };
         let mut at = address.at;
-        at.set_port(dial.port.unwrap_or(at.port()));
+        if let Some(port) = dial.port {
+            at.set_port(port);
+            // The address was admitted with the target's own port.
+            if !self.address.admits(at, socket::is_of_this_machine) {
+                let detail = format!("`allow_targets` of [source] does not let a repository go to {at}");
+                tracing::debug!(target_name = &*self.address.text, detail, "not dialled");
+                return Err(Failure::new(Cause::Forbidden, detail));
+            }
+        }
         let prepared = if at.is_ipv6() { TcpSocket::new_v6() } else { TcpSocket::new_v4() }.and_then(|socket| {
             socket::prepare(&socket)?;
             if dial.speaks_first {

@@ -171,7 +171,8 @@ impl Lease {
         &self.target
     }
 
-    /// The target has closed its side, so another connection may have the place. One that only half-closes and reads on cannot be told from that.
+    /// The target has closed its side, so another connection may have the place: what the client has not read yet waits here. One
+    /// that only half-closes and reads on cannot be told from that.
     pub fn give_up_place(&mut self) {
         if std::mem::take(&mut self.has_place) {
             self.target.active.fetch_sub(1, Relaxed);

@@ -81,6 +81,35 @@ async fn a_name_that_leads_back_to_a_listener_of_ours_is_no_target() {
 }
 
 #[tokio::test]
+async fn a_dial_to_another_port_is_judged_by_that_port() {
+    let (own, at) = server();
+    let (secret, elsewhere) = server();
+    secret.set_nonblocking(true).unwrap();
+    for host in ["laptop", "127.0.0.1"] {
+        let node = format!(
+            "[source]\ngit = \"/srv/x.git\"\nallow_listeners = [\"*:1\"]\nallow_targets = [\"*\", \"127.0.0.1:{}\"]\n",
+            at.port()
+        );
+        let fence = crate::config::repository(&Source::new("node.toml", node)).unwrap().unwrap().fence;
+        let text = format!(
+            "[listeners.a]\nmode = \"tcp\"\nbind = [\"192.0.2.1:1\"]\nupstream = \"u\"\n\
+             [upstreams.u]\ntargets = [\"{host}:{}\"]\n",
+            at.port()
+        );
+        let source = Arc::new(Source::of_repository("dataplane.toml", text));
+        let pool = pool_of(&crate::config::parse_within(source, Some(fence)).unwrap().0);
+        if host == "laptop" {
+            pool.targets[0].resolved(Ok(vec![at.ip()]));
+        }
+        assert!(soon(pool.dial(dial())).await.is_ok(), "{host}");
+        own.accept().unwrap();
+        let challenge = Dial { port: Some(elsewhere.port()), ..dial() };
+        assert!(soon(pool.dial(challenge)).await.is_err() && secret.accept().is_err(), "{host}");
+        assert!(pool.targets[0].is_up.load(Relaxed), "which says nothing of the target");
+    }
+}
+
+#[tokio::test]
 async fn a_slow_answer_makes_a_target_overdue_but_not_at_another_port_than_its_own() {
     let (_server, at) = server();
     for (port, standing) in [(None, Standing::Overdue), (Some(at.port()), Standing::Good)] {

@@ -90,6 +90,8 @@ struct Flow<'a> {
     fin_sent: PerSide<bool>,
     /// By side: data is kept away from this socket, which is to leave.
     kept_away: PerSide<bool>,
+    /// It was told that the target has closed.
+    target_closed: bool,
 }
 
 /// A direction's sockets.
@@ -210,6 +212,7 @@ impl<'a> Flow<'a> {
             leave_on_bulk,
             fin_sent: PerSide::default(),
             kept_away: PerSide::default(),
+            target_closed: false,
             traffic: Shared(traffic),
         })
     }
@@ -236,6 +239,12 @@ impl<'a> Flow<'a> {
         moved: &mut (u64, u64),
     ) -> Result<Option<Left>, End> {
         let next = self.advance(leaving.want())?;
+        if self.streams.iter().any(|stream| stream.source_ended) {
+            idle.half_closed(Instant::now());
+        }
+        if self.streams.upstream.source_ended && !std::mem::replace(&mut self.target_closed, true) {
+            self.traffic.0.note_target_closed();
+        }
         if leaving.note(self.reason_to_leave()) {
             // What is wanted of both directions has changed.
             return Ok(None);
