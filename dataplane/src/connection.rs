@@ -293,6 +293,7 @@ impl Arrival {
             own: self.generation.own.clone(),
             port: decision.challenge_port,
             speaks_first: !first.bytes.is_empty(),
+            is_probe: false,
         };
         let dialled = tokio::select! {
             biased;

@@ -28,6 +28,10 @@ struct Dns<'a> {
 
 impl<'a> Dns<'a> {
     fn start(net: &'a Net, records: &str) -> Self {
+        Self::with_ttl(net, records, TTL)
+    }
+
+    fn with_ttl(net: &'a Net, records: &str, ttl: u64) -> Self {
         net.file("records", records);
         let mut command = Command::new("dnsmasq");
         let hosts = net.dir().join("records");
@@ -41,7 +45,7 @@ impl<'a> Dns<'a> {
                 "--pid-file",
             ])
             .args(["--listen-address=127.0.0.1", "--bind-interfaces", "--user=root", "--log-facility=-"])
-            .arg(format!("--local-ttl={TTL}"))
+            .arg(format!("--local-ttl={ttl}"))
             .arg(format!("--addn-hosts={}", hosts.display()))
             .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
             .stdin(Stdio::null())
@@ -190,6 +194,28 @@ fn a_port_for_challenges_leads_a_repository_nowhere_that_its_node_does_not_let_i
     let _ = client.read(&mut [0]);
     assert!(accept_within(&secret, Duration::from_millis(300)).is_none(), "it was dialled");
     daemon.wait_metric("dataplane_upstream_connect_failures_total", &[("reason", "forbidden")], 1.0);
+}
+
+#[test]
+fn a_name_that_led_where_it_may_not_is_asked_for_again_and_keeps_nobody_waiting() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let forge = Forge::start(&net, &net.entrance);
+    let second = format!("{}:443", CLUSTER[1]);
+    let _server = named(&net, &second);
+    let dns = Dns::with_ttl(&net, "127.0.0.1 laptop.example\n", 60);
+    let daemon = of_repository(&net, &forge, SHARED, "");
+    daemon.wait_metric(UP, &[], 0.0);
+    let status = daemon.json(&["status", "--json"]);
+    let target = &status["upstreams"][0]["targets"][0];
+    assert!(target["reason"].as_str().is_some_and(|r| r.contains("allow_targets")), "{target}");
+    // Long enough that it is not asked for again soon by itself.
+    std::thread::sleep(Duration::from_secs(8));
+    let start = Instant::now();
+    assert_eq!(ask(&net).0, "");
+    assert!(start.elapsed() < Duration::from_secs(5), "waited for {:?}", start.elapsed());
+    dns.change(&format!("{} laptop.example\n", CLUSTER[1]));
+    eventually(Duration::from_secs(5), "it leads elsewhere now", || (ask(&net).0 == second).then_some(()));
 }
 
 #[test]

@@ -420,12 +420,12 @@ fn is_link_local_or_metadata(ip: IpAddr) -> bool {
 /// address at its end), SIIT (RFC 2765 section 2.1), 6to4 (RFC 3056 section 2).
 fn embedded(ip: IpAddr) -> Option<Ipv4Addr> {
     let IpAddr::V6(ip) = ip else { return None };
-    let (high, low) = match ip.segments() {
-        [0x64, 0xff9b, 0, 0, 0, 0, high, low]
-        | [0x64, 0xff9b, 1, _, _, _, high, low]
-        | [0, 0, 0, 0, 0xffff, 0, high, low]
-        | [0x2002, high, low, ..] => (high, low),
-        _ => return None,
+    let ([0x64, 0xff9b, 0, 0, 0, 0, high, low]
+    | [0x64, 0xff9b, 1, _, _, _, high, low]
+    | [0, 0, 0, 0, 0xffff, 0, high, low]
+    | [0x2002, high, low, ..]) = ip.segments()
+    else {
+        return None;
     };
     Some(Ipv4Addr::from(u32::from(high) << 16 | u32::from(low)))
 }

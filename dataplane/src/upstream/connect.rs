@@ -31,6 +31,8 @@ pub struct Dial {
     pub port: Option<u16>,
     /// Something is sent as soon as there is a connection.
     pub speaks_first: bool,
+    /// It is no client's: a check or a probe.
+    pub is_probe: bool,
 }
 
 /// Why a connect failed.
@@ -86,6 +88,11 @@ impl Cause {
     /// It says nothing of the target: what a connection needs was lacking here.
     pub const fn is_our_own(self) -> bool {
         matches!(self, Self::NoDescriptor | Self::NoLocalPort)
+    }
+
+    /// It was not dialled: what is known of its name is told by who asks for that.
+    pub const fn is_of_the_name(self) -> bool {
+        matches!(self, Self::Resolve | Self::Forbidden)
     }
 }
 
@@ -209,18 +216,24 @@ impl Target {
     }
 
     /// The addresses. Waits for the resolver's first answer, if there was none yet, and for another one where it had none: this client has nowhere else to go.
+    /// An answer that may not be used is no reason to wait, but one to ask again.
     async fn addresses_by(&self, dial: &Dial, deadline: Instant) -> Result<Vec<Arc<Address>>, Failure> {
         let mut resolution = self.resolution.subscribe();
         match &*resolution.borrow_and_update() {
-            Resolution::Known(known) => return Ok(self.in_turn(known, dial.client.is_ipv6())),
+            Resolution::Known(known) => return Ok(self.in_turn(known, dial)),
             Resolution::Pending => {}
             Resolution::Unknown(_) => self.wanted.notify_one(),
+            Resolution::Forbidden(reason) => {
+                self.wanted.notify_one();
+                return Err(Failure::new(Cause::Forbidden, &**reason));
+            }
         }
         let _ = timeout_at(deadline.into(), resolution.changed()).await;
         match &*resolution.borrow() {
-            Resolution::Known(known) => Ok(self.in_turn(known, dial.client.is_ipv6())),
+            Resolution::Known(known) => Ok(self.in_turn(known, dial)),
             Resolution::Pending => Err(Failure::new(Cause::Resolve, "the resolver has not answered yet")),
             Resolution::Unknown(reason) => Err(Failure::new(Cause::Resolve, &**reason)),
+            Resolution::Forbidden(reason) => Err(Failure::new(Cause::Forbidden, &**reason)),
         }
     }
 }

@@ -209,8 +209,7 @@ impl Pool {
                         Cause::NoDescriptor => pool.shortages.note(Shortage::Descriptors),
                         _ => {}
                     }
-                    // The resolver's failures are told by who asks it.
-                    if !failure.cause.is_our_own() && failure.cause != Cause::Resolve && dial.port.is_none() {
+                    if !failure.cause.is_our_own() && !failure.cause.is_of_the_name() && dial.port.is_none() {
                         of.apply(Event::DialFailed { started, reason: failure.to_string() });
                     }
                     Err(failure)

@@ -6,7 +6,8 @@
 //! each time), the tailnet, and the resolver. The operator's drain is no judgement, and is not kept
 //! here.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use serde::Serialize;
@@ -37,6 +38,14 @@ pub enum Event {
     },
     /// The configuration has no check any more.
     NoCheck,
+    /// What the check of another upstream says of the machine: why nothing answers there, or that
+    /// something does.
+    CheckedElsewhere {
+        /// The other upstream.
+        by: Arc<str>,
+        /// For people.
+        silent: Option<String>,
+    },
     /// A connection of a client could not be made.
     DialFailed {
         /// When its dial began: those that were under way together failed of one cause.
@@ -98,6 +107,8 @@ pub struct Change {
 #[derive(Debug, Default)]
 pub struct Health {
     check: Check,
+    /// By upstream: why its check is not answered by the same machine.
+    elsewhere: BTreeMap<Arc<str>, String>,
     ejection: Option<Ejection>,
     /// Times that it was ejected without a long time in between.
     times_ejected: u32,
@@ -113,6 +124,8 @@ struct Check {
     passes: u32,
     failures: u32,
     down: Option<String>,
+    /// The last failure was that nothing answered.
+    silent: bool,
 }
 
 #[derive(Debug)]
@@ -159,6 +172,7 @@ impl Health {
             }
             Event::CheckFailed { fall, reason, answers } => {
                 self.check.passes = 0;
+                self.check.silent = !answers;
                 self.check.failures = self.check.failures.saturating_add(1);
                 if self.check.failures >= fall || self.check.down.is_some() {
                     self.check.down = Some(reason);
@@ -168,6 +182,12 @@ impl Health {
                 }
             }
             Event::NoCheck => self.check = Check::default(),
+            Event::CheckedElsewhere { by, silent: Some(reason) } => {
+                self.elsewhere.insert(by, reason);
+            }
+            Event::CheckedElsewhere { by, silent: None } => {
+                self.elsewhere.remove(&by);
+            }
             Event::DialFailed { started, reason } => self.eject(started, reason, false, now),
             Event::ResetEarly { started } => {
                 self.eject(started, "reset: it resets connections before it sends a byte".to_owned(), true, now);
@@ -195,7 +215,8 @@ impl Health {
 
     /// It is down because it resets connections, and for no other reason.
     pub fn only_resets(&self) -> bool {
-        let others = self.offline || self.unresolved.is_some() || self.check.down.is_some();
+        let others =
+            self.offline || self.unresolved.is_some() || self.check.down.is_some() || !self.elsewhere.is_empty();
         !others && self.ejection.as_ref().is_some_and(|ejection| ejection.answers)
     }
 
@@ -205,7 +226,8 @@ impl Health {
             return Some("offline: the tailnet says so");
         }
         let ejection = self.ejection.as_ref().map(|ejection| &ejection.reason);
-        self.unresolved.as_ref().or(self.check.down.as_ref()).or(ejection).map(String::as_str)
+        let elsewhere = self.elsewhere.values().next();
+        self.unresolved.as_ref().or(self.check.down.as_ref()).or(elsewhere).or(ejection).map(String::as_str)
     }
 
     /// When it is time to try whether a target that was ejected answers again.
@@ -228,7 +250,16 @@ impl Health {
     }
 
     fn is_lost(&self) -> bool {
-        self.offline || self.check.down.is_some() || self.ejection.as_ref().is_some_and(|ejection| ejection.confirmed)
+        self.offline
+            || self.check.down.is_some()
+            || !self.elsewhere.is_empty()
+            || self.ejection.as_ref().is_some_and(|ejection| ejection.confirmed)
+    }
+
+    /// Why nothing answers there, by the word of the check; what answers is told apart by the
+    /// PROXY header and the server name, which are the upstream's.
+    pub fn silent(&self) -> Option<&str> {
+        self.check.down.as_deref().filter(|_| self.check.silent)
     }
 
     /// Why nothing answers there, by the word of connections.
@@ -290,6 +321,26 @@ mod tests {
             Event::CheckPassed { rise: 2 }
         } else {
             Event::CheckFailed { fall: 3, reason: "check".into(), answers: false }
+        }
+    }
+
+    #[test]
+    fn what_no_check_elsewhere_is_answered_by_is_down_until_one_is() {
+        let (mut health, now) = (Health::default(), Instant::now());
+        let by = |name: &str, silent: Option<&str>| Event::CheckedElsewhere {
+            by: name.into(),
+            silent: silent.map(str::to_owned),
+        };
+        assert_eq!(health.apply(by("a", Some("check: timeout")), now), LOST);
+        assert_eq!(health.reason(), Some("check: timeout"));
+        assert_eq!(health.apply(Event::DialPassed, now), NOTHING, "a paused machine still accepts");
+        assert_eq!(health.apply(by("b", Some("check: timeout")), now), NOTHING);
+        assert_eq!(health.apply(by("a", None), now), NOTHING);
+        assert_eq!(health.apply(by("b", None), now), UP);
+        for answers in [false, true] {
+            let failed = || Event::CheckFailed { fall: 1, reason: "check".into(), answers };
+            health.apply(failed(), now);
+            assert_eq!(health.silent().is_some(), !answers, "what answers is told to nobody else");
         }
     }
 

@@ -182,7 +182,7 @@ async fn probe(pool: &Pool, target: &Target) -> Found {
     let patience = health.map_or(pool.config.connect_timeout, |check| check.timeout);
     let tls = health.and_then(|check| check.tls.as_deref());
     let nobody = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0);
-    let dial = Dial { client: nobody, own: [].into(), port: None, speaks_first: false };
+    let dial = Dial { client: nobody, own: [].into(), port: None, speaks_first: false, is_probe: true };
     let begun = Instant::now();
     let connect = async {
         match target.connect(&dial, pool.config.hedge_delay, patience).await {

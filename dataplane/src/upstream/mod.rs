@@ -34,6 +34,7 @@ use crate::logging::unix_seconds;
 use crate::shortages::Shortages;
 use crate::tailnet::{Peer, Way};
 use balance::Standing;
+use connect::Dial;
 use health::{Change, Event, Health};
 use inventory::{Endpoint, Inventory};
 pub use metrics::UpstreamMetrics;
@@ -72,6 +73,8 @@ pub struct Target {
     inventory: Arc<Inventory>,
     loops: Mutex<Option<(u64, SystemTime)>>,
     turn: AtomicUsize,
+    /// Of checks and probes, which take no turn of clients.
+    probe_turn: AtomicUsize,
     /// Somebody needs an answer of the resolver now.
     wanted: Notify,
     drained: AtomicBool,
@@ -100,6 +103,8 @@ enum Resolution {
     Known(Arc<[Arc<Address>]>),
     /// There never was a good answer; what the resolver said.
     Unknown(Arc<str>),
+    /// There is one, and the node's owner does not let a repository go there.
+    Forbidden(Arc<str>),
 }
 
 #[derive(Debug)]
@@ -202,6 +207,8 @@ impl Drop for Target {
         if !self.is_up.load(Relaxed) {
             self.endpoint.down.fetch_sub(1, Relaxed);
         }
+        // Nobody checks it on behalf of this upstream any more.
+        self.tell_others(&Event::CheckedElsewhere { by: self.upstream.clone(), silent: None });
     }
 }
 
@@ -293,6 +300,7 @@ impl Target {
             inventory: inventory.clone(),
             loops: Mutex::default(),
             turn: AtomicUsize::new(0),
+            probe_turn: AtomicUsize::new(0),
             wanted: Notify::new(),
             drained: AtomicBool::new(false),
             health: Mutex::default(),
@@ -314,6 +322,12 @@ impl Target {
         if let Some(reason) = failure {
             target.note(Event::DialFailed { started: Instant::now(), reason });
         }
+        for other in others {
+            let silent = other.health().silent().map(str::to_owned);
+            if silent.is_some() {
+                target.note(Event::CheckedElsewhere { by: other.upstream.clone(), silent });
+            }
+        }
         target
     }
 
@@ -329,7 +343,7 @@ impl Target {
             tracing::warn!(
                 upstream = &*self.upstream,
                 target_name = &*self.address.text,
-                "connections to this target come back to this node: it is this node itself behind NAT, or another one that forwards them here; \
+                "connections to this target seem to come back to this node: it may be this node itself behind NAT, or another one that forwards them here; \
                  name the address where the service itself listens"
             );
         }
@@ -399,11 +413,21 @@ impl Target {
             return;
         }
         let of_the_machine = event.of_the_machine();
+        let silent = || self.health().silent().map(str::to_owned);
+        let before = silent();
         self.note(event);
         if let Some(event) = of_the_machine {
-            for other in self.endpoint.others(self) {
-                other.note(event.clone());
-            }
+            self.tell_others(&event);
+        }
+        let after = silent();
+        if before != after {
+            self.tell_others(&Event::CheckedElsewhere { by: self.upstream.clone(), silent: after });
+        }
+    }
+
+    fn tell_others(&self, event: &Event) {
+        for other in self.endpoint.others(self) {
+            other.note(event.clone());
         }
     }
 
@@ -467,9 +491,11 @@ impl Target {
         self.apply(Event::Tailnet { online: peer.map(|peer| peer.online) });
     }
 
-    /// What the resolver says of its name.
-    fn resolved(&self, answer: Result<Vec<IpAddr>, String>) {
+    /// What the resolver says of its name; whether that was of use.
+    fn resolved(&self, answer: Result<Vec<IpAddr>, String>) -> bool {
+        let has_answer = answer.is_ok();
         let answer = answer.and_then(|found| self.address.admit(found, socket::is_of_this_machine));
+        let is_of_use = answer.is_ok();
         let known = match (&*self.resolution.borrow(), &answer) {
             (Resolution::Known(known), _) => Some(known.clone()),
             _ => None,
@@ -499,22 +525,29 @@ impl Target {
             // The last good answer survives an outage of the resolver.
             (Err(reason), Some(_)) => {
                 tracing::debug!(target_name = &*self.address.text, reason, "resolver");
-                return;
+                return is_of_use;
             }
             (Err(reason), None) => {
-                self.resolution.send_replace(Resolution::Unknown(reason.as_str().into()));
+                let text = reason.as_str().into();
+                self.resolution.send_replace(if has_answer {
+                    Resolution::Forbidden(text)
+                } else {
+                    Resolution::Unknown(text)
+                });
                 Event::Unresolved { reason: format!("resolve: {reason}") }
             }
         };
         self.apply(event);
+        is_of_use
     }
 
     /// Where to connect: what has not failed lately first, then the client's address family, then in turn. Each call takes a turn.
-    fn in_turn(&self, known: &[Arc<Address>], ipv6_first: bool) -> Vec<Arc<Address>> {
+    fn in_turn(&self, known: &[Arc<Address>], dial: &Dial) -> Vec<Arc<Address>> {
         if known.len() < 2 {
             return known.to_vec();
         }
-        let now = self.now();
+        let (now, ipv6_first) = (self.now(), dial.client.is_ipv6());
+        let turn = if dial.is_probe { &self.probe_turn } else { &self.turn };
         // Others connect meanwhile: each is looked at once, and may have failed after `now`.
         let mut ranked: Vec<_> = known
             .iter()
@@ -528,7 +561,7 @@ impl Target {
         // Among those that are as good as the first: else the others' places would be the first one's, too.
         let first = ranked[0].0;
         let equals = ranked.iter().take_while(|(rank, _)| *rank == first).count();
-        ranked[..equals].rotate_left(self.turn.fetch_add(1, Relaxed) % equals);
+        ranked[..equals].rotate_left(turn.fetch_add(1, Relaxed) % equals);
         ranked.into_iter().map(|(_, address)| address).collect()
     }
 

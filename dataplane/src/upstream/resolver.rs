@@ -234,30 +234,30 @@ async fn ask(resolver: &TokioResolver, name: &str) -> Result<(Vec<IpAddr>, Durat
     Ok((addresses, answer.valid_until().saturating_duration_since(Instant::now())))
 }
 
-/// Looks a name up again and again, and tells `tell` of each outcome. What the tailnet tells is looked at at once, and so is the name when somebody wants
-/// it and it has no answer; but never more often than once a second.
+/// Looks a name up again and again, and tells `tell` of each outcome, which says whether it is of use: an answer that is not counts
+/// as none. What the tailnet tells is looked at at once, and so is the name when somebody wants it and it has no answer; but never
+/// more often than once a second.
 pub async fn follow(
     names: Arc<Resolver>,
     name: &str,
     mut view: watch::Receiver<Option<Arc<View>>>,
     wanted: &Notify,
-    mut tell: impl FnMut(Result<Vec<IpAddr>, String>),
+    mut tell: impl FnMut(Result<Vec<IpAddr>, String>) -> bool,
 ) {
     let mut failures = 0;
     loop {
         let now = view.borrow_and_update().clone();
-        let pause = match names.look_up(name, now.as_deref()).await {
-            Ok((addresses, ttl)) => {
-                failures = 0;
-                tell(Ok(addresses));
-                ttl.clamp(SHORTEST, LONGEST)
-            }
-            Err(reason) => {
-                let pause = (RETRY_FIRST * 2u32.saturating_pow(failures)).min(RETRY_MAX);
-                failures = (failures + 1).min(10);
-                tell(Err(reason));
-                pause
-            }
+        let (answer, ttl) = match names.look_up(name, now.as_deref()).await {
+            Ok((addresses, ttl)) => (Ok(addresses), ttl),
+            Err(reason) => (Err(reason), Duration::ZERO),
+        };
+        let pause = if tell(answer) {
+            failures = 0;
+            ttl.clamp(SHORTEST, LONGEST)
+        } else {
+            let pause = (RETRY_FIRST * 2u32.saturating_pow(failures)).min(RETRY_MAX);
+            failures = (failures + 1).min(10);
+            pause
         };
         let addresses_in = |view: &Option<Arc<View>>| -> Option<Vec<IpAddr>> {
             view.as_ref()?.by_name(name).map(|peer| peer.addresses.clone())
