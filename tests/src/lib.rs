@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 pub mod acme;
 pub mod daemon;
+pub mod documents;
 pub mod forge;
 pub mod golang;
 pub mod netns;
