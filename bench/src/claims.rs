@@ -1,6 +1,7 @@
 //! What this project claims against its peers, as data, and whether a run bears it out. Pure.
 //!
-//! A claim stands only if the bad end of the bootstrap interval is within the bound: a median that happens to be on the right side is not enough.
+//! A claim stands only if the bad end of the bootstrap interval is within the bound: a median that
+//! happens to be on the right side is not enough.
 
 use serde::{Deserialize, Serialize};
 
@@ -17,11 +18,9 @@ pub struct Claim {
     pub network: Option<Kind>,
     /// On each of these.
     pub workloads: &'static [&'static str],
-    /// Who.
     pub subject: Subject,
     /// The best of these in the same run is what counts.
     pub rivals: &'static [Subject],
-    /// In what.
     pub figure: Figure,
     /// Whether `direct` is subtracted from both sides first.
     pub attributable: bool,
@@ -54,7 +53,6 @@ pub struct Verdict {
     pub ratio: Option<Estimate>,
     /// What it had to be.
     pub bound: Bound,
-    /// What came of it.
     pub outcome: Outcome,
 }
 

@@ -23,7 +23,8 @@ pub struct Cell {
     pub usage: Usage,
     /// Bytes that the subject's processes grew by (PSS) while the connections were opened.
     pub pss: i64,
-    /// Bytes by which MemAvailable shrank meanwhile: the kernel's memory and that of client and server are in it.
+    /// Bytes by which MemAvailable shrank meanwhile: the kernel's memory and that of client and
+    /// server are in it.
     pub memory: i64,
     /// Why this cell is not to be trusted, if so.
     pub disturbed: Option<String>,

@@ -1,4 +1,5 @@
-//! `bench`: the harness, and the two processes of the load that it starts on the hosts. Use it by `cargo xtask bench`.
+//! `bench`: the harness, and the two processes of the load that it starts on the hosts. Use it by
+//! `cargo xtask bench`.
 
 use std::net::SocketAddr;
 use std::process::ExitCode;

@@ -1,4 +1,5 @@
-//! What the kernel says of the machine and of processes: CPU time, context switches, memory. Read before and after a window; the difference is what it cost.
+//! What the kernel says of the machine and of processes: CPU time, context switches, memory. Read
+//! before and after a window; the difference is what it cost.
 
 use std::collections::HashMap;
 use std::fs;
@@ -125,7 +126,8 @@ impl Machine {
 #[derive(Debug, PartialEq, Eq)]
 struct Process {
     parent: u32,
-    /// Of itself and of all children that it has waited for: so the sum over a family does not lose what an ended member has used.
+    /// Of itself and of all children that it has waited for: so the sum over a family does not lose
+    /// what an ended member has used.
     ticks: u64,
 }
 

@@ -1,4 +1,5 @@
-//! Where a run takes place: three hosts in a row, and what lies between the entrance node and the cluster.
+//! Where a run takes place: three hosts in a row, and what lies between the entrance node and the
+//! cluster.
 
 use std::net::SocketAddr;
 
@@ -16,7 +17,8 @@ pub const PORT: u16 = 443;
 pub enum Kind {
     /// Two veth links with an MTU of 1500.
     Veth,
-    /// The entrance node and the cluster node in a real tailnet: tailscaled on both, WireGuard between them.
+    /// The entrance node and the cluster node in a real tailnet: tailscaled on both, WireGuard
+    /// between them.
     Tailnet,
 }
 
@@ -42,7 +44,6 @@ pub struct Network {
 }
 
 impl Network {
-    /// Makes them.
     pub fn new(kind: Kind) -> Result<Self> {
         let net = Net::new();
         for host in [&net.client, &net.entrance, &net.cluster] {

@@ -141,8 +141,8 @@ impl Options {
         }
     }
 
-    /// All cells in their order. In a round the subjects of a workload follow each other directly, for they are compared pair by pair; who comes first
-    /// differs from round to round.
+    /// All cells in their order. In a round the subjects of a workload follow each other directly,
+    /// for they are compared pair by pair; who comes first differs from round to round.
     fn plan(&self, subjects: &[Subject]) -> Vec<Step> {
         let rounds = self.rounds.map_or(if self.quick { QUICK_ROUNDS } else { ROUNDS }, usize::from);
         let mut plan = Vec::new();

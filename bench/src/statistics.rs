@@ -10,9 +10,7 @@ const RESAMPLES: usize = 4000;
 pub struct Summary {
     /// Middle of the rounds.
     pub median: f64,
-    /// Smallest.
     pub min: f64,
-    /// Largest.
     pub max: f64,
 }
 
@@ -34,7 +32,8 @@ pub fn summary(values: &[f64]) -> Option<Summary> {
     Some(Summary { median: median(&sorted)?, min: *sorted.first()?, max: *sorted.last()? })
 }
 
-/// The bootstrap of a statistic over rounds: rounds are drawn with replacement, each with all that was measured in it, so that what is paired stays paired.
+/// The bootstrap of a statistic over rounds: rounds are drawn with replacement, each with all that
+/// was measured in it, so that what is paired stays paired.
 ///
 /// The generator is seeded with a constant: the same rounds always give the same interval.
 pub fn bootstrap<R: Copy>(rounds: &[R], statistic: impl Fn(&[R]) -> Option<f64>) -> Option<Estimate> {
@@ -63,7 +62,8 @@ pub fn ratio(pairs: &[(f64, f64)]) -> Option<Estimate> {
     bootstrap(pairs, |drawn| median_of(drawn.iter().map(|(a, b)| a / b)))
 }
 
-/// What `a` costs beyond `base`, over what `b` does: the ratio of the two medians. Not the median of ratios, in which one small difference in a denominator decides.
+/// What `a` costs beyond `base`, over what `b` does: the ratio of the two medians. Not the median
+/// of ratios, in which one small difference in a denominator decides.
 pub fn attributable_ratio(rounds: &[(f64, f64, f64)]) -> Option<Estimate> {
     bootstrap(rounds, |drawn| {
         let a = median_of(drawn.iter().map(|(a, _, base)| a - base))?;

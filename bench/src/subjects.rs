@@ -1,7 +1,8 @@
 //! What is measured: how each subject is started and stopped, and what it is made of.
 //!
-//! Proxies listen on the entrance node's public address, know one server name, and forward to the server in the cluster with PROXY v2 where they can. The
-//! peers' configurations are the files in `peers/`.
+//! Proxies listen on the entrance node's public address, know one server name, and forward to the
+//! server in the cluster with PROXY v2 where they can. The peers' configurations are the files in
+//! `peers/`.
 
 use std::net::SocketAddr;
 use std::process::Command;
@@ -22,11 +23,10 @@ const SOZU: &str = include_str!("../peers/sozu.conf");
 /// The hard limit of file descriptors on the smallest machine that this is to run on.
 const NOFILE: &str = "20000";
 
-/// One subject.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Subject {
-    /// No proxy: the client is on the entrance node and connects to the server over the inner link. What every subject has in common, hence what is
-    /// subtracted for the attributable part.
+    /// No proxy: the client is on the entrance node and connects to the server over the inner link.
+    /// What every subject has in common, hence what is subtracted for the attributable part.
     Direct,
     /// Plain IP forwarding on the entrance node: what the two links cost.
     Forward,
@@ -91,10 +91,12 @@ impl Subject {
         }
     }
 
-    /// How many connections it can hold with the files that it may open, if that is fewer than a workload has.
+    /// How many connections it can hold with the files that it may open, if that is fewer than a
+    /// workload has.
     pub const fn most_connections(self) -> Option<usize> {
         match self {
-            // Two pipes for each connection, idle or not: six files, 3,333 connections for each of the two workers.
+            // Two pipes for each connection, idle or not: six files, 3,333 connections for each of
+            // the two workers.
             Self::Sozu => Some(6000),
             _ => None,
         }
@@ -110,7 +112,8 @@ impl Subject {
         ALL.into_iter().find(|subject| subject.name() == name)
     }
 
-    /// What it is, of which version, and what it cannot do; the error says why it cannot be had on this machine.
+    /// What it is, of which version, and what it cannot do; the error says why it cannot be had on
+    /// this machine.
     pub fn describe(self, network: &Network) -> Result<String> {
         let what = self.version(network)?;
         Ok(match self.most_connections() {

@@ -15,7 +15,8 @@ pub struct Workload {
     pub flows: &'static [(usize, Behaviour)],
     /// What costs are told for.
     pub unit: Unit,
-    /// How long it runs at least before the window opens; every connection must also have done [`Behaviour::warm_up`].
+    /// How long it runs at least before the window opens; every connection must also have done
+    /// [`Behaviour::warm_up`].
     pub warm_up: Duration,
     /// What is measured.
     pub window: Window,
@@ -55,7 +56,8 @@ pub enum Behaviour {
     Paced(u64, Duration),
     /// One exchange; then it is closed and opened anew.
     Reconnect,
-    /// Small messages for about a second and a half, then, in the window, one reply of [`BULK`] bytes.
+    /// Small messages for about a second and a half, then, in the window, one reply of [`BULK`]
+    /// bytes.
     ExchangeThenBulk,
     /// One exchange, then silence.
     Idle,
@@ -74,7 +76,6 @@ pub enum Step {
     AskInWindow(u64),
     /// Closes, and connects anew.
     Reopen,
-    /// Nothing.
     Rest,
 }
 
@@ -83,7 +84,8 @@ pub const BULK: u64 = 64 << 20;
 const EXCHANGES_BEFORE_BULK: u64 = 200;
 const PACE_BEFORE_BULK: Duration = Duration::from_micros(7500);
 
-/// `auto` moves a connection to the sockmap after 64 small messages and a second: more than that is not measured.
+/// `auto` moves a connection to the sockmap after 64 small messages and a second: more than that is
+/// not measured.
 const STEADY: u64 = 80;
 
 impl Behaviour {
@@ -133,7 +135,6 @@ impl Behaviour {
 }
 
 impl Workload {
-    /// All connections.
     pub fn connections(&self) -> usize {
         self.flows.iter().map(|(count, _)| count).sum()
     }
@@ -188,7 +189,8 @@ pub const ALL: &[Workload] = &[
         warm_up: ms(1500),
         window: Window::UntilDone,
     },
-    // The same load for every subject, so that what it costs can be compared: 3,200 exchanges and 52 MB a second.
+    // The same load for every subject, so that what it costs can be compared: 3,200 exchanges and
+    // 52 MB a second.
     Workload {
         name: "mix",
         flows: &[(16, Behaviour::Paced(MESSAGE as u64, ms(5))), (4, Behaviour::Paced(256 << 10, ms(20)))],

@@ -1,4 +1,5 @@
-//! Hello, route and PROXY header allocate nothing on the way of a connection, once the buffers are there that its bytes are kept in.
+//! Hello, route and PROXY header allocate nothing on the way of a connection, once the buffers are
+//! there that its bytes are kept in.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;

@@ -1,5 +1,6 @@
-//! The load, which checks every byte, through the sockmap. TCP joins what it brings again under no other load that was tried: 197 KB in one segment, of which the
-//! verdict program has to cut all off.
+//! The load, which checks every byte, through the sockmap. TCP joins what it brings again under no
+//! other load that was tried: 197 KB in one segment, of which the verdict program has to cut all
+//! off.
 
 use std::process::Command;
 

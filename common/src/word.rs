@@ -1,6 +1,7 @@
 //! Words of memory that kernel and daemon share, each written by one of them.
 //!
-//! For the daemon they are atomics. The BPF target has no 32-bit atomics; there an aligned load or store is one instruction, which is all that is needed.
+//! For the daemon they are atomics. The BPF target has no 32-bit atomics; there an aligned load or
+//! store is one instruction, which is all that is needed.
 
 use core::fmt;
 
@@ -12,13 +13,11 @@ macro_rules! word {
         pub struct $name(imp::$name);
 
         impl $name {
-            /// The value now.
             #[inline(always)]
             pub fn get(&self) -> $value {
                 imp::$name::get(&self.0)
             }
 
-            /// Replaces it.
             #[inline(always)]
             pub fn set(&self, value: $value) {
                 imp::$name::set(&self.0, value);
@@ -33,14 +32,8 @@ macro_rules! word {
     };
 }
 
-word!(
-    /// 32 bits.
-    Word, u32, AtomicU32
-);
-word!(
-    /// 64 bits.
-    Long, u64, AtomicU64
-);
+word!(Word, u32, AtomicU32);
+word!(Long, u64, AtomicU64);
 
 impl Long {
     /// Adds, says what was there before, and is a full memory barrier.
@@ -103,7 +96,8 @@ mod imp {
 
                 #[inline(always)]
                 pub fn set(&self, value: $value) {
-                    // SAFETY: as above, and the program writes under the lock of the socket that the word is about.
+                    // SAFETY: as above, and the program writes under the lock of the socket that
+                    // the word is about.
                     unsafe { write_volatile(self.0.get(), value) }
                 }
             }
@@ -120,8 +114,9 @@ mod imp {
         #[inline(always)]
         pub fn add(&self, value: u64) -> u64 {
             let old;
-            // SAFETY: an atomic instruction on an aligned word that is borrowed. With a result it is a full barrier (kernel: Documentation/bpf/standardization/
-            // instruction-set.rst, and net/bpf's JITs). `AtomicU64::fetch_add` does not compile for this target.
+            // SAFETY: an atomic instruction on an aligned word that is borrowed. With a result it
+            // is a full barrier (kernel: Documentation/bpf/standardization/ instruction-set.rst,
+            // and net/bpf's JITs). `AtomicU64::fetch_add` does not compile for this target.
             unsafe {
                 asm!("{old} = atomic_fetch_add((u64 *)({to} + 0), {old})", to = in(reg) self.0.get(), old = inout(reg) value => old);
             }

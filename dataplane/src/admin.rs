@@ -1,6 +1,8 @@
-//! Metrics and health over TCP, status and control over a unix socket: HTTP on a thread and a runtime of its own.
+//! Metrics and health over TCP, status and control over a unix socket: HTTP on a thread and a
+//! runtime of its own.
 //!
-//! Nothing here is on the way of a connection's bytes: it reads shared state, and asks other threads for what changes it.
+//! Nothing here is on the way of a connection's bytes: it reads shared state, and asks other
+//! threads for what changes it.
 
 use std::io;
 use std::net::TcpListener as StdTcpListener;
@@ -51,7 +53,8 @@ const PUBLIC: Bounds = Bounds { connections: AT_A_TIME, age: Duration::from_secs
 const CONTROL: Bounds =
     Bounds { connections: AT_A_TIME, age: Duration::from_secs(30), grace: Duration::from_secs(3600) };
 
-/// Serves until the process ends. Where `[admin] bind` could not be bound yet, its socket may be sent later.
+/// Serves until the process ends. Where `[admin] bind` could not be bound yet, its socket may be
+/// sent later.
 pub fn start(
     shared: Arc<Shared>,
     sockets: Sockets,
@@ -84,24 +87,45 @@ pub fn start(
     Ok(later)
 }
 
-/// Binds the control socket. A file left behind by a dead daemon is replaced, a live daemon's is not.
+/// Binds the control socket. A socket left behind by a dead daemon is replaced. A live one is not,
+/// and neither is anything that is no socket.
+///
+/// # Errors
+/// `AddrInUse`: somebody else has the socket. `AlreadyExists`: something else lies there.
 pub fn bind_unix(path: &Path) -> io::Result<StdUnixListener> {
     if let Some(parent) = path.parent() {
-        std::fs::create_dir_all(parent)?;
+        std::fs::create_dir_all(parent)
+            .map_err(|error| io::Error::new(error.kind(), format!("the folder {}: {error}", parent.display())))?;
     }
-    match StdUnixStream::connect(path) {
-        Ok(_) => return Err(io::Error::new(io::ErrorKind::AddrInUse, "another daemon answers on it")),
-        // A regular file refuses too, and is not ours to remove.
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused && is_socket(path)? => std::fs::remove_file(path)?,
-        Err(_) => {}
+    if let Ok(there) = std::fs::symlink_metadata(path) {
+        let kind = there.file_type();
+        if !kind.is_socket() {
+            let what = match () {
+                () if kind.is_dir() => "a folder",
+                () if kind.is_symlink() => "a symbolic link",
+                () => "a file that is no socket",
+            };
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, format!("{what} is there")));
+        }
+        match StdUnixStream::connect(path) {
+            Ok(_) => return Err(io::Error::new(io::ErrorKind::AddrInUse, "another daemon answers on it")),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)?,
+            Err(error) => {
+                let text = format!("another program has a socket there, which cannot be asked: {error}");
+                return Err(io::Error::new(io::ErrorKind::AddrInUse, text));
+            }
+        }
     }
     let listener = StdUnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
     Ok(listener)
 }
 
-fn is_socket(path: &Path) -> io::Result<bool> {
-    Ok(std::fs::symlink_metadata(path)?.file_type().is_socket())
+/// Removes the control socket, or leaves alone what lies in its place by now.
+pub fn remove_unix(path: &Path) {
+    if std::fs::symlink_metadata(path).is_ok_and(|there| there.file_type().is_socket()) {
+        let _ = std::fs::remove_file(path);
+    }
 }
 
 /// What anybody who reaches the address may see.
@@ -125,7 +149,7 @@ fn control(app: App) -> Router {
 }
 
 async fn metrics(State(app): State<App>) -> Response {
-    app.shared.metrics.sockmap_backlog.set(app.shared.registry.collect() as i64);
+    app.shared.metrics.engine.backlog.set(app.shared.registry.collect() as i64);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], app.shared.metrics.render()).into_response()
 }
 
@@ -134,7 +158,9 @@ async fn ready(State(app): State<App>) -> (StatusCode, String) {
         return (StatusCode::SERVICE_UNAVAILABLE, "draining\n".to_owned());
     }
     let waiting = app.shared.waiting.lock().expect("no panic while held");
-    let text = waiting.iter().map(|waiting| format!("not listening on {} ({}) yet\n", waiting.addr, waiting.role));
+    let text = waiting
+        .iter()
+        .map(|waiting| format!("not listening on {} ({}) yet: {}\n", waiting.addr, waiting.role, waiting.reason()));
     let listeners = app.shared.generation.load().config.listeners.iter().map(|l| l.bind.len()).sum::<usize>();
     let missing = waiting.iter().filter(|waiting| matches!(waiting.role, Role::Listener(_))).count();
     // Whatever else is missing, clients are served.
@@ -199,7 +225,7 @@ fn status(shared: &Shared) -> Value {
         "config": {
             "hash": config.hash,
             "path": config.source.path,
-            "commit": config.source.commit,
+            "commit": config.source.revision,
             "loaded_at": unix_seconds(generation.loaded_at),
             "last_success": load.last_success.map(unix_seconds),
             "last_error": failure.map(|failure| &failure.text),
@@ -215,7 +241,7 @@ fn status(shared: &Shared) -> Value {
         "waiting": shared.waiting.lock().expect("no panic while held").iter().map(|waiting| json!({
             "address": waiting.addr.to_string(),
             "for": waiting.role.to_string(),
-            "reason": "this machine does not have the address yet",
+            "reason": waiting.reason(),
         })).collect::<Vec<_>>(),
         "listeners": config.listeners.iter().map(|l| json!({
             "name": l.name,
@@ -250,4 +276,45 @@ fn status(shared: &Shared) -> Value {
             "kernel_memory": limits.kernel_memory,
         },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixDatagram;
+
+    use super::*;
+
+    #[test]
+    fn what_is_no_dead_socket_is_left_where_it_is_and_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        std::fs::create_dir(path("folder")).unwrap();
+        std::fs::write(path("file"), "text").unwrap();
+        drop(StdUnixListener::bind(path("dead")).unwrap());
+        for (link, to) in [("link", "dead"), ("dangling", "nothing")] {
+            std::os::unix::fs::symlink(path(to), path(link)).unwrap();
+        }
+        let _live = StdUnixListener::bind(path("live")).unwrap();
+        let _other = UnixDatagram::bind(path("other")).unwrap();
+        for (name, kind, why) in [
+            ("folder", io::ErrorKind::AlreadyExists, "a folder is there"),
+            ("file", io::ErrorKind::AlreadyExists, "a file that is no socket is there"),
+            ("link", io::ErrorKind::AlreadyExists, "a symbolic link is there"),
+            ("dangling", io::ErrorKind::AlreadyExists, "a symbolic link is there"),
+            ("file/below", io::ErrorKind::AlreadyExists, "the folder "),
+            ("live", io::ErrorKind::AddrInUse, "another daemon answers on it"),
+            ("other", io::ErrorKind::AddrInUse, "another program has a socket there"),
+        ] {
+            let error = bind_unix(&path(name)).unwrap_err();
+            assert!(error.kind() == kind && error.to_string().contains(why), "{name}: {error:?}");
+            remove_unix(&path("folder"));
+            remove_unix(&path("file"));
+            remove_unix(&path("link"));
+            let is_there = std::fs::symlink_metadata(path(name)).is_ok() || name.contains('/');
+            assert!(is_there, "{name} was removed");
+        }
+        drop(bind_unix(&path("dead")).unwrap());
+        remove_unix(&path("dead"));
+        assert!(!path("dead").exists());
+    }
 }

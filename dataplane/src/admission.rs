@@ -18,13 +18,13 @@ pub struct Admission {
     lobby: Mutex<Lobby>,
 }
 
-/// A connection's place in the total.
+/// A permit to be one of all connections.
 #[derive(Debug)]
-pub struct Place(Arc<Admission>);
+pub struct Permit(Arc<Admission>);
 
-/// A connection's place among its client's.
+/// A connection's permit among its client's.
 #[derive(Debug)]
-pub struct ClientPlace {
+pub struct ClientPermit {
     admission: Arc<Admission>,
     client: IpAddr,
 }
@@ -80,8 +80,7 @@ impl Admission {
     /// gives way: a client that means it sends its hello at once. `None`: who the client is comes later, in a PROXY header.
     pub fn enter_lobby(self: &Arc<Self>, client: Option<IpAddr>) -> Guest {
         let client = client.map(client_key);
-        let most = (self.max() / 2).max(FEWEST);
-        let most_of_client = (most / 16).max(FEWEST);
+        let (most, most_of_client) = ((self.max() / 2).max(FEWEST), self.share_of_client());
         let leave = Arc::new(Notify::new());
         let mut lobby = self.lobby.lock().expect("no panic while held");
         let number = lobby.next;
@@ -107,6 +106,11 @@ impl Admission {
         Guest { admission: self.clone(), number, leave }
     }
 
+    /// How many of one client may be in a state in which nothing has come of them yet.
+    pub fn share_of_client(&self) -> usize {
+        (self.max() / 32).max(FEWEST)
+    }
+
     /// The most that may be open at once.
     pub fn max(&self) -> usize {
         self.max.load(SeqCst)
@@ -117,14 +121,14 @@ impl Admission {
         self.open.load(SeqCst)
     }
 
-    /// A place in the total, if one is free.
-    pub fn enter(self: &Arc<Self>) -> Option<Place> {
-        let place = Place(self.clone());
-        (self.open.fetch_add(1, SeqCst) < self.max()).then_some(place)
+    /// A permit, if one is free.
+    pub fn enter(self: &Arc<Self>) -> Option<Permit> {
+        let permit = Permit(self.clone());
+        (self.open.fetch_add(1, SeqCst) < self.max()).then_some(permit)
     }
 
-    /// A place among the connections of one client, of which there may be `max`.
-    pub fn enter_client(self: &Arc<Self>, client: IpAddr, max: u32) -> Option<ClientPlace> {
+    /// A permit for a connection of one client, which may have `max`.
+    pub fn enter_client(self: &Arc<Self>, client: IpAddr, max: u32) -> Option<ClientPermit> {
         let client = client_key(client);
         let mut clients = self.clients.lock().expect("no panic while held");
         let count = clients.entry(client).or_insert(0);
@@ -132,7 +136,7 @@ impl Admission {
             return None;
         }
         *count += 1;
-        Some(ClientPlace { admission: self.clone(), client })
+        Some(ClientPermit { admission: self.clone(), client })
     }
 }
 
@@ -142,13 +146,13 @@ impl Drop for Guest {
     }
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
         self.0.open.fetch_sub(1, SeqCst);
     }
 }
 
-impl Drop for ClientPlace {
+impl Drop for ClientPermit {
     fn drop(&mut self) {
         let mut clients = self.admission.clients.lock().expect("no panic while held");
         if let Some(count) = clients.get_mut(&self.client) {
@@ -199,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn a_place_is_free_again_when_it_is_dropped() {
+    fn a_permit_is_free_again_when_it_is_dropped() {
         let admission = Arc::new(Admission::default());
         admission.set_max(1);
         let first = admission.enter().unwrap();

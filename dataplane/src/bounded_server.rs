@@ -1,5 +1,5 @@
-//! HTTP/1 on a listener, within bounds: so many connections at a time, each for so long. When all places are taken the oldest connection gives way, so that
-//! idle ones keep nobody out.
+//! HTTP/1 on a listener, within bounds: so many connections at a time, each for so long. When all
+//! places are taken the oldest connection gives way, so that idle ones keep nobody out.
 //!
 //! It must not know what is served.
 
@@ -35,12 +35,9 @@ pub struct Bounds {
     pub grace: Duration,
 }
 
-/// A listening socket.
 pub trait Listen {
-    /// Its connections.
     type Io: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 
-    /// The next connection.
     fn accept(&self) -> impl Future<Output = io::Result<Self::Io>> + Send;
 }
 

@@ -14,12 +14,13 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::{timeout, timeout_at};
 
-use crate::admission::{ClientPlace, Place};
+use crate::admission::{ClientPermit, Permit};
 use crate::config::{Listener, Mode, SendProxy};
-use crate::engine::{self, Effective, End, First, Kind, Pair, Side, Timeouts, Traffic, answer};
+use crate::engine::{self, End, First, Kind, Pair, Selection, Side, Timeouts, Traffic, answer};
 use crate::generation::{Destination, Generation, Listed};
 use crate::hello::{Input, Machine, Progress, ServerName};
 use crate::http;
+use crate::kernel::socket;
 use crate::logging::unix_seconds;
 use crate::loops;
 use crate::proxy_protocol::{self, Decoded, Header};
@@ -27,9 +28,8 @@ use crate::registry::{Entry, Record, Removal};
 use crate::reject::Reason;
 use crate::route::Pattern;
 use crate::shared::Shared;
-use crate::socket;
-use crate::upstream::dial::Dial;
-use crate::upstream::{Lease, Pool, Target};
+use crate::upstream::connect::Dial;
+use crate::upstream::{Dialled, Lease, Pool, Target};
 
 /// Room for a PROXY header and the usual hello behind it.
 const FIRST_READ: usize = 2048;
@@ -37,8 +37,10 @@ const FIRST_READ: usize = 2048;
 /// How long a hello of which bytes are there may take to be read when its connection has to give way.
 const LATE: Duration = Duration::from_secs(2);
 
-/// Connections on a listener of mode `tcp` that may come from the address of one of its own targets at a time. NAT that changes ports hides whether they are ours.
-const FROM_A_TARGET: usize = 64;
+/// Connections of one client on a listener of mode `tcp` that may wait for their first byte before they are taken for a loop: a
+/// client's share of what has come to nothing yet, within these bounds. Where it has the address of a target, which makes a loop
+/// likely, the lower one. See [`loops`].
+const UNANSWERED: std::ops::RangeInclusive<usize> = 64..=1024;
 
 /// What of the offered protocols is kept and logged, bytes: browsers offer `h2,http/1.1`.
 const ALPN_TEXT: usize = 100;
@@ -51,20 +53,35 @@ pub struct Accepted {
     pub peer: SocketAddr,
     /// Index of the listener.
     pub listener: usize,
-    /// Its place in the total.
-    pub place: Place,
+    /// Its permit among all.
+    pub permit: Permit,
+}
+
+/// When a connection was accepted.
+#[derive(Debug, Clone, Copy)]
+struct Start {
+    /// For people.
+    wall: SystemTime,
+    /// For durations and deadlines.
+    at: Instant,
+}
+
+impl Start {
+    fn now() -> Self {
+        Self { wall: SystemTime::now(), at: Instant::now() }
+    }
 }
 
 /// Serves one connection to its end.
 pub async fn serve(shared: Arc<Shared>, generation: Arc<Generation>, accepted: Accepted) {
     // In a box of its own: what is needed only to get here is freed before the connection's long life begins.
     let established = Box::pin(establish(shared, generation, accepted)).await;
-    let Some(Established { engine, pair, timeouts, entry, places, mut lease }) = established else { return };
+    let Some(Established { engine, pair, timeouts, entry, permits, mut lease }) = established else { return };
     let traffic = entry.record.traffic.clone();
     let end = {
         let forward = async {
             match &engine {
-                Some(engine) => engine::forward(engine, pair, timeouts, &traffic).await,
+                Some(engine) => engine::forward(&engine.plan, pair, timeouts, &traffic).await,
                 None => Box::pin(answer::run(pair, timeouts, &traffic)).await,
             }
         };
@@ -81,20 +98,20 @@ pub async fn serve(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
         }
     };
     // What the port for challenges does says nothing of the target.
-    if engine.is_some() && end == End::Reset(Side::Upstream) && traffic.look().to_client == [0, 0] {
+    if engine.is_some() && end == End::Reset(Side::Upstream) && traffic.look().is_unanswered() {
         lease.reset_early();
     }
-    drop((places, lease));
+    drop((permits, lease));
     entry.finish(end);
 }
 
 struct Established {
     /// `None`: one request, one answer.
-    engine: Option<Arc<Effective>>,
+    engine: Option<Arc<Selection>>,
     pair: Pair,
     timeouts: Timeouts,
     entry: Entry,
-    places: (Place, Option<ClientPlace>, Option<loops::Guard>),
+    permits: (Permit, Option<ClientPermit>, Option<loops::Guard>),
     lease: Lease,
 }
 
@@ -114,7 +131,7 @@ struct Client {
     alpn_text: Option<Box<str>>,
     /// Bytes read and not yet passed on.
     read: Vec<u8>,
-    /// Its hello, while the connection lasts.
+    /// What tells whether it has come back to us, while the connection lasts.
     in_flight: Option<loops::Guard>,
 }
 
@@ -127,151 +144,220 @@ enum Purpose {
     Redirect(Vec<u8>),
 }
 
-async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: Accepted) -> Option<Established> {
-    let Accepted { stream, peer, listener: index, place } = accepted;
-    let start = (SystemTime::now(), Instant::now());
-    let listener = &generation.config.listeners[index];
-    let limits = &generation.config.limits;
+/// A connection on its way to a target: what its four steps know, and one way to reject it.
+struct Arrival {
+    shared: Arc<Shared>,
+    generation: Arc<Generation>,
+    listener: usize,
+    stream: TcpStream,
+    peer: SocketAddr,
+    start: Start,
+    permit: Permit,
+    client: Client,
+}
 
-    let mut client = Client {
-        address: peer,
-        server: stream.local_addr().unwrap_or(listener.bind[0].addr),
-        server_name: None,
-        bad_name: None,
-        unique_id: None,
-        alpn: None,
-        alpn_text: None,
-        read: Vec::new(),
-        in_flight: None,
-    };
-    let is_proxied = contains(&listener.accept_proxy, peer.ip());
-    let preread = async {
-        let mut client_place = None;
-        if is_proxied {
-            proxy_header(&stream, &mut client).await?;
+/// What the preread found.
+struct Preread {
+    purpose: Purpose,
+    permit: Option<ClientPermit>,
+}
+
+/// Where a connection goes.
+struct Decision {
+    destination: Destination,
+    listed: Listed,
+    /// For a request and its answer: another port than the target's.
+    challenge_port: Option<u16>,
+    permit: Option<ClientPermit>,
+}
+
+/// `None`: it was rejected or answered here.
+async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: Accepted) -> Option<Established> {
+    let mut arrival = Arrival::new(shared, generation, accepted);
+    match arrival.find_target().await {
+        Ok(found) => found.map(|(decision, first, dialled)| arrival.register(decision, first, dialled)),
+        Err(reason) => {
+            arrival.reject(reason);
+            None
         }
-        let address = client.address.ip();
-        if contains(&listener.deny, address) || !(listener.allow.is_empty() || contains(&listener.allow, address)) {
-            return Err(Reason::ClientDenied);
-        }
-        if limits.max_connections_per_client > 0 {
-            let entered = shared.admission.enter_client(address, limits.max_connections_per_client);
-            client_place = Some(entered.ok_or(Reason::ClientLimit)?);
-        }
-        let purpose = match listener.mode {
-            Mode::Tcp { .. } => {
-                let destination = generation.by_tcp_listener(index);
-                refuse_own(&shared, &destination.pool, &listener.name, peer)?;
-                Purpose::Forward(destination, Listed::ByListener)
-            }
-            Mode::Tls => {
-                let (route, pattern) = hello_route(&stream, &mut client, &generation, index, start.1, &shared).await?;
-                Purpose::Forward(generation.by_route(route), Listed::ByRoute(pattern))
-            }
-            Mode::Http { acme_port } => {
-                http_request(&stream, &mut client, &generation, index, acme_port, &shared).await?
-            }
+    }
+}
+
+impl Arrival {
+    fn new(shared: Arc<Shared>, generation: Arc<Generation>, accepted: Accepted) -> Self {
+        let Accepted { stream, peer, listener, permit } = accepted;
+        let server = stream.local_addr().unwrap_or(generation.config.listeners[listener].bind[0].addr);
+        let client = Client {
+            address: peer,
+            server,
+            server_name: None,
+            bad_name: None,
+            unique_id: None,
+            alpn: None,
+            alpn_text: None,
+            read: Vec::new(),
+            in_flight: None,
         };
-        Ok((purpose, client_place))
-    };
-    let deadline = (start.1 + limits.hello_timeout).into();
-    let guest = shared.admission.enter_lobby((!is_proxied).then(|| peer.ip()));
-    let routed = {
-        let mut preread = std::pin::pin!(timeout_at(deadline, preread));
+        Self { shared, generation, listener, stream, peer, start: Start::now(), permit, client }
+    }
+
+    async fn find_target(&mut self) -> Result<Option<(Decision, First, Dialled)>, Reason> {
+        let preread = self.preread().await?;
+        let Some(decision) = self.decide(preread).await else { return Ok(None) };
+        let (first, dialled) = self.dial(&decision).await?;
+        Ok(Some((decision, first, dialled)))
+    }
+
+    fn config(&self) -> &Listener {
+        &self.generation.config.listeners[self.listener]
+    }
+
+    fn deadline(&self) -> Instant {
+        self.start.at + self.generation.config.limits.hello_timeout
+    }
+
+    /// Reads what tells where the connection wants to go, before the deadline and for as long as no newer one needs its place.
+    async fn preread(&mut self) -> Result<Preread, Reason> {
+        let deadline = self.deadline().into();
+        let is_proxied = contains(&self.config().accept_proxy, self.peer.ip());
+        let guest = self.shared.admission.enter_lobby((!is_proxied).then(|| self.peer.ip()));
+        let Self { shared, generation, listener: index, stream, peer, start, client, .. } = self;
+        let (index, listener) = (*index, &generation.config.listeners[*index]);
+        let limits = &generation.config.limits;
+        let read = async {
+            if is_proxied {
+                proxy_header(stream, client).await?;
+            }
+            let ip = client.address.ip();
+            if contains(&listener.deny, ip) || !(listener.allow.is_empty() || contains(&listener.allow, ip)) {
+                return Err(Reason::ClientDenied);
+            }
+            let permit = match limits.max_connections_per_client {
+                0 => None,
+                max => Some(shared.admission.enter_client(ip, max).ok_or(Reason::ClientLimit)?),
+            };
+            let purpose = match listener.mode {
+                Mode::Tcp { .. } => {
+                    let destination = generation.by_tcp_listener(index);
+                    let guard = refuse_own(shared, &destination.pool, &listener.name, *peer, ip)?;
+                    client.in_flight = Some(guard);
+                    Purpose::Forward(destination, Listed::ByListener)
+                }
+                Mode::Tls => {
+                    let (route, pattern) = hello_route(stream, client, generation, index, start.at, shared).await?;
+                    Purpose::Forward(generation.by_route(route), Listed::ByRoute(pattern))
+                }
+                Mode::Http { acme_port } => http_request(stream, client, generation, index, acme_port, shared).await?,
+            };
+            Ok(Preread { purpose, permit })
+        };
+        let mut read = std::pin::pin!(timeout_at(deadline, read));
         tokio::select! {
             biased;
-            routed = &mut preread => routed.unwrap_or(Err(Reason::Timeout)),
+            read = &mut read => read.unwrap_or(Err(Reason::Timeout)),
             // Newer ones want its place. What has come is looked at first: this worker may be late.
-            () = guest.gives_way() => match rustix::io::ioctl_fionread(&stream) {
-                Ok(1..) => timeout(LATE, preread).await.map_or(Err(Reason::TotalLimit), |routed| {
-                    routed.unwrap_or(Err(Reason::Timeout))
-                }),
+            () = guest.gives_way() => match rustix::io::ioctl_fionread(&*stream) {
+                Ok(1..) => match timeout(LATE, read).await {
+                    Ok(read) => read.unwrap_or(Err(Reason::Timeout)),
+                    Err(_) => Err(Reason::TotalLimit),
+                },
                 _ => Err(Reason::TotalLimit),
             },
         }
-    };
-    drop(guest);
-    let (purpose, client_place) = match routed {
-        Ok(routed) => routed,
-        Err(reason) => {
-            let name = client.server_name.as_deref().or(client.bad_name.as_deref());
-            reject(&shared, &generation, index, &stream, client.address, name, reason, start);
-            return None;
-        }
-    };
-    let (Destination { route, pool, metrics }, listed, port) = match purpose {
-        Purpose::Forward(destination, listed) => (destination, listed, None),
-        Purpose::Challenge(destination, listed, port) => (destination, listed, Some(port)),
-        Purpose::Redirect(answer) => {
-            generation.listener_metrics[index].redirected.inc();
-            if shared.rejections.admits(None) {
-                log_redirect(listener, &client, start);
+    }
+
+    /// Answers what is answered here; `None`: it was.
+    async fn decide(&self, Preread { purpose, permit }: Preread) -> Option<Decision> {
+        let (destination, listed, challenge_port) = match purpose {
+            Purpose::Forward(destination, listed) => (destination, listed, None),
+            Purpose::Challenge(destination, listed, port) => (destination, listed, Some(port)),
+            Purpose::Redirect(answer) => {
+                self.generation.listener_metrics[self.listener].redirected.inc();
+                if self.shared.rejections.admits(None) {
+                    log_redirect(self.config(), &self.client, self.start);
+                }
+                // Whether the client takes its answer is its own affair; it has as long as it had for its request.
+                let _ = timeout_at(self.deadline().into(), redirect(&self.stream, &answer)).await;
+                return None;
             }
-            // Whether the client takes its answer is its own affair; it has as long as it had for its request.
-            let _ = timeout_at(deadline, redirect(&stream, &answer)).await;
-            return None;
-        }
-    };
-
-    let first = first_bytes(&shared, pool.config.send_proxy, &client);
-    let dial =
-        Dial { client: client.address, own: generation.own.clone(), port, speaks_first: !first.bytes.is_empty() };
-    let dialled = tokio::select! {
-        biased;
-        dialled = pool.dial(dial) => dialled,
-        // Only a reset ends the attempt: a client that has sent FIN may still want its answer.
-        _ = stream.ready(Interest::ERROR) => Err(Reason::ClosedEarly),
-    };
-    let dialled = match dialled {
-        Ok(dialled) => dialled,
-        Err(reason) => {
-            reject(&shared, &generation, index, &stream, client.address, client.server_name.as_deref(), reason, start);
-            return None;
-        }
-    };
-
-    let traffic = Arc::new(match port {
-        None => Traffic::new(&generation.engine),
-        Some(_) => Traffic::by(Kind::Copy),
-    });
-    if let Some(in_flight) = &client.in_flight {
-        in_flight.sent(dialled.lease.of(), &traffic);
+        };
+        Some(Decision { destination, listed, challenge_port, permit })
     }
-    let is_tcp = matches!(listener.mode, Mode::Tcp { .. });
-    let dialled_from = if is_tcp { dialled.stream.local_addr().ok().map(|local| local.port()) } else { None };
-    let record = Record {
-        start: start.0,
-        accepted: start.1,
-        client: client.address,
-        listener: listener.name.clone(),
-        server_name: client.server_name.as_deref().map(Into::into),
-        alpn: client.alpn_text.take(),
-        route,
-        upstream: pool.config.name.clone(),
-        target: dialled.lease.target().clone(),
-        listed,
-        legs: (peer.ip().to_canonical(), dialled_from),
-        traffic,
-        removal: Removal::default(),
-    };
-    let entry = shared.registry.enter(record, metrics);
-    // A reload that came meanwhile has not seen it.
-    let in_force = shared.generation.load();
-    if !Arc::ptr_eq(&in_force, &generation) {
-        entry.record.judge(&in_force);
+
+    /// Connects to a target; with it, what that gets to read first.
+    async fn dial(&self, decision: &Decision) -> Result<(First, Dialled), Reason> {
+        let pool = &decision.destination.pool;
+        let first = first_bytes(&self.shared, pool.config.send_proxy, &self.client);
+        let dial = Dial {
+            client: self.client.address,
+            own: self.generation.own.clone(),
+            port: decision.challenge_port,
+            speaks_first: !first.bytes.is_empty(),
+            is_probe: false,
+        };
+        let dialled = tokio::select! {
+            biased;
+            dialled = pool.dial(dial) => dialled?,
+            // Only a reset ends the attempt: a client that has sent FIN may still want its answer.
+            _ = self.stream.ready(Interest::ERROR) => return Err(Reason::ClosedEarly),
+        };
+        Ok((first, dialled))
     }
-    Some(Established {
-        engine: port.is_none().then(|| generation.engine.clone()),
-        pair: Pair { client: stream, upstream: dialled.stream, first },
-        timeouts: Timeouts {
-            idle: limits.idle_timeout,
-            half_closed: limits.half_closed_timeout,
-            dead_peer: limits.dead_peer_timeout,
-        },
-        entry,
-        places: (place, client_place, client.in_flight),
-        lease: dialled.lease,
-    })
+
+    /// Enters it among the live connections.
+    fn register(self, decision: Decision, first: First, dialled: Dialled) -> Established {
+        let Self { shared, generation, listener, stream, start, permit, client, .. } = self;
+        let Decision { destination: Destination { route, pool, metrics }, listed, challenge_port, .. } = decision;
+        let listener = &generation.config.listeners[listener];
+        let is_challenge = challenge_port.is_some();
+        let traffic = Arc::new(Traffic::by(if is_challenge { Kind::Copy } else { generation.engine.plan.relay }));
+        if let Some(in_flight) = &client.in_flight {
+            in_flight.sent(dialled.lease.of(), &traffic);
+        }
+        let is_tcp = matches!(listener.mode, Mode::Tcp { .. });
+        let legs =
+            || Some((dialled.stream.local_addr().ok()?.port(), dialled.stream.peer_addr().ok()?.ip().to_canonical()));
+        let record = Record {
+            start: start.wall,
+            accepted: start.at,
+            client: client.address,
+            listener: listener.name.clone(),
+            server_name: client.server_name.as_deref().map(Into::into),
+            alpn: client.alpn_text,
+            route,
+            upstream: pool.config.name.clone(),
+            target: dialled.lease.target().clone(),
+            listed,
+            dialled: if is_tcp { legs() } else { None },
+            traffic,
+            removal: Removal::default(),
+        };
+        let entry = shared.registry.enter(record, metrics);
+        // A reload that came meanwhile has not seen it.
+        let in_force = shared.generation.load();
+        if !Arc::ptr_eq(&in_force, &generation) {
+            entry.record.judge(&in_force);
+        }
+        let limits = &generation.config.limits;
+        Established {
+            engine: (!is_challenge).then(|| generation.engine.clone()),
+            pair: Pair { client: stream, upstream: dialled.stream, first },
+            timeouts: Timeouts {
+                idle: limits.idle_timeout,
+                half_closed: limits.half_closed_timeout,
+                dead_peer: limits.dead_peer_timeout,
+            },
+            entry,
+            permits: (permit, decision.permit, client.in_flight),
+            lease: dialled.lease,
+        }
+    }
+
+    fn reject(&self, reason: Reason) {
+        let Self { shared, generation, listener, stream, client, start, .. } = self;
+        let name = client.server_name.as_deref().or(client.bad_name.as_deref());
+        reject(shared, generation, *listener, stream, (client.address, name), reason, *start);
+    }
 }
 
 fn came_back(target: &Target) -> Reason {
@@ -279,13 +365,27 @@ fn came_back(target: &Target) -> Reason {
     Reason::Loop
 }
 
-/// Refuses a connection without a hello that may be one of our own which came back: it comes from an address of a target and from a port that we have dialled
-/// from, as 1:1 NAT leaves it, or is one of many from there.
-fn refuse_own(shared: &Shared, pool: &Pool, listener: &str, peer: SocketAddr) -> Result<(), Reason> {
+/// Refuses a connection without a hello that may be one of our own which came back: it comes from the very address that we have
+/// dialled and the port that we have dialled it from, as 1:1 NAT leaves both; or it is one too many of its client that wait for
+/// their first byte.
+fn refuse_own(
+    shared: &Shared,
+    pool: &Pool,
+    listener: &str,
+    peer: SocketAddr,
+    client: IpAddr,
+) -> Result<loops::Guard, Reason> {
     let ip = peer.ip().to_canonical();
-    let Some(target) = pool.targets().iter().find(|target| target.has_address(ip)) else { return Ok(()) };
-    let (count, ours) = shared.registry.from(listener, ip, peer.port());
-    if ours || count >= FROM_A_TARGET { Err(came_back(target)) } else { Ok(()) }
+    let target = pool.targets().iter().find(|target| target.has_address(ip));
+    if let Some(target) = target
+        && shared.registry.awaits((peer.port(), ip))
+    {
+        return Err(came_back(target));
+    }
+    let (fewest, most) = UNANSWERED.into_inner();
+    let most = if target.is_some() { fewest } else { shared.admission.share_of_client().clamp(fewest, most) };
+    let id = shared.next_id.fetch_add(1, Relaxed);
+    shared.in_flight.connection(listener, client.to_canonical(), id, most).map_err(|target| came_back(&target))
 }
 
 /// Reads a PROXY header; what follows it stays in `client.read`.
@@ -336,7 +436,7 @@ async fn hello_route(
                 return Err(reason);
             }
             Progress::Hello(hello) => {
-                shared.metrics.hello_duration.observe(accepted.elapsed().as_secs_f64());
+                shared.metrics.listen.hello_duration.observe(accepted.elapsed().as_secs_f64());
                 client.server_name = hello.server_name;
                 // Nothing of a stranger's list is copied before its name is found.
                 let found = generation.table.find(listener, hello.server_name.as_deref(), hello.alpn.clone())?;
@@ -470,20 +570,18 @@ pub fn refuse(
     peer: SocketAddr,
     reason: Reason,
 ) {
-    reject(shared, generation, listener, stream, peer, None, reason, (SystemTime::now(), Instant::now()));
+    reject(shared, generation, listener, stream, (peer, None), reason, Start::now());
 }
 
 /// Counts, logs, answers, closes.
-#[expect(clippy::too_many_arguments, reason = "all that is known of a connection that never was")]
 fn reject(
     shared: &Shared,
     generation: &Generation,
     listener: usize,
     stream: &TcpStream,
-    client: SocketAddr,
-    server_name: Option<&str>,
+    (client, server_name): (SocketAddr, Option<&str>),
     reason: Reason,
-    start: (SystemTime, Instant),
+    start: Start,
 ) {
     generation.listener_metrics[listener].rejected(reason).inc();
     let listener = &generation.config.listeners[listener];
@@ -513,20 +611,14 @@ fn close_rejected(stream: &TcpStream, alert: Option<u8>) {
     socket::close_with_fin(stream);
 }
 
-fn log_rejection(
-    listener: &Listener,
-    client: SocketAddr,
-    server_name: Option<&str>,
-    reason: Reason,
-    start: (SystemTime, Instant),
-) {
+fn log_rejection(listener: &Listener, client: SocketAddr, server_name: Option<&str>, reason: Reason, start: Start) {
     macro_rules! log {
         ($level:expr) => {
             tracing::event!(
                 target: "access",
                 $level,
-                start = unix_seconds(start.0),
-                duration = start.1.elapsed().as_secs_f64(),
+                start = unix_seconds(start.wall),
+                duration = start.at.elapsed().as_secs_f64(),
                 %client,
                 listener = &*listener.name,
                 server_name = server_name.unwrap_or_default(),
@@ -537,11 +629,11 @@ fn log_rejection(
     if reason == Reason::ClosedEarly { log!(tracing::Level::DEBUG) } else { log!(tracing::Level::INFO) }
 }
 
-fn log_redirect(listener: &Listener, client: &Client, start: (SystemTime, Instant)) {
+fn log_redirect(listener: &Listener, client: &Client, start: Start) {
     tracing::info!(
         target: "access",
-        start = unix_seconds(start.0),
-        duration = start.1.elapsed().as_secs_f64(),
+        start = unix_seconds(start.wall),
+        duration = start.at.elapsed().as_secs_f64(),
         client = %client.address,
         listener = &*listener.name,
         server_name = client.server_name.as_deref().unwrap_or_default(),

@@ -1,6 +1,7 @@
 //! One configuration in force: tables built from it, and the handles that connections need.
 //!
-//! A connection keeps the generation that it was accepted under until its end; a reload makes a new one beside it.
+//! A connection keeps the generation that it was accepted under until its end; a reload makes a new
+//! one beside it.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -8,18 +9,19 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::config::{Config, Mode};
-use crate::engine::Effective;
-use crate::metrics::{ListenerMetrics, Metrics, RouteMetrics};
+use crate::engine::Selection;
+use crate::listen::metrics::ListenerMetrics;
+use crate::metrics::Metrics;
+use crate::registry::metrics::RouteMetrics;
 use crate::route::{Pattern, Table};
 use crate::upstream::Pool;
 use crate::upstream::inventory::Inventory;
 
-/// See the module.
 pub struct Generation {
     /// What the owner wrote.
     pub config: Config,
     /// What carries bytes.
-    pub engine: Arc<Effective>,
+    pub engine: Arc<Selection>,
     /// Host names to routes.
     pub table: Table,
     /// By index of the upstream.
@@ -44,7 +46,6 @@ pub struct Generation {
 pub struct Destination {
     /// Name of the route, or of the listener.
     pub route: Arc<str>,
-    /// Where to dial.
     pub pool: Arc<Pool>,
     /// What to count with.
     pub metrics: Arc<RouteMetrics>,
@@ -61,7 +62,7 @@ pub enum Listed {
 
 impl Generation {
     /// Builds it; upstreams that `previous` had too keep the state of their targets.
-    pub fn new(config: Config, engine: Effective, previous: Option<&Self>, metrics: &Metrics) -> Self {
+    pub fn new(config: Config, engine: Selection, previous: Option<&Self>, metrics: &Metrics) -> Self {
         let known: HashMap<&str, &Pool> =
             previous.iter().flat_map(|p| &p.pools).map(|pool| (&*pool.config.name, &**pool)).collect();
         let inventory = previous.map_or_else(Arc::default, |p| p.inventory.clone());
@@ -69,7 +70,9 @@ impl Generation {
         let pools = config
             .upstreams
             .iter()
-            .map(|upstream| Arc::new(Pool::new(upstream, known.get(&*upstream.name).copied(), &inventory, metrics)))
+            .map(|upstream| {
+                Arc::new(Pool::new(upstream, known.get(&*upstream.name).copied(), &inventory, &metrics.upstreams))
+            })
             .collect();
         let mut own: Vec<SocketAddr> = config.listeners.iter().flat_map(|l| &l.bind).map(|b| b.addr).collect();
         let by_bind =
@@ -79,12 +82,12 @@ impl Generation {
             table: Table::new(&config),
             pools,
             inventory,
-            listener_metrics: config.listeners.iter().map(|l| metrics.listener(&l.name)).collect(),
-            route_metrics: config.routes.iter().map(|r| metrics.route(&r.name)).collect(),
+            listener_metrics: config.listeners.iter().map(|l| metrics.listen.of(&l.name)).collect(),
+            route_metrics: config.routes.iter().map(|r| metrics.registry.of(&r.name)).collect(),
             tcp_metrics: config
                 .listeners
                 .iter()
-                .map(|l| matches!(l.mode, Mode::Tcp { .. }).then(|| metrics.route(&l.name)))
+                .map(|l| matches!(l.mode, Mode::Tcp { .. }).then(|| metrics.registry.of(&l.name)))
                 .collect(),
             by_bind,
             own: own.into(),
@@ -99,7 +102,8 @@ impl Generation {
         self.by_bind.get(&bound).copied()
     }
 
-    /// Whether connections that were listed so on a listener of that name still would be, wherever they would go.
+    /// Whether connections that were listed so on a listener of that name still would be, wherever
+    /// they would go.
     pub fn lists(&self, listener: &str, server_name: Option<&str>, listed: Listed) -> bool {
         let Some(index) = self.config.listeners.iter().position(|l| *l.name == *listener) else { return false };
         match listed {

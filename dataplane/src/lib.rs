@@ -1,6 +1,6 @@
-//! The forwarding dataplane of an entrance node. Modules in the order in which a connection meets them:
-//! [`listen`], [`connection`] ([`hello`] or [`http`], [`route`], [`upstream`], [`proxy_protocol`]), [`engine`]; beside it what they are driven by.
-//! ARCHITECTURE.md is the map.
+//! The forwarding dataplane of an entrance node. Modules in the order in which a connection meets
+//! them: [`listen`], [`connection`] ([`hello`] or [`http`], [`route`], [`upstream`],
+//! [`proxy_protocol`]), [`engine`]; beside it what they are driven by. ARCHITECTURE.md is the map.
 
 pub mod listen;
 
@@ -23,7 +23,6 @@ pub mod reject;
 pub mod rejection_log;
 
 pub mod config;
-pub mod diff;
 pub mod generation;
 pub mod import;
 pub mod shared;
@@ -31,17 +30,15 @@ pub mod shortages;
 pub mod source;
 
 pub mod daemon;
-pub mod worker;
 
 pub mod admin;
 pub mod bounded_server;
-pub mod btf;
-pub mod control;
+pub mod cli;
 pub mod doctor;
-pub mod ebpf;
 pub mod logging;
 pub mod machine_memory;
 pub mod metrics;
+pub mod register;
+pub mod systemd;
 
-pub mod socket;
-pub mod sys;
+pub mod kernel;

@@ -1,7 +1,8 @@
 //! Logs to stderr, from a thread of their own: a journal that stalls must not stall forwarding.
 //!
-//! A line costs the worker that wrote it a copy. The thread writes what has come in one go, at most every `PAUSE`: woken for each line, it would cost a short
-//! connection a tenth of its processor time.
+//! A line costs the worker that wrote it a copy. The thread writes what has come in one go, at most
+//! every `PAUSE`: woken for each line, it would cost a short connection a tenth of its processor
+//! time.
 
 use std::io::{self, IsTerminal, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -26,7 +27,8 @@ pub enum Format {
     Json,
 }
 
-/// Starts logging; what was logged is written when the guard is dropped. `RUST_LOG` sets the filter, default `info`.
+/// Starts logging; what was logged is written when the guard is dropped. `RUST_LOG` sets the
+/// filter, default `info`.
 pub fn init(format: Format) -> Guard {
     let queue = Arc::new(Queue::default());
     let guard = Guard::start(queue.clone(), io::stderr());

@@ -4,10 +4,15 @@
 //! answered nothing yet, and that comes in again, has gone in a circle. Of an ACME challenge the token is as unique; but an authority asks for it from several
 //! places at once, so that only their number tells.
 //!
+//! On a forwarded port there is nothing to recognise. What tells there is that a loop never gets a byte: how many connections of
+//! one client still wait for their first one. Clients that a service leaves without a word look the same, so many are let through
+//! before that, and each address has its own count: a loop comes from the few addresses that its nodes dial from.
+//!
 //! It must not know how bytes move. What is remembered of a connection goes with it.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use sha2::{Digest, Sha256};
@@ -30,18 +35,18 @@ pub struct InFlight {
     shards: [Mutex<HashMap<Mark, Vec<Flight>>>; SHARDS],
 }
 
+/// One that was sent to a target.
 #[derive(Debug)]
 struct Flight {
     id: u64,
-    /// Where it was sent, and what has come back.
-    sent: Option<(Arc<Target>, Weak<Traffic>)>,
+    target: Arc<Target>,
+    /// What has come back.
+    traffic: Weak<Traffic>,
 }
 
 impl Flight {
-    /// The target, if that has answered nothing yet.
-    fn unanswered(&self) -> Option<&Arc<Target>> {
-        let (target, traffic) = self.sent.as_ref()?;
-        (traffic.upgrade()?.look().to_client == [0, 0]).then_some(target)
+    fn is_unanswered(&self) -> bool {
+        self.traffic.upgrade().is_some_and(|traffic| traffic.look().is_unanswered())
     }
 }
 
@@ -62,16 +67,31 @@ impl InFlight {
         self.enter(Sha256::digest(request).into(), id, CHALLENGED)
     }
 
+    /// The same of a connection that nothing is known of but where it came from: it is a loop beyond `most` that wait for their
+    /// first byte.
+    ///
+    /// # Errors
+    /// As for a hello.
+    pub fn connection(
+        self: &Arc<Self>,
+        listener: &str,
+        client: IpAddr,
+        id: u64,
+        most: usize,
+    ) -> Result<Guard, Arc<Target>> {
+        let mark = Sha256::new().chain_update(listener).chain_update([0]).chain_update(client.to_string()).finalize();
+        self.enter(mark.into(), id, most)
+    }
+
     /// `most`: how often the mark may be under way.
     fn enter(self: &Arc<Self>, mark: Mark, id: u64, most: usize) -> Result<Guard, Arc<Target>> {
-        let mut shard = self.shard(&mark);
-        let flights = shard.entry(mark).or_default();
-        let unanswered = flights.iter().filter_map(Flight::unanswered).nth(most - 1).cloned();
-        if let Some(target) = unanswered {
-            return Err(target);
+        if let Some(flights) = self.shard(&mark).get_mut(&mark) {
+            // What was answered once is no loop ever after: the list stays short however many connections there are.
+            flights.retain(Flight::is_unanswered);
+            if let Some(flight) = flights.get(most - 1) {
+                return Err(flight.target.clone());
+            }
         }
-        flights.push(Flight { id, sent: None });
-        drop(shard);
         Ok(Guard { all: self.clone(), mark, id })
     }
 
@@ -91,11 +111,8 @@ pub struct Guard {
 impl Guard {
     /// It is about to be sent to this target.
     pub fn sent(&self, target: &Arc<Target>, traffic: &Arc<Traffic>) {
-        if let Some(flights) = self.all.shard(&self.mark).get_mut(&self.mark)
-            && let Some(flight) = flights.iter_mut().find(|flight| flight.id == self.id)
-        {
-            flight.sent = Some((target.clone(), Arc::downgrade(traffic)));
-        }
+        let flight = Flight { id: self.id, target: target.clone(), traffic: Arc::downgrade(traffic) };
+        self.all.shard(&self.mark).entry(self.mark).or_default().push(flight);
     }
 }
 
@@ -122,7 +139,7 @@ mod tests {
     fn target() -> Arc<Target> {
         let text = "[listeners.a]\nmode = \"tcp\"\nbind = [\"192.0.2.1:1\"]\nupstream = \"u\"\n[upstreams.u]\ntargets = [\"192.0.2.2:1\"]\n";
         let config = parse(Arc::new(Source::new("test.toml", text.to_owned()))).unwrap().0;
-        Pool::new(&config.upstreams[0], None, &Arc::default(), &Metrics::new()).targets()[0].clone()
+        Pool::new(&config.upstreams[0], None, &Arc::default(), &Metrics::new().upstreams).targets()[0].clone()
     }
 
     #[test]
@@ -153,5 +170,34 @@ mod tests {
             false
         });
         assert_eq!(refused, Some(CHALLENGED as u64));
+    }
+
+    #[test]
+    fn only_connections_of_one_client_that_wait_for_their_first_byte_make_a_loop() {
+        let (all, target, most) = (Arc::new(InFlight::default()), target(), 64);
+        let (client, other) = (IpAddr::from([192, 0, 2, 7]), IpAddr::from([192, 0, 2, 8]));
+        let mut open = Vec::new();
+        let mut connect = |listener: &str, client, answered: bool| {
+            let guard = all.connection(listener, client, open.len() as u64, most)?;
+            let traffic = Arc::new(Traffic::by(Kind::Copy));
+            guard.sent(&target, &traffic);
+            if answered {
+                traffic.to_client.add(Path::Kernel, 1);
+            }
+            open.push((guard, traffic));
+            Ok::<_, Arc<Target>>(())
+        };
+        for _ in 0..1000 {
+            assert!(connect("git", client, true).is_ok(), "whoever is served may come as often as they like");
+        }
+        for _ in 0..most {
+            assert!(connect("git", client, false).is_ok() && connect("git", other, false).is_ok());
+        }
+        assert_eq!(connect("git", client, false).unwrap_err().text(), target.text());
+        assert!(connect("mail", client, false).is_ok(), "another port is another matter");
+        open[1000].1.to_client.add(Path::Userspace, 1);
+        assert!(all.connection("git", client, 9999, most).is_ok(), "one of them was answered");
+        drop(open);
+        assert!(all.shards.iter().all(|shard| shard.lock().unwrap().is_empty()), "nothing is left");
     }
 }

@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// What a connection costs, kernel and userspace together, in bytes: two sockets with their structures, 10 KiB; a task, 4 KiB; and as much again for what
-/// is on its way.
+/// What a connection costs, kernel and userspace together, in bytes: two sockets with their
+/// structures, 10 KiB; a task, 4 KiB; and as much again for what is on its way.
 const EACH: u64 = 32 << 10;
 
 /// The memory that bounds us.
@@ -16,7 +16,8 @@ pub struct MachineMemory {
 }
 
 impl MachineMemory {
-    /// The least of the machine's memory and of the limits of our control group and of those above it (kernel: Documentation/admin-guide/cgroup-v2.rst).
+    /// The least of the machine's memory and of the limits of our control group and of those above
+    /// it (kernel: Documentation/admin-guide/cgroup-v2.rst).
     pub fn read() -> Self {
         Self::read_below(Path::new("/"))
     }

@@ -88,8 +88,8 @@ impl Reason {
         }
     }
 
-    /// The description of the fatal TLS alert (RFC 8446 section 6) that tells the client; `None`: a plain close, because no parseable
-    /// hello was seen.
+    /// The description of the fatal TLS alert (RFC 8446 section 6) that tells the client; `None`: a
+    /// plain close, because no parseable hello was seen.
     pub const fn alert(self) -> Option<u8> {
         match self {
             Self::NoSni | Self::UnknownHost | Self::BadServerName => Some(112), // unrecognized_name

@@ -1,6 +1,8 @@
-//! Which refusals and redirections get a line of their own in the log: the first ones of each window. The others are counted, and told together.
+//! Which refusals and redirections get a line of their own in the log: the first ones of each
+//! window. The others are counted, and told together.
 //!
-//! Strangers bring these lines about as they like, and journald throws a service's lines away beyond 10,000 in 30 s, warnings among them. Metrics stay exact.
+//! Strangers bring these lines about as they like, and journald throws a service's lines away
+//! beyond 10,000 in 30 s, warnings among them. Metrics stay exact.
 
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
@@ -36,7 +38,8 @@ enum Fate {
 }
 
 impl RejectionLog {
-    /// Whether this refusal, or redirection (`None`), is to be written. Needs a tokio runtime: a window ends with a timer.
+    /// Whether this refusal, or redirection (`None`), is to be written. Needs a tokio runtime: a
+    /// window ends with a timer.
     pub fn admits(self: &std::sync::Arc<Self>, reason: Option<Reason>) -> bool {
         let fate = self.note(reason);
         if fate == Fate::First {

@@ -1,8 +1,10 @@
-//! Which route a hello takes: host name, then ALPN, on the listener it came in by. An HTTP request is routed by its host name alone.
+//! Which route a hello takes: host name, then ALPN, on the listener it came in by. An HTTP request
+//! is routed by its host name alone.
 //!
-//! A pure table, built once a configuration. Lookup costs a hash per label of the name, whatever the number of routes.
-//! The most specific host pattern that lists the name decides alone: when its routes do not fit the listener or the ALPN, the
-//! connection is rejected and never falls through to a wider pattern. Sockets, upstreams and the hello's bytes are not known here.
+//! A pure table, built once a configuration. Lookup costs a hash per label of the name, whatever
+//! the number of routes. The most specific host pattern that lists the name decides alone: when its
+//! routes do not fit the listener or the ALPN, the connection is rejected and never falls through
+//! to a wider pattern. Sockets, upstreams and the hello's bytes are not known here.
 
 use std::collections::HashMap;
 
@@ -97,7 +99,8 @@ impl Table {
         table
     }
 
-    /// Finds the route of `name` (lower case A-labels, no trailing dot) for a client that offers `alpn`, in its order of preference.
+    /// Finds the route of `name` (lower case A-labels, no trailing dot) for a client that offers
+    /// `alpn`, in its order of preference.
     ///
     /// # Errors
     /// `NoSni`, `UnknownHost` or `AlpnMismatch`.
@@ -117,7 +120,8 @@ impl Table {
             .ok_or(Reason::AlpnMismatch)
     }
 
-    /// Whether the pattern by which `name` was found is listed on a listener, for whatever ALPN and upstream.
+    /// Whether the pattern by which `name` was found is listed on a listener, for whatever ALPN and
+    /// upstream.
     pub fn lists(&self, listener: usize, name: &str, pattern: Pattern) -> bool {
         let candidates = match pattern {
             Pattern::Exact => self.exact.get(name).map(Vec::as_slice),
@@ -130,7 +134,8 @@ impl Table {
         candidates.unwrap_or_default().iter().any(|c| c.listeners.get(listener) == Some(&true))
     }
 
-    /// Finds the route of `name` for a request in clear text, where no protocols are offered: that without `alpn`, else the first.
+    /// Finds the route of `name` for a request in clear text, where no protocols are offered: that
+    /// without `alpn`, else the first.
     ///
     /// # Errors
     /// `UnknownHost`.

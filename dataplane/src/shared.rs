@@ -1,12 +1,14 @@
 //! What the threads of the process have in common.
 
 use std::fmt;
+use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
 use std::time::{Instant, SystemTime};
 
 use arc_swap::ArcSwap;
+use rustix::io::Errno;
 
 use crate::admission::Admission;
 use crate::generation::Generation;
@@ -15,15 +17,11 @@ use crate::metrics::Metrics;
 use crate::registry::Registry;
 use crate::rejection_log::RejectionLog;
 
-/// See the module.
 pub struct Shared {
     /// The configuration in force; a connection takes it once, at accept.
     pub generation: ArcSwap<Generation>,
-    /// Counters.
     pub metrics: Metrics,
-    /// Live connections.
     pub registry: Arc<Registry>,
-    /// Limits on their number.
     pub admission: Arc<Admission>,
     /// Hellos of the connections that there are.
     pub in_flight: Arc<InFlight>,
@@ -33,7 +31,7 @@ pub struct Shared {
     pub ready: AtomicBool,
     /// What bounds the number of connections.
     pub limited_by: Mutex<String>,
-    /// Addresses that this machine does not have yet.
+    /// Addresses that this machine did not have when they were to be bound.
     pub waiting: Mutex<Vec<Waiting>>,
     /// How the configuration and its source are.
     pub load: Mutex<LoadStatus>,
@@ -45,13 +43,44 @@ pub struct Shared {
     pub id_prefix: u64,
 }
 
-/// An address of this machine that is not there yet: it is listened on as soon as it is.
+/// An address of this machine that was not there: it is listened on as soon as it can be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Waiting {
     /// What to listen on.
     pub addr: SocketAddr,
-    /// What for.
     pub role: Role,
+    /// Why it could not be bound the last time: when it has come, something else may be in the way.
+    pub why: Errno,
+}
+
+impl Waiting {
+    /// Of an address that could not be bound.
+    pub fn new(addr: SocketAddr, role: Role, error: &io::Error) -> Self {
+        Self { addr, role, why: errno(error) }
+    }
+
+    /// Takes note of another failure; whether it is not the same as before.
+    pub fn fails_otherwise(&mut self, error: &io::Error) -> bool {
+        let why = errno(error);
+        std::mem::replace(&mut self.why, why) != why
+    }
+
+    /// Why it could not be bound, in words.
+    pub fn reason(&self) -> String {
+        let port = self.addr.port();
+        match self.why {
+            Errno::ADDRNOTAVAIL => "this machine does not have the address yet".to_owned(),
+            Errno::ADDRINUSE => {
+                format!("another program listens there: `ss -ltnp 'sport = :{port}'` shows it")
+            }
+            Errno::ACCESS => "ports below 1024 need root or CAP_NET_BIND_SERVICE".to_owned(),
+            other => other.to_string(),
+        }
+    }
+}
+
+fn errno(error: &io::Error) -> Errno {
+    Errno::from_io_error(error).unwrap_or(Errno::IO)
 }
 
 /// See [`Waiting`].
@@ -89,7 +118,6 @@ pub struct LoadStatus {
 pub struct LoadFailure {
     /// For people.
     pub text: String,
-    /// When.
     pub at: SystemTime,
     /// The repository was not reached: nothing is known to be wrong with the configuration.
     pub is_of_repository: bool,

@@ -1,4 +1,5 @@
-//! What this machine has run out of: local ports and file descriptors. Counted by whoever met it, told by the log and `status`.
+//! What this machine has run out of: local ports and file descriptors. Counted by whoever met it,
+//! told by the log and `status`.
 
 use std::sync::Mutex;
 use std::time::{Duration, SystemTime};
@@ -7,6 +8,7 @@ use prometheus::IntCounter;
 use serde_json::{Value, json};
 
 use crate::logging::unix_seconds;
+use crate::register::Register;
 
 /// How long the log is silent about a shortage after it was told.
 const TOLD: Duration = Duration::from_secs(60);
@@ -48,9 +50,14 @@ impl Shortage {
 pub struct Shortages([(IntCounter, Mutex<Option<SystemTime>>); 2]);
 
 impl Shortages {
-    /// None was met yet; `counter` gives the metric of each by its name.
-    pub fn new(counter: impl Fn(&str) -> IntCounter) -> Self {
-        Self(Shortage::ALL.map(|shortage| (counter(shortage.as_str()), Mutex::default())))
+    pub fn new(register: &Register) -> Self {
+        let counters = register.counters(
+            "shortages_total",
+            "Times that local ports or file descriptors of this machine were used up.",
+            &["what"],
+        );
+        let of = |shortage: Shortage| counters.with_label_values(&[shortage.as_str()]);
+        Self(Shortage::ALL.map(|shortage| (of(shortage), Mutex::default())))
     }
 
     /// It was met just now.

@@ -1,8 +1,10 @@
-//! What this machine's tailscaled knows of its peers: a client of its LocalAPI, HTTP over a unix socket.
+//! What this machine's tailscaled knows of its peers: a client of its LocalAPI, HTTP over a unix
+//! socket.
 //!
-//! The API is tailscaled's own, mostly stable one: `GET /localapi/v0/status` (`ipn/ipnstate`, `Status`) and `GET /localapi/v0/watch-ipn-bus`, which streams a
-//! document for each change (`ipn`, `Notify`). Of the stream only is used that something came: what it was says the status. This module must not know
-//! upstreams; nothing depends on tailscaled being there.
+//! The API is tailscaled's own, mostly stable one: `GET /localapi/v0/status` (`ipn/ipnstate`,
+//! `Status`) and `GET /localapi/v0/watch-ipn-bus`, which streams a document for each change (`ipn`,
+//! `Notify`). Of the stream only is used that something came: what it was says the status. This
+//! module must not know upstreams; nothing depends on tailscaled being there.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -25,14 +27,16 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 const LONGEST_STATUS: usize = 32 << 20;
 /// How long tailscaled may take to answer. It does in milliseconds.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// How often the status is asked for when nothing was told: a path that changes is no event on the bus.
+/// How often the status is asked for when nothing was told: a path that changes is no event on the
+/// bus.
 const POLL: Duration = Duration::from_secs(5);
 /// Between two questions, however much is told.
 const BREATHER: Duration = Duration::from_millis(100);
 /// Between two attempts to reach a tailscaled that is not there.
 const AGAIN: Duration = Duration::from_secs(1);
-/// State, and peers that came, went or changed (`NotifyInitialState`, `NotifyPeerChanges`, `NotifyPeerPatches` in `ipn/backend.go`). Versions that do not know
-/// the latter two tell of peers without being asked.
+/// State, and peers that came, went or changed (`NotifyInitialState`, `NotifyPeerChanges`,
+/// `NotifyPeerPatches` in `ipn/backend.go`). Versions that do not know the latter two tell of peers
+/// without being asked.
 const INTERESTS: u32 = 1 << 1 | 1 << 12 | 1 << 15;
 
 /// The tailnet as tailscaled sees it.
@@ -75,7 +79,6 @@ pub enum Way {
 }
 
 impl Way {
-    /// All of them.
     pub const ALL: [Self; 3] = [Self::Direct, Self::Relayed, Self::Unknown];
 
     /// The label of `dataplane_tailnet_path`.
@@ -201,7 +204,8 @@ impl TryFrom<Status> for View {
     }
 }
 
-/// Keeps `view` up to date, for ever. It holds nothing while tailscaled is gone, silent, or not part of a tailnet.
+/// Keeps `view` up to date, for ever. It holds nothing while tailscaled is gone, silent, or not
+/// part of a tailnet.
 pub async fn follow(socket: PathBuf, view: watch::Sender<Option<Arc<View>>>) {
     let mut first = true;
     loop {
@@ -261,7 +265,8 @@ async fn get(socket: &Path, path: &str) -> Result<Response<Incoming>> {
     let stream = UnixStream::connect(socket).await.with_context(|| socket.display().to_string())?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
     tokio::spawn(connection);
-    // The host is what tailscaled's own clients send; it refuses names that a browser could have been led to.
+    // The host is what tailscaled's own clients send; it refuses names that a browser could have
+    // been led to.
     let request = Request::get(path).header("host", "local-tailscaled.sock").body(Empty::<Bytes>::new())?;
     let response = sender.send_request(request).await?;
     if !response.status().is_success() {

@@ -1,4 +1,5 @@
-//! An ACME server on the Internet side: Pebble, and the DNS that it asks, where every name is the entrance node's. Built by Go once, into `target/peers`.
+//! An ACME server on the Internet side: Pebble, and the DNS that it asks, where every name is the
+//! entrance node's. Built by Go once, into `target/peers`.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -22,7 +23,8 @@ pub struct Pebble {
 }
 
 impl Pebble {
-    /// Starts it on the client host. It asks for challenges on port 80 of the entrance node. The error says what is missing or went wrong.
+    /// Starts it on the client host. It asks for challenges on port 80 of the entrance node. The
+    /// error says what is missing or went wrong.
     pub fn start(net: &Net) -> Result<Self, String> {
         let programs = built()?;
         let dir = peers::directory(net, "pebble-");

@@ -1,4 +1,5 @@
-//! The daemon under test, as an operator sees it: a configuration file, a process, its logs, metrics and command line.
+//! The daemon under test, as an operator sees it: a configuration file, a process, its logs,
+//! metrics and command line.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -8,6 +9,7 @@ use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -24,7 +26,8 @@ pub const ROUTE: &str = HOST;
 /// How long a daemon may take to say READY=1 on a busy machine.
 const START_LIMIT: Duration = Duration::from_secs(60);
 
-/// A configuration that is right unless a test makes it wrong: one listener `public` on both families, one upstream `cluster`, one route.
+/// A configuration that is right unless a test makes it wrong: one listener `public` on both
+/// families, one upstream `cluster`, one route.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// `engine = …`
@@ -136,7 +139,10 @@ pub struct Daemon {
     process: Process,
     host: Host,
     dir: PathBuf,
-    notify: UnixDatagram,
+    /// It has told systemd so.
+    ready: Arc<AtomicBool>,
+    /// What it has told systemd of itself last.
+    told: Arc<Mutex<String>>,
     log: Arc<Mutex<Vec<String>>>,
     /// Removed when the process is gone.
     _group: Option<MemoryGroup>,
@@ -195,8 +201,8 @@ impl Daemon {
         Self::spawn_on(net, &net.entrance, |dir| config.text(dir), limits)
     }
 
-    /// As [`start`](Self::start), on any host, with a configuration of the caller's own; it is told the daemon's directory, where its control
-    /// socket has to be.
+    /// As [`start`](Self::start), on any host, with a configuration of the caller's own; it is told
+    /// the daemon's directory, where its control socket has to be.
     #[track_caller]
     pub fn start_on(net: &Net, host: &Host, text: impl FnOnce(&Path) -> String) -> Self {
         let daemon = Self::spawn_on(net, host, text, Limits::default());
@@ -252,35 +258,46 @@ impl Daemon {
                 sink.lock().expect("no panic while held").push(line);
             }
         });
-        Self { process, host: host.clone(), dir, notify, log, _group: group }
+        let ready = Arc::new(AtomicBool::new(false));
+        let told = Arc::new(Mutex::new(String::new()));
+        let (watcher, status) = (Arc::downgrade(&ready), Arc::clone(&told));
+        notify.set_read_timeout(Some(Duration::from_secs(1))).expect("a time limit");
+        // Reads for as long as there is a daemon, as systemd does.
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            loop {
+                let length = notify.recv(&mut buffer);
+                let Some(ready) = watcher.upgrade() else { return };
+                let text = String::from_utf8_lossy(&buffer[..length.unwrap_or(0)]);
+                if let Some(text) = text.lines().find_map(|line| line.strip_prefix("STATUS=")) {
+                    text.clone_into(&mut status.lock().expect("no panic while held"));
+                }
+                if text.lines().any(|line| line == "READY=1") {
+                    ready.store(true, Relaxed);
+                }
+            }
+        });
+        Self { process, host: host.clone(), dir, ready, told, log, _group: group }
     }
 
     /// Waits for READY=1; panics with the log when the daemon ends before that.
     #[track_caller]
     pub fn wait_ready(&self) {
         let start = Instant::now();
-        self.notify.set_read_timeout(Some(Duration::from_millis(100))).expect("a time limit");
-        let mut buffer = [0; 4096];
-        loop {
-            if let Ok(n) = self.notify.recv(&mut buffer)
-                && String::from_utf8_lossy(&buffer[..n]).lines().any(|line| line == "READY=1")
-            {
-                return;
-            }
+        while !self.ready.load(Relaxed) {
             assert!(
                 start.elapsed() < START_LIMIT && !self.ended(),
                 "the daemon did not get ready (config {}):\n{}",
                 self.config_path().display(),
                 self.log().join("\n")
             );
+            std::thread::sleep(Duration::from_millis(5));
         }
     }
 
-    /// Forgets what it has told systemd since: nobody reads it here, and a full queue would keep it from going on.
-    pub fn forget_notifications(&self) {
-        self.notify.set_nonblocking(true).expect("a socket");
-        while self.notify.recv(&mut [0; 4096]).is_ok() {}
-        self.notify.set_nonblocking(false).expect("a socket");
+    /// The line that it has told systemd of itself.
+    pub fn status_line(&self) -> String {
+        self.told.lock().expect("no panic while held").clone()
     }
 
     /// Its own directory.
@@ -298,7 +315,8 @@ impl Daemon {
         std::fs::write(self.config_path(), config.text(&self.dir)).expect("the configuration is written");
     }
 
-    /// Waits for lines of the log that have all of these parts, and returns those that there are: lines come a moment after what they tell of, in its order.
+    /// Waits for lines of the log that have all of these parts, and returns those that there are:
+    /// lines come a moment after what they tell of, in its order.
     #[track_caller]
     pub fn wait_log(&self, parts: &[&str]) -> Vec<String> {
         let has = |line: &String| parts.iter().all(|part| line.contains(part));
@@ -309,7 +327,8 @@ impl Daemon {
         lines.unwrap_or_else(|| panic!("no line with {parts:?}:\n{}", self.log().join("\n")))
     }
 
-    /// What was read of its log so far, line by line. What it has just done may not be there yet: see [`wait_log`](Self::wait_log).
+    /// What was read of its log so far, line by line. What it has just done may not be there yet:
+    /// see [`wait_log`](Self::wait_log).
     pub fn log(&self) -> Vec<String> {
         self.log.lock().expect("no panic while held").clone()
     }
@@ -319,7 +338,6 @@ impl Daemon {
         self.log().into_iter().filter(|line| line.contains("\"target\":\"access\"")).collect()
     }
 
-    /// Its process id.
     pub fn pid(&self) -> u32 {
         self.process.pid()
     }
@@ -435,7 +453,8 @@ impl Daemon {
         self.metrics().sum(name, labels)
     }
 
-    /// Waits for `status` to say that the last reload or look at a repository failed, and returns why: the metric of it may come first.
+    /// Waits for `status` to say that the last reload or look at a repository failed, and returns
+    /// why: the metric of it may come first.
     #[track_caller]
     pub fn wait_last_error(&self) -> String {
         eventually(PATIENCE, "an error in the status", || {

@@ -1,5 +1,5 @@
-//! A forge: a bare repository on a host, served by git's own http-backend behind lighttpd, which nginx serves as https, and by OpenSSH's sshd, and a clone to
-//! push from.
+//! A forge: a bare repository on a host, served by git's own http-backend behind lighttpd, which
+//! nginx serves as https, and by OpenSSH's sshd, and a clone to push from.
 //!
 //! A push tells the webhooks of it, signed as forges sign, from git's post-receive hook.
 
@@ -199,7 +199,8 @@ fn run_git(command: &mut Command) -> Result<Output, String> {
     if out.status.success() { Ok(out) } else { Err(String::from_utf8_lossy(&out.stderr).into_owned()) }
 }
 
-/// A server program of Debian, and the folder that its package lies below: installed, or unpacked by `cargo xtask test`.
+/// A server program of Debian, and the folder that its package lies below: installed, or unpacked
+/// by `cargo xtask test`.
 #[track_caller]
 fn program(name: &str) -> (PathBuf, PathBuf) {
     let roots = [PathBuf::from("/"), target_dir().join("tools/debian")];
@@ -207,7 +208,8 @@ fn program(name: &str) -> (PathBuf, PathBuf) {
     found.unwrap_or_else(|| panic!("{name} is needed: `cargo xtask test` brings it"))
 }
 
-/// sshd for one user, who is root by another name. It wants a user of its own and one to let in, so it sees another list of users than this machine has.
+/// sshd for one user, who is root by another name. It wants a user of its own and one to let in, so
+/// it sees another list of users than this machine has.
 #[track_caller]
 fn start_sshd(host: &Host, dir: &Path) -> Process {
     for key in ["host_key", "key"] {

@@ -1,4 +1,5 @@
-//! Go, for peers that are built from source: the machine's own when it is new enough, else a toolchain from the module proxy.
+//! Go, for peers that are built from source: the machine's own when it is new enough, else a
+//! toolchain from the module proxy.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -77,10 +77,24 @@ impl Host {
     /// A TCP listener with a backlog that no test fills; IPv6 ones take IPv6 only.
     #[track_caller]
     pub fn listen(&self, addr: &str) -> TcpListener {
+        self.listen_as(addr, false)
+    }
+
+    /// The same on an IPv4 address that the host need not have yet.
+    #[track_caller]
+    pub fn listen_early(&self, addr: &str) -> TcpListener {
+        self.listen_as(addr, true)
+    }
+
+    #[track_caller]
+    fn listen_as(&self, addr: &str, early: bool) -> TcpListener {
         let addr: SocketAddr = addr.parse().expect("address:port");
         self.run(|| -> io::Result<TcpListener> {
             let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
             socket.set_reuse_address(true)?;
+            if early {
+                socket.set_freebind_v4(true)?;
+            }
             if addr.is_ipv6() {
                 socket.set_only_v6(true)?;
             }
@@ -98,9 +112,14 @@ impl Host {
 
     /// As [`connect`](Self::connect), from one of this host's addresses.
     pub fn connect_from(&self, source: IpAddr, addr: SocketAddr) -> io::Result<TcpStream> {
+        self.connect_from_port(SocketAddr::new(source, 0), addr)
+    }
+
+    /// The same, from a port of it.
+    pub fn connect_from_port(&self, source: SocketAddr, addr: SocketAddr) -> io::Result<TcpStream> {
         self.run(|| {
             let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
-            socket.bind(&SocketAddr::new(source, 0).into())?;
+            socket.bind(&source.into())?;
             socket.connect_timeout(&addr.into(), PATIENCE)?;
             Ok(socket.into())
         })

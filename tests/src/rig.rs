@@ -1,6 +1,8 @@
-//! The usual set: three hosts, a daemon on the middle one, and an upstream that the test itself plays.
+//! The usual set: three hosts, a daemon on the middle one, and an upstream that the test itself
+//! plays.
 //!
-//! [`Rig::pair`] gives both ends of a connection through the daemon, so a test scripts client and upstream side by side.
+//! [`Rig::pair`] gives both ends of a connection through the daemon, so a test scripts client and
+//! upstream side by side.
 
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -58,7 +60,8 @@ impl Rig {
         stream
     }
 
-    /// Both ends of a connection through the daemon: the client's and the upstream's, the hello behind them.
+    /// Both ends of a connection through the daemon: the client's and the upstream's, the hello
+    /// behind them.
     #[track_caller]
     pub fn pair(&self) -> (TcpStream, TcpStream) {
         let client = self.open();
@@ -99,8 +102,9 @@ pub fn accept(listener: &TcpListener, proxied: bool) -> (TcpStream, Preamble) {
     (stream, preamble)
 }
 
-/// Waits for the first byte of an upstream's connection; whether it ended without one. A target that has reset a connection before its first byte is put aside and
-/// tried out a second later, and of two targets that are dialled side by side one is not needed.
+/// Waits for the first byte of an upstream's connection; whether it ended without one. A target
+/// that has reset a connection before its first byte is put aside and tried out a second later, and
+/// of two targets that are dialled side by side one is not needed.
 pub fn ended_at_once(stream: &TcpStream) -> bool {
     matches!(stream.peek(&mut [0]), Ok(0))
 }

@@ -1,7 +1,8 @@
 //! Byte streams that verify themselves, plain ClientHellos, and how a TCP connection ends.
 //!
-//! A [`Pattern`] gives the byte at every position of a stream without keeping the stream, at the speed of a memory comparison. Nothing here speaks TLS
-//! beyond the hello: what follows it is opaque to whoever forwards it.
+//! A [`Pattern`] gives the byte at every position of a stream without keeping the stream, at the
+//! speed of a memory comparison. Nothing here speaks TLS beyond the hello: what follows it is
+//! opaque to whoever forwards it.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -12,7 +13,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::SockRef;
 
-/// The period of a pattern, a prime: no buffer or pipe has a size that divides it, so what is lost, doubled or swapped shows.
+/// The period of a pattern, a prime: no buffer or pipe has a size that divides it, so what is lost,
+/// doubled or swapped shows.
 const PERIOD: usize = 4_194_301;
 /// The longest run of a pattern in one slice, bytes.
 const RUN: usize = 256 << 10;
@@ -45,7 +47,8 @@ pub enum End {
     Silence,
 }
 
-/// An endless deterministic stream; another seed gives another one, so that a byte of a foreign connection shows.
+/// An endless deterministic stream; another seed gives another one, so that a byte of a foreign
+/// connection shows.
 #[derive(Debug, Clone, Copy)]
 pub struct Pattern(u64);
 
@@ -73,7 +76,8 @@ impl Pattern {
         Ok(())
     }
 
-    /// As [`send`](Self::send), where nobody reads yet: the kernel takes all, however much of it the others have room for.
+    /// As [`send`](Self::send), where nobody reads yet: the kernel takes all, however much of it
+    /// the others have room for.
     pub fn leave(self, stream: &TcpStream, from: u64, to: u64) -> io::Result<()> {
         // It counts what an skb needs besides.
         let room = 2 * (to - from) + (1 << 20);
@@ -81,7 +85,8 @@ impl Pattern {
         self.send(stream, from, to)
     }
 
-    /// Writes from `from` on until nothing more is taken for 300 ms; says up to where. The stream is blocking again afterwards.
+    /// Writes from `from` on until nothing more is taken for 300 ms; says up to where. The stream
+    /// is blocking again afterwards.
     pub fn send_until_stalled(self, mut stream: &TcpStream, from: u64) -> u64 {
         let mut position = from;
         stream.set_nonblocking(true).expect("fcntl");
@@ -100,7 +105,8 @@ impl Pattern {
         position
     }
 
-    /// Reads and verifies until the end of the stream, from `from` on; says up to where and how it ended. Panics at the first wrong byte.
+    /// Reads and verifies until the end of the stream, from `from` on; says up to where and how it
+    /// ended. Panics at the first wrong byte.
     #[track_caller]
     pub fn receive(self, stream: &TcpStream, from: u64) -> (u64, End) {
         self.receive_to(stream, from, u64::MAX)
@@ -144,7 +150,8 @@ fn end_of(error: &io::Error) -> End {
     }
 }
 
-/// Bounds each read and write at a minute: a test that got stuck then fails, instead of waiting until somebody stops it.
+/// Bounds each read and write at a minute: a test that got stuck then fails, instead of waiting
+/// until somebody stops it.
 pub fn never_hang(stream: &TcpStream) {
     const STUCK: Option<Duration> = Some(Duration::from_secs(60));
     stream.set_read_timeout(STUCK).and(stream.set_write_timeout(STUCK)).expect("a time limit");
@@ -173,8 +180,9 @@ pub fn reset(stream: TcpStream) {
     drop(stream);
 }
 
-/// Waits for a RST without reading, so that unread bytes do not hide it; says how long it took, `None`: not within `limit`. Panics when a FIN came
-/// before it: whoever had read to that point would have taken it for a clean end.
+/// Waits for a RST without reading, so that unread bytes do not hide it; says how long it took,
+/// `None`: not within `limit`. Panics when a FIN came before it: whoever had read to that point
+/// would have taken it for a clean end.
 #[track_caller]
 pub fn reset_within(stream: &TcpStream, limit: Duration) -> Option<Duration> {
     let (error, took) = error_within(stream, limit)?;
@@ -221,9 +229,11 @@ pub fn send_with_fin(mut stream: &TcpStream, bytes: &[u8]) {
     stream.shutdown(Shutdown::Write).expect("FIN");
 }
 
-/// A TLS 1.3 ClientHello in one record (RFC 8446 section 4.1.2): no real client's, and all that a server name needs. `None`: without the extension.
+/// A TLS 1.3 ClientHello in one record (RFC 8446 section 4.1.2): no real client's, and all that a
+/// server name needs. `None`: without the extension.
 pub fn client_hello(name: Option<&str>, alpn: &[&str]) -> Vec<u8> {
-    // Each is another one, as clients' are: the same again while it is under way is taken for a loop.
+    // Each is another one, as clients' are: the same again while it is under way is taken for a
+    // loop.
     static MADE: AtomicU64 = AtomicU64::new(0);
     let mut random = Pattern::new(1).at(0, 32).to_vec();
     random[..8].copy_from_slice(&MADE.fetch_add(1, Relaxed).to_be_bytes());

@@ -1,7 +1,10 @@
-//! The entrance node as a whole machine: a real systemd as PID 1, the daemon installed by `cargo xtask install`, run by the unit.
+//! The entrance node as a whole machine: a real systemd as PID 1, the daemon installed by
+//! `cargo xtask install`, run by the unit.
 //!
-//! systemd-nspawn boots an overlay of this machine's own root file system, so nothing is downloaded, and every write stays in memory. What this machine
-//! has enabled, mounts or configures is hidden from it. Mounts live in a mount namespace that ends with the container; what is left to clean up is a control group.
+//! systemd-nspawn boots an overlay of this machine's own root file system, so nothing is
+//! downloaded, and every write stays in memory. What this machine has enabled, mounts or configures
+//! is hidden from it. Mounts live in a mount namespace that ends with the container; what is left
+//! to clean up is a control group.
 
 use std::fmt::Write as _;
 use std::fs::File;
@@ -27,7 +30,8 @@ pub const CONFIG: &str = "/etc/dataplane/dataplane.toml";
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
 const PREFIX: &str = "dp-test";
 
-/// Runs `cargo xtask install --root FOLDER` with the binary under test, as somebody does whose umask hides everything from others.
+/// Runs `cargo xtask install --root FOLDER` with the binary under test, as somebody does whose
+/// umask hides everything from others.
 #[track_caller]
 pub fn install(root: &Path) {
     let out = Command::new("sh")
@@ -89,7 +93,8 @@ impl Machine {
                 .stderr(log);
             // 0 is the process that writes (kernel: Documentation/admin-guide/cgroup-v2.rst).
             let join = move || join.write_all(b"0");
-            // SAFETY: write(2) is async-signal-safe between fork and exec, and allocates nothing when it succeeds.
+            // SAFETY: write(2) is async-signal-safe between fork and exec, and allocates nothing
+            // when it succeeds.
             unsafe { command.pre_exec(join) };
             net.entrance.run(|| command.spawn()).expect("it printed its version")
         };
@@ -187,7 +192,8 @@ pub fn text(out: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr))
 }
 
-/// Mounts a root file system for the machine below `dir`, in a mount namespace of the calling thread's own.
+/// Mounts a root file system for the machine below `dir`, in a mount namespace of the calling
+/// thread's own.
 fn mount_overlay(dir: &Path) -> PathBuf {
     // SAFETY: without CLONE_FILES no descriptor table is unshared.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.expect("a mount namespace needs root");
@@ -205,11 +211,13 @@ fn mount_overlay(dir: &Path) -> PathBuf {
         Err(e) if e.kind() != io::ErrorKind::NotFound => panic!("{}: {e}", root.display()),
         _ => {}
     };
-    // What this machine has enabled, its mounts, and a dataplane of its own are none of the machine's business.
+    // What this machine has enabled, its mounts, and a dataplane of its own are none of the
+    // machine's business.
     gone(std::fs::remove_dir_all(root.join("etc/systemd/system")));
     gone(std::fs::remove_dir_all(root.join("etc/dataplane")));
     gone(std::fs::remove_file(root.join("etc/fstab")));
-    // Without one it would take this for its first boot, and enable what the distribution's presets say.
+    // Without one it would take this for its first boot, and enable what the distribution's presets
+    // say.
     gone(std::fs::remove_file(root.join("etc/machine-id")));
     std::fs::write(root.join("etc/machine-id"), "00000000000000000000000000000da7\n").expect("an overlay is writable");
     root
@@ -221,7 +229,8 @@ fn run(command: &mut Command) {
     assert!(out.status.success(), "{command:?}: {}\n{}", out.status, text(&out));
 }
 
-/// A control group (version 2) that all of a machine is in; what is in it is killed, and it is removed, when it is dropped.
+/// A control group (version 2) that all of a machine is in; what is in it is killed, and it is
+/// removed, when it is dropped.
 struct Cgroup(PathBuf);
 
 impl Cgroup {

@@ -1,8 +1,11 @@
-//! A real tailnet between the entrance node and the cluster: tailscaled on both, WireGuard over TUN devices between them.
+//! A real tailnet between the entrance node and the cluster: tailscaled on both, WireGuard over TUN
+//! devices between them.
 //!
-//! The inner link of a [`Net`] becomes what the Internet is to a tailnet: it carries WireGuard's UDP, and has other addresses than before. The control
-//! server, relay and STUN server are one process of our own (`tests/tailnet`) on the entrance node's end of that link; it idles while the path is direct.
-//! Programs are built by Go once, into `target/tailnet-VERSION`. Knows nothing of the daemon.
+//! The inner link of a [`Net`] becomes what the Internet is to a tailnet: it carries WireGuard's
+//! UDP, and has other addresses than before. The control server, relay and STUN server are one
+//! process of our own (`tests/tailnet`) on the entrance node's end of that link; it idles while the
+//! path is direct. Programs are built by Go once, into `target/tailnet-VERSION`. Knows nothing of
+//! the daemon.
 
 use std::io::{Read, Write};
 use std::net::Ipv4Addr;
@@ -18,8 +21,8 @@ use crate::{peers, target_dir, within};
 
 /// Of the tailscale module, for the nodes as for the control server.
 const MODULE: &str = include_str!("../tailnet/go.mod");
-/// The ends of the inner link: entrance node, cluster. Private, because tailscaled dials a control server with a public address on port 443 only when it
-/// has to dial it again.
+/// The ends of the inner link: entrance node, cluster. Private, because tailscaled dials a control
+/// server with a public address on port 443 only when it has to dial it again.
 const UNDERLAY: [&str; 2] = ["192.168.77.1", "192.168.77.2"];
 /// What the nodes are called, in MagicDNS, too.
 const NAMES: [&str; 2] = ["entrance", "thinkpad-1"];
@@ -60,7 +63,8 @@ pub struct Node {
 }
 
 impl Tailnet {
-    /// Joins the two hosts; they have no other way to each other afterwards. The error says what is missing or went wrong.
+    /// Joins the two hosts; they have no other way to each other afterwards. The error says what is
+    /// missing or went wrong.
     pub fn join(net: &Net) -> Result<Self, String> {
         let programs = Programs::built()?;
         let hosts = [&net.entrance, &net.cluster];
@@ -77,7 +81,8 @@ impl Tailnet {
         Ok(Self { entrance, cluster, programs, dir, _control: control })
     }
 
-    /// Joins a third machine, `thinkpad-2`, on the client's host: that has a link to the entrance node of its own, and none to the cluster.
+    /// Joins a third machine, `thinkpad-2`, on the client's host: that has a link to the entrance
+    /// node of its own, and none to the cluster.
     pub fn join_client(&self, net: &Net) -> Result<Node, String> {
         net.client.ip(&format!("route add {} via {}\n", UNDERLAY[0], ENTRANCE[0]));
         let node = Node::start(&net.client, THIRD, &self.programs, &self.dir)?;
@@ -101,7 +106,8 @@ impl Tailnet {
         assert!(answer.starts_with("HTTP/1.0 200"), "{answer}");
     }
 
-    /// Drops what the entrance node sends to the cluster's machine by UDP, or lets it through again: the two are left to the relay, or not.
+    /// Drops what the entrance node sends to the cluster's machine by UDP, or lets it through
+    /// again: the two are left to the relay, or not.
     pub fn block_udp(&self, blocked: bool) {
         let what = if blocked { "add" } else { "del" };
         self.entrance.host.ip(&format!("rule {what} pref 10 to {} ipproto udp blackhole\n", UNDERLAY[1]));
@@ -133,7 +139,8 @@ impl Node {
         self.tailscale(&["up", &control, "--accept-dns=false", "--timeout=30s", &hostname]).map(drop)
     }
 
-    /// Stops tailscaled as a service manager would and starts it again; it finds back into the tailnet by itself.
+    /// Stops tailscaled as a service manager would and starts it again; it finds back into the
+    /// tailnet by itself.
     pub fn restart(&mut self) -> Result<(), String> {
         let state = self.socket.parent().expect("a directory of its own").to_owned();
         let pid = Pid::from_raw(self.pid() as i32).expect("a process id");

@@ -109,7 +109,8 @@ fn bytes_are_the_payload_that_was_delivered_by_the_path_that_it_took() {
             s.spawn(|| PATTERN.send(&server, 0, down).expect("sent"));
             s.spawn(|| PATTERN.receive_exactly(&client, 0, down));
         });
-        // What waits for its reader in large numbers is bulk, whoever had the processors before; what comes as it is read may be small.
+        // What waits for its reader in large numbers is bulk, whoever had the processors before;
+        // what comes as it is read may be small.
         let down = {
             let sent = PATTERN.send_until_stalled(&server, down);
             PATTERN.receive_exactly(&client, down, sent);

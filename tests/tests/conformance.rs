@@ -1,4 +1,5 @@
-//! What a connection may rely on, whatever engine forwards it: one suite, run unchanged over all of them.
+//! What a connection may rely on, whatever engine forwards it: one suite, run unchanged over all of
+//! them.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -82,7 +83,8 @@ fn receive_and_tell(pattern: Pattern, stream: &TcpStream, under_way: &Sender<()>
     pattern.receive(stream, MEGABYTE)
 }
 
-/// Each time a reset is heard of; once of three times, for the machine may have something else to do, within a second. How many times it was tried.
+/// Each time a reset is heard of; once of three times, for the machine may have something else to
+/// do, within a second. How many times it was tried.
 #[track_caller]
 fn heard_within_a_second(reset: impl Fn() -> Option<Duration>) -> f64 {
     let mut took = Vec::new();
@@ -280,7 +282,8 @@ fn killing_the_daemon_in_mid_transfer_resets_both_sides(engine: &str) {
     let (downloaded, download) = rig.pair();
     let idle = rig.pair();
     std::thread::scope(|s| {
-        // The writing end: an error, whichever it is; the reading end: a reset and never a clean end.
+        // The writing end: an error, whichever it is; the reading end: a reset and never a clean
+        // end.
         s.spawn(|| UP.send(&upload, 0, u64::MAX).expect_err("a dead daemon takes nothing"));
         s.spawn(|| DOWN.send(&download, 0, u64::MAX).expect_err("a dead daemon takes nothing"));
         let (first, both) = channel();
@@ -475,7 +478,8 @@ fn nothing_is_left_over_after_ten_thousand_connections(engine: &str) {
     assert_eq!((accepted, ended), (11_000.0, 11_000.0), "every connection is accounted for");
 }
 
-/// One short connection with an echo server: an odd number of bytes there and back, then FIN; or a reset in the middle.
+/// One short connection with an echo server: an odd number of bytes there and back, then FIN; or a
+/// reset in the middle.
 fn exchange(hello: &[u8], seed: u64, with_reset: bool) {
     let pattern = Pattern::new(seed);
     let size = 1 + seed * 31 % 4999;
@@ -492,7 +496,8 @@ fn exchange(hello: &[u8], seed: u64, with_reset: bool) {
     assert_eq!(pattern.receive(&client, 0), (size, End::Fin), "connection {seed}");
 }
 
-/// `dead_peer_timeout` of the tests below, and the time within which a vanished peer's other side must hear of it.
+/// `dead_peer_timeout` of the tests below, and the time within which a vanished peer's other side
+/// must hear of it.
 const DEAD: Duration = Duration::from_secs(2);
 const CUT_WITHIN: Duration = Duration::from_secs(3 * DEAD.as_secs() + 1);
 

@@ -8,10 +8,9 @@ use std::time::{Duration, Instant};
 
 use aya::programs::{ProgramInfo, loaded_programs};
 use aya::sys::{Stats, enable_stats};
-use dataplane::config::EngineChoice;
-use dataplane::ebpf::{self, Programs};
-use dataplane::engine::sockmap::{self, Left, Outcome, Table};
-use dataplane::engine::{Abilities, Effective, Legs, StreamState, Timeouts, Traffic};
+use dataplane::engine::sockmap::Table;
+use dataplane::engine::sockmap::programs::{self, Programs};
+use dataplane::engine::{InKernel, Kind, Left, Legs, Outcome, PerSide, StreamState, Timeouts, Traffic};
 use dataplane::metrics::Metrics;
 use rustix::net::sockopt::socket_cookie;
 
@@ -20,7 +19,7 @@ const LIMIT: Duration = Duration::from_secs(20);
 
 fn load() -> Programs {
     assert!(rustix::process::geteuid().is_root(), "loads eBPF programs: run `cargo xtask test` as root");
-    ebpf::load(4).unwrap_or_else(|error| panic!("{error}"))
+    programs::load(4).unwrap_or_else(|error| panic!("{error}"))
 }
 
 fn find(program_id: u32) -> Option<ProgramInfo> {
@@ -56,7 +55,7 @@ fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 fn the_verdict_is_in_the_kernel_while_the_programs_are_held_and_gone_after_it() {
     let programs = load();
     let id = programs.verdict_id();
-    assert_eq!(find(id).expect("listed by the kernel").name_as_str(), Some(common::VERDICT));
+    assert_eq!(find(id).expect("listed by the kernel").name_as_str(), Some(common::sockmap::VERDICT));
     drop(programs);
     eventually("the program is unloaded", || find(id).is_none());
 }
@@ -100,7 +99,7 @@ fn running_the_verdict_redirects_to_the_peer_and_tells_when_it_has_to_stop() {
     programs.budget[0].queue.set(10_000);
     programs.budget[0].unread.set(1 << 20);
     programs.budget[0].flood.set(2 << 20);
-    programs.rows[0].mode.set(common::governor::RUN);
+    programs.rows[0].mode.set(common::sockmap::governor::RUN);
 
     client.write_all(b"hello").expect("connected");
     let mut received = [0; 5];
@@ -143,7 +142,7 @@ fn quiesced_a_socket_gets_no_data_until_it_is_let_in_again_and_resets_at_once() 
     assert!(server.read(&mut received).is_err(), "nothing comes");
     // What goes the other way is acknowledged meanwhile.
     server.write_all(b"now").expect("connected");
-    eventually("acknowledged", || dataplane::sys::unacknowledged(&server).expect("SIOCOUTQ") == 0);
+    eventually("acknowledged", || dataplane::kernel::sys::unacknowledged(&server).expect("SIOCOUTQ") == 0);
     Programs::unfilter(&server).expect("detached");
     server.set_read_timeout(Some(LIMIT)).expect("a timeout");
     server.read_exact(&mut received).expect("sent again");
@@ -168,12 +167,12 @@ fn braked_a_socket_gets_no_data_while_too_much_is_unread() {
 
     programs.rows[0].passed.set((1 << 20) + 1);
     client.write_all(b" second").expect("connected");
-    let lost = || dataplane::sys::unacknowledged(&client).expect("SIOCOUTQ") == 7;
+    let lost = || dataplane::kernel::sys::unacknowledged(&client).expect("SIOCOUTQ") == 7;
     thread::sleep(Duration::from_millis(300));
     assert!(lost(), "nothing came");
     // What goes the other way is acknowledged meanwhile.
     server.write_all(b"now").expect("connected");
-    eventually("acknowledged", || dataplane::sys::unacknowledged(&server).expect("SIOCOUTQ") == 0);
+    eventually("acknowledged", || dataplane::kernel::sys::unacknowledged(&server).expect("SIOCOUTQ") == 0);
     programs.rows[0].consumed.set(1);
     let mut received = [0; 12];
     server.read_exact(&mut received).expect("sent again");
@@ -181,17 +180,17 @@ fn braked_a_socket_gets_no_data_while_too_much_is_unread() {
     assert_eq!(programs.rows[0].passed.get(), (1 << 20) + 8);
 }
 
-/// The last entry of a full map is taken by somebody else, as if the client had sent FIN between the look at its state and the insertion.
+/// The last entry of a full map is taken by somebody else, as if the client had sent FIN between
+/// the look at its state and the insertion.
 #[test]
 fn a_connection_of_which_only_one_socket_can_be_inserted_goes_on_with_the_relay() {
-    let table = Table::load(1, Metrics::new().sockmap_spills()).unwrap_or_else(|error| panic!("{error}"));
+    let table = Table::load(1, Metrics::new().engine.spills()).unwrap_or_else(|error| panic!("{error}"));
     table.set_memory(1 << 20);
     table.programs.keys.lock().expect("no panic").insert(u64::MAX, 0, 0).expect("room for two");
     let ((mut client, client_near), (mut server, upstream_near)) = (connected_pair(), connected_pair());
     server.set_read_timeout(Some(LIMIT)).expect("a timeout");
     client.write_all(b"before").expect("connected");
-    let abilities = Abilities { splice: Ok(()), sockmap: Err("not asked".to_owned()), known_bugs: Ok(()) };
-    let traffic = Traffic::new(&Effective::choose(EngineChoice::Copy, &abilities));
+    let traffic = Traffic::by(Kind::Copy);
     let timeouts = Timeouts { idle: LIMIT, half_closed: LIMIT, dead_peer: LIMIT };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let (client_near, upstream_near) = runtime.block_on(async {
@@ -202,12 +201,12 @@ fn a_connection_of_which_only_one_socket_can_be_inserted_goes_on_with_the_relay(
         let legs = Legs {
             client: tokio_stream(client_near),
             upstream: tokio_stream(upstream_near),
-            streams: [StreamState::Open; 2],
+            streams: PerSide::new(|_| StreamState::Open),
         };
-        let Outcome::Left(legs, why) = sockmap::forward(&table, legs, false, timeouts, &traffic).await else {
+        let Outcome::Left(legs, why) = table.clone().forward(legs, false, timeouts, &traffic).await else {
             panic!("the connection ended");
         };
-        assert_eq!((why, legs.streams), (Left::Refused, [StreamState::Open; 2]));
+        assert_eq!((why, legs.streams), (Left::Refused, PerSide::new(|_| StreamState::Open)));
         (legs.client.into_std().expect("a socket"), legs.upstream.into_std().expect("a socket"))
     });
     // What came meanwhile is still there, and no verdict gets in the way.

@@ -1,4 +1,5 @@
-//! What somebody who may push to the repository cannot do to a node, and what a node does when its last good commit is none any more.
+//! What somebody who may push to the repository cannot do to a node, and what a node does when its
+//! last good commit is none any more.
 
 use std::io::Read;
 use std::net::TcpListener;
@@ -54,6 +55,51 @@ fn a_check_of_pushed_content_reads_nothing_outside_and_sends_nothing_anywhere() 
         assert!(!said.contains("hunter2"), "{said}");
     }
     assert!(listens.accept().is_err(), "nobody was asked");
+}
+
+#[test]
+fn what_a_push_changes_is_said_without_reading_outside_of_it() {
+    let _turn = beside_others();
+    let folder = tempfile::tempdir().expect("a folder");
+    let secret = folder.path().join("secret");
+    std::fs::write(&secret, "hunter2 is no TOML\n").expect("written");
+    let write = |name: &str, text: &str| {
+        let folder = folder.path().join(name);
+        std::fs::create_dir_all(&folder).expect("made");
+        std::fs::write(folder.join("nodes.toml"), text).expect("written");
+    };
+    let diff = |arguments: &[&str]| {
+        let mut command = Command::new(binary());
+        let out = command.arg("diff").args(arguments).current_dir(folder.path()).output();
+        let out = out.expect("the daemon's binary can be run");
+        // 2: they could not be compared.
+        let good = matches!(out.status.code(), Some(0 | 1));
+        (good, String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned())
+    };
+    let inside = ["--repository", "old", "new", "--path", "nodes.toml"];
+    write("old", GOOD);
+    write("new", &GOOD.replace("one.example", "two.example"));
+    let (good, said) = diff(&inside);
+    assert!(good && said.contains("two.example is let through"), "{said}");
+    for include in [&*secret.to_string_lossy(), "../secret"] {
+        write("new", &format!("include = [\"{include}\"]\n{GOOD}"));
+        let (good, said) = diff(&inside);
+        assert!(!good && said.contains("new: nodes.toml:1:") && !said.contains("hunter2"), "{said}");
+    }
+    // As strict as a node: its owner's lists count.
+    write("new", &GOOD.replace("100.64.0.2:443", "127.0.0.1:8443"));
+    let (good, said) = diff(&inside);
+    assert!(!good && said.contains("`allow_targets`"), "{said}");
+    std::fs::write(folder.path().join("node.toml"), "[source]\ngit = \"/x\"\nallow_targets = [\"127.0.0.1\"]\n")
+        .expect("written");
+    write("old", &GOOD.replace("100.64.0.2:443", "127.0.0.2:8443"));
+    let (good, said) = diff(&[&inside[..], &["--node", "node.toml"]].concat());
+    assert!(!good && said.contains("old: nodes.toml:"), "{said}");
+    write("old", &GOOD.replace("100.64.0.2:443", "127.0.0.1:8443").replace("one.example", "two.example"));
+    let (good, said) = diff(&[&inside[..], &["--node", "node.toml"]].concat());
+    assert!(good && said.contains("one.example is let through"), "{said}");
+    let (good, said) = diff(&["--repository", "old"]);
+    assert!(!good && said.contains("<NEW>"), "{said}");
 }
 
 #[test]
@@ -163,6 +209,34 @@ fn passwords_and_tokens_are_told_to_nobody_and_wrong_ones_are_named_by_their_fil
         let (good, said) = node(&format!("git = \"{url}\"\nhunter2 = 1"));
         assert!(!good && !said.contains(":hunter2@"), "{said}");
     }
+    // Whatever is wrong, and in whatever form it is told.
+    for git in [
+        "\"https://me:hun hunter2@198.51.100.1:1/x.git\"",
+        "\"https://198.51.100.1:1/x.git?private_token=hunter2\"",
+        "\"https://198.51.100.1:1/x.git#hunter2\"",
+        "\"https://me:hunter2%40198.51.100.1/x.git\"",
+        "\"https://198.51.100.1:hunter2/x.git\"",
+        "\"\"\"https://me:\nhunter2\n@198.51.100.1/x.git\"\"\"",
+        "'''https://me:hunter2\\@198.51.100.1/x.git'''",
+        "https://me:hun hunter2@198.51.100.1/x.git",
+        "\"https://me:hunter2\\q@198.51.100.1/x.git\"",
+        "\"\"\"https://me:\nhunter2\\q@198.51.100.1/x.git\"\"\"",
+    ] {
+        for lines in [format!("git = {git}"), format!("gti = {git}"), format!("git = {git}\nother = 1")] {
+            let (good, said) = node(&lines);
+            assert!(!good && said.contains("help: ") && !said.contains("hunter2"), "{lines}:\n{said}");
+            let out = Command::new(binary())
+                .args(["check", "--format", "json", "--config", "node.toml"])
+                .current_dir(net.dir())
+                .output()
+                .expect("the daemon's binary can be run");
+            let said = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+            assert!(
+                !out.status.success() && said.contains("\"help\"") && !said.contains("hunter2"),
+                "{lines}:\n{said}"
+            );
+        }
+    }
     let file = forge.token_file();
     for text in [format!("{TOKEN}\nsecond\n"), String::new(), "\n".to_owned()] {
         let by_https = forge.by_https(ENTRANCE[0]);
@@ -193,7 +267,7 @@ fn a_kept_commit_that_cannot_be_put_in_force_any_more_gives_way_to_the_newest() 
             dir.display()
         )
     };
-    drop(Daemon::start_on(&net, &net.client, node));
+    run_once(&net, &state, node);
     // The provider has given the machine another address, and the owner has pushed that.
     net.client.ip("addr del 198.51.100.77/32 dev public\n");
     let fixed = forge.push(&[("dataplane.toml", &at("0.0.0.0"))]);
@@ -201,6 +275,108 @@ fn a_kept_commit_that_cannot_be_put_in_force_any_more_gives_way_to_the_newest() 
     tests::eventually(PATIENCE, "the fixed commit is in force", || {
         (daemon.metrics().values("dataplane_config_info", "commit").concat() == fixed).then_some(())
     });
+}
+
+/// Starts a daemon, and ends it when it has kept its commit.
+fn run_once(net: &Net, state: &Path, node: impl FnOnce(&Path) -> String) {
+    let daemon = Daemon::start_on(net, &net.client, node);
+    tests::eventually(PATIENCE, "the commit is kept", || state.join("last-good.json").exists().then_some(()));
+    drop(daemon);
+}
+
+/// What a start says that comes to nothing.
+fn refused(net: &Net, text: &str) -> String {
+    let file = net.file("refused.toml", text);
+    let mut command = Command::new(binary());
+    command.args(["run", "--config"]).arg(file);
+    let out = net.client.run(|| command.output()).expect("the daemon's binary can be run");
+    let said = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+    assert!(!out.status.success(), "{said}");
+    said
+}
+
+#[test]
+fn why_the_kept_commit_was_refused_is_told_also_when_the_repository_is_away() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let forge = Forge::start(&net, &net.entrance);
+    forge.push(&[("dataplane.toml", GOOD)]);
+    let state = net.dir().join("state");
+    let node = |dir: &Path, lines: &str| {
+        format!(
+            "[source]\nref = \"main\"\ninterval = \"1h\"\nstate_directory = \"{}\"\ngit = \"file://{}\"\n{lines}\
+             [admin]\nbind = \"127.0.0.1:9443\"\nsocket = \"{}/admin.sock\"\n",
+            state.display(),
+            forge.repository().display(),
+            dir.display()
+        )
+    };
+    run_once(&net, &state, |dir| node(dir, ""));
+    let away = net.dir().join("away");
+    std::fs::rename(forge.repository(), &away).expect("moved");
+    // The owner lets less pass than before.
+    let said = refused(&net, &node(net.dir(), "allow_hosts = [\"*.example.com\"]\n"));
+    assert!(said.contains("one.example") && said.contains("`allow_hosts`"), "{said}");
+    assert!(said.contains("entrance.git: error: ") && !said.starts_with("error:"), "{said}");
+    // What is wrong with the node's own file is told once.
+    std::fs::rename(&away, forge.repository()).expect("moved");
+    let said = refused(&net, &(node(net.dir(), "") + "ports = 1\n"));
+    assert_eq!(said.matches("unknown key `ports`").count(), 1, "{said}");
+}
+
+#[test]
+fn of_a_kept_commit_what_can_be_served_is_while_the_repository_is_away() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let forge = Forge::start(&net, &net.entrance);
+    let at = |addresses: &[&str]| {
+        let all: Vec<_> = addresses.iter().map(|address| format!("\"{address}:443\"")).collect();
+        GOOD.replace("\"0.0.0.0:443\"", &all.join(", "))
+    };
+    let (gone, taken) = ("198.51.100.77", "198.51.100.78");
+    for address in [gone, taken] {
+        net.client.ip(&format!("addr add {address}/32 dev public\n"));
+    }
+    forge.push(&[("dataplane.toml", &at(&[gone, taken]))]);
+    let state = net.dir().join("state");
+    let node = |dir: &Path| {
+        format!(
+            "[source]\nref = \"main\"\ninterval = \"1s\"\nstate_directory = \"{}\"\ngit = \"file://{}\"\n\
+             [admin]\nbind = \"127.0.0.1:9443\"\nsocket = \"{}/admin.sock\"\n",
+            state.display(),
+            forge.repository().display(),
+            dir.display()
+        )
+    };
+    run_once(&net, &state, node);
+    let away = net.dir().join("away");
+    std::fs::rename(forge.repository(), &away).expect("moved");
+    net.client.ip(&format!("addr del {gone}/32 dev public\n"));
+    let other = net.client.listen(&format!("{taken}:443"));
+
+    // One address is missing and the other is taken.
+    let daemon = Daemon::start_on(&net, &net.client, node);
+    let status = daemon.json(&["status", "--json"]);
+    assert_eq!(status["waiting"][0]["address"], format!("{gone}:443"), "{status:#}");
+    let error = status["config"]["last_error"].as_str().unwrap_or_default();
+    assert!(error.contains(&format!("cannot listen on {taken}:443")) && error.contains("entrance.git"), "{error}");
+    net.client.ip(&format!("addr add {gone}/32 dev public\n"));
+    let listens = |address: &str| net.client.connect(format!("{address}:443").parse().expect("an address"));
+    drop(tests::eventually(PATIENCE, "it listens", || listens(gone).ok()));
+    // The repository is back, and the other program is gone.
+    drop(other);
+    std::fs::rename(&away, forge.repository()).expect("moved");
+    drop(tests::eventually(PATIENCE, "all is in force", || listens(taken).ok()));
+    tests::eventually(PATIENCE, "nothing is wrong any more", || {
+        daemon.json(&["status", "--json"])["config"]["last_error"].is_null().then_some(())
+    });
+    drop(daemon);
+
+    // Where all are taken there is nothing to serve, and both reasons are told.
+    std::fs::rename(forge.repository(), &away).expect("moved");
+    let _others = [gone, taken].map(|address| net.client.listen(&format!("{address}:443")));
+    let said = refused(&net, &node(net.dir()));
+    assert!(said.contains(&format!("cannot listen on {taken}:443")) && said.contains("entrance.git"), "{said}");
 }
 
 #[test]

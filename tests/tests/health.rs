@@ -242,7 +242,8 @@ fn a_target_that_swallows_everything_costs_the_hedge_delay_until_it_is_put_aside
         (percentile(&mut both, 0.99), percentile(&mut single, 0.99), both.len())
     };
     let is_down = |daemon: &Daemon| daemon.metric(UP, &[("target", &hole)]) < 0.5;
-    // What another process does to one sample in a hundred must not decide: one run of several must be good.
+    // What another process does to one sample in a hundred must not decide: one run of several must
+    // be good.
     let mut daemon = None;
     let good = (0..5).any(|_| {
         // One that knows nothing yet, in the place of the one before.
@@ -269,7 +270,8 @@ fn connections_that_lose_a_race_are_closed_unused() {
     let _turn = beside_others();
     let net = Net::new();
     let second = net.cluster.listen(SECOND);
-    // The first answers late: its host has to learn its neighbour's address again, and is told a wrong one for a while.
+    // The first answers late: its host has to learn its neighbour's address again, and is told a
+    // wrong one for a while.
     let first = net.cluster.listen(FIRST);
     let swallow = |on: bool| {
         let what = if on { "replace" } else { "del" };

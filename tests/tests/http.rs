@@ -1,4 +1,5 @@
-//! Port 80: one request a connection; ACME challenges for listed hosts reach the cluster, nothing else does.
+//! Port 80: one request a connection; ACME challenges for listed hosts reach the cluster, nothing
+//! else does.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -414,7 +415,8 @@ fn two_hundred_requests_a_second_and_tls_connections_do_not_hinder_each_other() 
         let begin = Instant::now();
         let count = (length.as_secs_f64() * f64::from(RATE)) as u32;
         std::thread::scope(|s| {
-            // Each worker opens its share on the beat and reads the answers of those that are due, without waiting for one that is slow.
+            // Each worker opens its share on the beat and reads the answers of those that are due,
+            // without waiting for one that is slow.
             for worker in 0..4 {
                 let (rig, kinds) = (&rig, &kinds);
                 s.spawn(move || {

@@ -1,4 +1,5 @@
-//! The set-up of docs/k3s.md with real parts: Traefik as a pod behind what servicelb does to packets, certificates from an ACME server on the Internet side.
+//! The set-up of docs/k3s.md with real parts: Traefik as a pod behind what servicelb does to
+//! packets, certificates from an ACME server on the Internet side.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -43,7 +44,8 @@ impl K3s {
         net.client.ip(&format!("route add 100.64.0.0/24 via {}\n", ENTRANCE[0]));
         net.cluster.iptables(&format!("-t nat -A POSTROUTING -s {PODS} ! -d {PODS} -j MASQUERADE"));
 
-        // Ports of the node go to servicelb's pod (CNI portmap), and from there, masqueraded, to Traefik (klipper-lb; the service's address left out).
+        // Ports of the node go to servicelb's pod (CNI portmap), and from there, masqueraded, to
+        // Traefik (klipper-lb; the service's address left out).
         svclb.forwards();
         for (node, traefik) in PORTS {
             let dnat = |to: &str, port: u16| {
@@ -151,7 +153,8 @@ sendAnonymousUsage = false
     )
 }
 
-/// The public site is on the entry point for public hosts and on that of the house, the internal one where every router is that says nothing.
+/// The public site is on the entry point for public hosts and on that of the house, the internal
+/// one where every router is that says nothing.
 fn routers_toml() -> String {
     format!(
         r#"
@@ -194,7 +197,8 @@ fn traefik_gets_a_certificate_through_port_80_and_serves_public_hosts_alone_with
         Some(())
     });
 
-    // The internal site: not by its own name, which is not listed, and not by a listed name with its Host.
+    // The internal site: not by its own name, which is not listed, and not by a listed name with
+    // its Host.
     let refusal = k3s.fetch(INTERNAL, &[]).expect_err("not listed");
     assert!(refusal.contains("unrecognized name"), "{refusal}");
     let host = format!("Host: {INTERNAL}");

@@ -16,17 +16,21 @@ use tests::{alone, eventually};
 /// Connections a second, and for how many seconds.
 const RATE: u32 = 200;
 const SECONDS: u32 = 60;
-/// A first byte of an answer that comes later than this is an error. Longer than a target is ever silent.
+/// A first byte of an answer that comes later than this is an error. Longer than a target is ever
+/// silent.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// What happens to the targets in turn.
 const WHAT: [&str; 4] = ["stopped", "black-holed", "refusing", "silent"];
 /// How long a target is away, and how long all are there in between.
 const AWAY: Duration = Duration::from_secs(5);
 const THERE: Duration = Duration::from_secs(2);
-/// Around a kill: the hello of connections that the target had then had gone out, so no second attempt could be made. All other errors could have been avoided.
+/// Around a kill: the hello of connections that the target had then had gone out, so no second
+/// attempt could be made. All other errors could have been avoided.
 ///
-/// A silent target (SIGSTOP: its kernel accepts for it) swallows the hellos of those that come until a check has found it out, and answers them when it goes on. They
-/// are late, and no attempt of the proxy could help them: a hello that was sent may have been acted upon. Nobody who comes after that may wait for it.
+/// A silent target (SIGSTOP: its kernel accepts for it) swallows the hellos of those that come
+/// until a check has found it out, and answers them when it goes on. They are late, and no attempt
+/// of the proxy could help them: a hello that was sent may have been acted upon. Nobody who comes
+/// after that may wait for it.
 const IN_FLIGHT: Duration = Duration::from_millis(500);
 /// Who came less than this before a silent target went on may have waited for something else.
 const BUSY: Duration = Duration::from_secs(2);
@@ -86,7 +90,8 @@ fn no_client_meets_an_error_that_a_second_attempt_could_have_avoided() {
         let (net, all, done) = (&net, &all, &done);
         scope.spawn(move || {
             net.client.run(|| {
-                // A thread for each, which is in the namespace of this one: who waits holds up none of the others.
+                // A thread for each, which is in the namespace of this one: who waits holds up none
+                // of the others.
                 std::thread::scope(|clients| {
                     let mut due = begun;
                     while !done.load(Relaxed) {

@@ -1,11 +1,11 @@
 //! Connections that come back: a target that NAT leads to this machine again. One client costs a bounded number of connections, and the target is named.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 
 use tests::daemon::{Config, Daemon, HOST};
-use tests::netns::{CLIENT, ENTRANCE, Net};
-use tests::rig::{PATIENCE, hello, public};
+use tests::netns::{CLIENT, CLIENT_MORE, CLUSTER, ENTRANCE, ENTRANCE_INSIDE, Host, Net};
+use tests::rig::{PATIENCE, accept_within, hello, public};
 use tests::stream::{End, read_to_end};
 use tests::{beside_others, eventually};
 
@@ -90,6 +90,81 @@ fn a_forwarded_port_that_leads_back_to_itself_ends_by_what_can_be_known() {
         let accepted = daemon.metric("dataplane_connections_accepted_total", &[("listener", "git")]);
         assert!(accepted <= most, "one client made {accepted} connections");
     }
+}
+
+/// The port that forwards, with `targets`; `bind` is on the host.
+fn forwarding(host: &Host, net: &Net, bind: &[&str], target: &str, limits: &str) -> Daemon {
+    let bind: Vec<String> = bind.iter().map(|address| format!("{address}:2222")).collect();
+    Daemon::start_on(net, host, |dir| {
+        format!(
+            "[listeners.git]\nmode = \"tcp\"\nbind = {bind:?}\nupstream = \"git\"\n\
+             [upstreams.git]\ntargets = [\"{target}:2222\"]\n[limits]\n{limits}\n\
+             [admin]\nbind = \"127.0.0.1:9443\"\nsocket = \"{}/admin.sock\"\n",
+            dir.display()
+        )
+    })
+}
+
+#[test]
+fn a_loop_through_two_nodes_that_dial_from_other_addresses_than_they_listen_on_is_bounded() {
+    let _turn = beside_others();
+    let net = Net::new();
+    net.entrance.ip("addr add 100.64.0.4/24 dev inside\n");
+    let limits = "max_connections = 3000";
+    let one = forwarding(&net.entrance, &net, &[ENTRANCE[0], "100.64.0.4"], CLUSTER[1], limits);
+    let other = forwarding(&net.cluster, &net, &[CLUSTER[1]], "100.64.0.4", limits);
+    let client = connect(&net, 2222);
+    let _ = (&client).write_all(b"anything");
+    let rejected = |daemon: &Daemon| daemon.metric("dataplane_connections_rejected_total", &[("reason", "loop")]);
+    eventually(PATIENCE, "it is found out", || (rejected(&one) + rejected(&other) > 0.5).then_some(()));
+    let found = if rejected(&one) > 0.5 { (&one, CLUSTER[1]) } else { (&other, "100.64.0.4") };
+    found.0.wait_log(&["back to this node", found.1]);
+    // What is refused ends the whole loop, also while the client stays.
+    assert_ne!(read_to_end(&client, PATIENCE).1, End::Silence);
+    drop(client);
+    for daemon in [&one, &other] {
+        daemon.wait_metric("dataplane_connections_active", &[], 0.0);
+        let accepted = daemon.metric("dataplane_connections_accepted_total", &[]);
+        assert!(accepted < 120.0, "one client made {accepted} connections");
+    }
+}
+
+#[test]
+fn clients_that_a_service_leaves_without_a_word_are_no_loop() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let service = net.cluster.listen(&format!("{}:2222", CLUSTER[0]));
+    let daemon = forwarding(&net.entrance, &net, &[ENTRANCE[0]], CLUSTER[0], "max_connections = 3000");
+    let at = format!("{}:2222", ENTRANCE[0]).parse().expect("an address");
+    let mut open = Vec::new();
+    // The service that never speaks, with many clients; then one that does, with many more of one address.
+    for address in [CLIENT[0], CLIENT_MORE[0], CLIENT_MORE[1]] {
+        for _ in 0..90 {
+            let client = net.client.connect_from(address.parse().expect("an address"), at).expect("accepted");
+            open.push((client, accept_within(&service, PATIENCE).expect("it is passed on")));
+        }
+    }
+    for (client, server) in &mut open {
+        server.write_all(b"!").expect("sent");
+        client.read_exact(&mut [0]).expect("it is passed on");
+    }
+    for _ in 0..200 {
+        let mut client = connect(&net, 2222);
+        let mut server = accept_within(&service, PATIENCE).expect("it is passed on");
+        server.write_all(b"!").expect("sent");
+        client.read_exact(&mut [0]).expect("it is passed on");
+        open.push((client, server));
+    }
+    // One behind the NAT of a target comes from a port that we have dialled that target from.
+    let port = open[0].1.peer_addr().expect("connected").port();
+    let home = format!("{}:{port}", CLUSTER[0]).parse().expect("an address");
+    let inside = format!("{}:2222", ENTRANCE[0]).parse().expect("an address");
+    net.cluster.ip(&format!("route add {}/32 via {}\n", ENTRANCE[0], ENTRANCE_INSIDE[0]));
+    let client = net.cluster.connect_from_port(home, inside).expect("accepted");
+    let _server = accept_within(&service, PATIENCE).expect("it is passed on");
+    let rejected = daemon.metric("dataplane_connections_rejected_total", &[]);
+    assert_eq!(rejected as u64, 0, "nobody is refused");
+    drop(client);
 }
 
 fn connect(net: &Net, port: u16) -> TcpStream {

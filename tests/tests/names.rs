@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tests::daemon::{Config, Daemon};
+use tests::forge::Forge;
 use tests::netns::{CLUSTER, Net, Process};
-use tests::rig::{PATIENCE, Server, hello, public};
+use tests::rig::{PATIENCE, Server, accept_within, hello, public};
 use tests::stream::read_preamble;
 use tests::{beside_others, eventually};
 
@@ -27,6 +28,10 @@ struct Dns<'a> {
 
 impl<'a> Dns<'a> {
     fn start(net: &'a Net, records: &str) -> Self {
+        Self::with_ttl(net, records, TTL)
+    }
+
+    fn with_ttl(net: &'a Net, records: &str, ttl: u64) -> Self {
         net.file("records", records);
         let mut command = Command::new("dnsmasq");
         let hosts = net.dir().join("records");
@@ -40,7 +45,7 @@ impl<'a> Dns<'a> {
                 "--pid-file",
             ])
             .args(["--listen-address=127.0.0.1", "--bind-interfaces", "--user=root", "--log-facility=-"])
-            .arg(format!("--local-ttl={TTL}"))
+            .arg(format!("--local-ttl={ttl}"))
             .arg(format!("--addn-hosts={}", hosts.display()))
             .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
             .stdin(Stdio::null())
@@ -152,6 +157,65 @@ fn a_name_without_an_address_is_a_target_that_is_down_until_it_has_one() {
     daemon.wait_metric(UP, &[], 1.0);
     daemon.wait_log(&["target is up"]);
     assert_eq!(warned().len(), 1, "once for the change: {:?}", warned());
+}
+
+/// A node whose repository says this, and whose own file has these lines in [source].
+fn of_repository(net: &Net, forge: &Forge, shared: &str, own: &str) -> Daemon {
+    forge.push(&[("dataplane.toml", shared)]);
+    Daemon::start_on(net, &net.entrance, |dir| {
+        let d = dir.display();
+        format!(
+            "[admin]\nbind = \"127.0.0.1:9443\"\nsocket = \"{d}/admin.sock\"\n[resolver]\nservers = [\"127.0.0.1:5300\"]\n\
+             [source]\nref = \"main\"\nstate_directory = \"{d}/state\"\ngit = \"file://{}\"\n{own}\n",
+            forge.repository().display()
+        )
+    })
+}
+
+/// What a repository says of a name that it chose.
+const SHARED: &str = "[listeners.public]\nbind = [\"0.0.0.0:443\"]\n\
+                      [upstreams.cluster]\ntargets = [\"laptop.example:443\"]\nconnect_timeout = \"15s\"\n\
+                      [[routes]]\nhosts = [\"app.example.com\"]\nupstream = \"cluster\"\n";
+
+#[test]
+fn a_port_for_challenges_leads_a_repository_nowhere_that_its_node_does_not_let_it() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let forge = Forge::start(&net, &net.entrance);
+    let _dns = Dns::start(&net, "127.0.0.1 laptop.example\n");
+    let secret = net.entrance.listen("127.0.0.1:8022");
+    let web = "[listeners.web]\nmode = \"http\"\nbind = [\"0.0.0.0:80\"]\nacme_port = 8022\n";
+    let shared = format!("{SHARED}{web}").replace("example:443", "example:8443");
+    let daemon = of_repository(&net, &forge, &shared, "allow_targets = [\"*\", \"127.0.0.1:8443\"]");
+    let mut client = net.client.connect(([198, 51, 100, 1], 80).into()).expect("accepted");
+    client.set_read_timeout(Some(PATIENCE)).expect("a time limit");
+    let request = "GET /.well-known/acme-challenge/abc HTTP/1.1\r\nHost: app.example.com\r\n\r\n";
+    client.write_all(request.as_bytes()).expect("sent");
+    let _ = client.read(&mut [0]);
+    assert!(accept_within(&secret, Duration::from_millis(300)).is_none(), "it was dialled");
+    daemon.wait_metric("dataplane_upstream_connect_failures_total", &[("reason", "forbidden")], 1.0);
+}
+
+#[test]
+fn a_name_that_led_where_it_may_not_is_asked_for_again_and_keeps_nobody_waiting() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let forge = Forge::start(&net, &net.entrance);
+    let second = format!("{}:443", CLUSTER[1]);
+    let _server = named(&net, &second);
+    let dns = Dns::with_ttl(&net, "127.0.0.1 laptop.example\n", 60);
+    let daemon = of_repository(&net, &forge, SHARED, "");
+    daemon.wait_metric(UP, &[], 0.0);
+    let status = daemon.json(&["status", "--json"]);
+    let target = &status["upstreams"][0]["targets"][0];
+    assert!(target["reason"].as_str().is_some_and(|r| r.contains("allow_targets")), "{target}");
+    // Long enough that it is not asked for again soon by itself.
+    std::thread::sleep(Duration::from_secs(8));
+    let start = Instant::now();
+    assert_eq!(ask(&net).0, "");
+    assert!(start.elapsed() < Duration::from_secs(5), "waited for {:?}", start.elapsed());
+    dns.change(&format!("{} laptop.example\n", CLUSTER[1]));
+    eventually(Duration::from_secs(5), "it leads elsewhere now", || (ask(&net).0 == second).then_some(()));
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! The PROXY protocol against nginx and HAProxy, as receivers of what the daemon writes and as senders of what it reads; version 1 and 2, IPv4 and IPv6.
+//! The PROXY protocol against nginx and HAProxy, as receivers of what the daemon writes and as
+//! senders of what it reads; version 1 and 2, IPv4 and IPv6.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -10,11 +11,13 @@ use tests::peers::{Peer, certificate, curl};
 use tests::rig::{Rig, accept, accept_within, hello, public};
 use tests::stream::{End, read_to_end};
 
-/// The entrance node's listener, the cluster's address and the client's, of each family, in the form of a URL.
+/// The entrance node's listener, the cluster's address and the client's, of each family, in the
+/// form of a URL.
 const FAMILIES: [(&str, &str, &str); 2] =
     [("198.51.100.1:443", CLUSTER[0], CLIENT[0]), ("[2001:db8:1::1]:443", CLUSTER[2], CLIENT[1])];
 
-/// nginx on both addresses of the first cluster node; it answers with what the PROXY header told it.
+/// nginx on both addresses of the first cluster node; it answers with what the PROXY header told
+/// it.
 fn nginx(net: &Net, pem: &std::path::Path) -> Peer {
     let pem = pem.display();
     Peer::nginx(
@@ -48,7 +51,8 @@ fn target(cluster: &str) -> String {
     if cluster.contains(':') { format!("[{cluster}]:443") } else { format!("{cluster}:443") }
 }
 
-/// What `curl` gets through a daemon that writes this version, from a client of each family to a target of each family.
+/// What `curl` gets through a daemon that writes this version, from a client of each family to a
+/// target of each family.
 fn told_by_receiver(
     receiver: fn(&Net, &std::path::Path) -> Peer,
     version: &str,
@@ -146,7 +150,8 @@ fn haproxy_in_front(net: &Net, listener: &str, source: &str, entrance: &str, opt
     Peer::haproxy(net, &net.client, &text)
 }
 
-/// A visitor (second extra address) goes through a proxy (first extra address) in front of the entrance node; the ingress must learn of the visitor.
+/// A visitor (second extra address) goes through a proxy (first extra address) in front of the
+/// entrance node; the ingress must learn of the visitor.
 fn believed(front: impl Fn(&Net, &str, &str, &str) -> Peer) {
     let _turn = beside_others();
     let net = Net::new();
@@ -195,8 +200,8 @@ fn a_header_and_hello_split_at_any_byte_are_understood() {
     let config =
         Config::new("auto").listener(&format!("accept_proxy = [\"{}/32\"]", CLIENT[0])).upstream("send_proxy = \"v1\"");
     let rig = Rig::new(&config);
-    let sent = [&b"PROXY TCP4 192.0.2.1 192.0.2.2 5678 443\r\n"[..], &hello()].concat();
     for at in (1..60).chain([100, 150]) {
+        let sent = [&b"PROXY TCP4 192.0.2.1 192.0.2.2 5678 443\r\n"[..], &hello()].concat();
         let client = rig.connect();
         tests::stream::send_in_segments(&client, [&sent[..at], &sent[at..]]).expect("sent");
         let (_server, preamble) = accept(&rig.upstream, true);

@@ -1,4 +1,5 @@
-//! Who is not let through: the reason that the metric gives, what the client is told, how soon, and that no upstream ever hears of it.
+//! Who is not let through: the reason that the metric gives, what the client is told, how soon, and
+//! that no upstream ever hears of it.
 
 use std::io::Write;
 use std::net::{SocketAddr, TcpStream};
@@ -25,8 +26,8 @@ fn rejected(rig: &Rig, reason: &str) -> f64 {
     rig.daemon.metric("dataplane_connections_rejected_total", &[("listener", "public"), ("reason", reason)])
 }
 
-/// Sends `bytes` on a fresh connection and expects to be refused at once for `reason`, with this alert or a plain close, and without a single TCP segment
-/// reaching the cluster.
+/// Sends `bytes` on a fresh connection and expects to be refused at once for `reason`, with this
+/// alert or a plain close, and without a single TCP segment reaching the cluster.
 #[track_caller]
 fn refused(rig: &Rig, bytes: &[u8], reason: &str, alert: Option<u8>) {
     let before = (rejected(rig, reason), rig.net.cluster.tcp_segments_received());
@@ -135,7 +136,8 @@ fn a_hello_that_comes_too_slowly_is_cut_at_the_absolute_deadline() {
         let client = rig.connect();
         let mut sent = 20;
         (&client).write_all(&hello[..sent]).expect("sent");
-        // A deadline that each byte puts off would never come: the hello goes on for longer than anybody waits here.
+        // A deadline that each byte puts off would never come: the hello goes on for longer than
+        // anybody waits here.
         let (answer, end) = loop {
             let (answer, end) = read_to_end(&client, if trickles { Duration::from_millis(100) } else { PATIENCE });
             if end != End::Silence || !trickles || start.elapsed() > PATIENCE / 2 {
@@ -201,7 +203,8 @@ fn a_client_outside_the_allowed_networks_is_refused() {
     rig.accept();
 }
 
-/// A connection that was refused for who the client is: the close may overtake what the client sends.
+/// A connection that was refused for who the client is: the close may overtake what the client
+/// sends.
 #[track_caller]
 fn closed_without_a_word(client: &TcpStream) {
     let start = Instant::now();
@@ -281,8 +284,8 @@ fn when_no_target_answers_the_client_is_told_that_it_is_not_to_blame() {
 fn a_hello_split_at_any_byte_arrives_whole() {
     let _turn = beside_others();
     let rig = rig(&Config::new("auto"));
-    let hello = hello();
-    for at in 1..hello.len() {
+    for at in 1..hello().len() {
+        let hello = hello();
         let client = rig.connect();
         send_in_segments(&client, [&hello[..at], &hello[at..]]).expect("sent");
         let _server = rig.accept();

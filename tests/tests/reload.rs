@@ -1,4 +1,5 @@
-//! Changing the configuration of a daemon that is in use: nothing is lost, and nothing changes by halves.
+//! Changing the configuration of a daemon that is in use: nothing is lost, and nothing changes by
+//! halves.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -112,7 +113,8 @@ fn a_change_of_the_file_by_write_rename_or_link_is_a_reload_and_a_broken_one_is_
     let dir = rig.daemon.dir().to_path_buf();
     let file = rig.daemon.config_path();
     let hash = || rig.daemon.metrics().values("dataplane_config_info", "hash").concat();
-    // In one step: a file that is written is empty for a moment, which may last, and would be taken for what it should be.
+    // In one step: a file that is written is empty for a moment, which may last, and would be taken
+    // for what it should be.
     let replace = |name: &str, text: String| {
         std::fs::write(dir.join("other"), text).expect("written");
         std::fs::rename(dir.join("other"), dir.join(name)).expect("renamed");
@@ -209,9 +211,15 @@ fn before_a_push_check_tells_programs_where_mistakes_are_and_diff_says_what_chan
     rig.daemon.rewrite(&Config::new("auto").more(&also(OTHER)));
     let out = rig.daemon.cli(&["diff", &old.to_string_lossy()]);
     let said = String::from_utf8_lossy(&out.stdout).into_owned();
-    assert!(out.status.success() && said.starts_with(&format!("{OTHER} is let through, to `other` ")), "{said}");
+    // As diff(1): the same, different, trouble.
+    assert_eq!(out.status.code(), Some(1));
+    assert!(said.starts_with(&format!("WIDER: {OTHER} is let through, to `other` ")), "{said}");
     let same = rig.daemon.cli(&["diff", &old.to_string_lossy(), &old.to_string_lossy()]);
-    assert_eq!(String::from_utf8_lossy(&same.stdout), "nothing changes\n");
+    assert_eq!((same.status.code(), &*String::from_utf8_lossy(&same.stdout)), (Some(0), "nothing changes\n"));
+    let out = rig.daemon.cli(&["diff", &old.to_string_lossy(), "--format", "json"]);
+    let document: serde_json::Value = serde_json::from_slice(&out.stdout).expect("JSON");
+    assert_eq!(document["changes"][0]["widens"], true, "{document}");
+    assert_eq!(rig.daemon.cli(&["diff", "/nowhere"]).status.code(), Some(2));
 
     std::fs::create_dir(dir.join("routes.d")).expect("made");
     std::fs::write(dir.join("routes.d/a.toml"), also(HOST)).expect("written");
@@ -352,7 +360,6 @@ impl Drop for Stop<'_> {
 
 /// As `dataplane reload` asks, without a process for each.
 fn ask_reload(daemon: &Daemon) {
-    daemon.forget_notifications();
     let mut stream = UnixStream::connect(daemon.dir().join("admin.sock")).expect("the control socket");
     stream.set_read_timeout(Some(Duration::from_secs(30))).expect("a time limit");
     stream.write_all(b"POST /reload HTTP/1.1\r\nHost: dataplane\r\nConnection: close\r\n\r\n").expect("sent");
@@ -387,7 +394,8 @@ fn ten_thousand_hosts_in_two_hundred_files_are_in_force_within_a_second() {
         ask_reload(&rig.daemon);
         start.elapsed()
     };
-    // The first one makes 1,000 routes' metrics, the others keep them; the best of each kind: another program may have the processors.
+    // The first one makes 1,000 routes' metrics, the others keep them; the best of each kind:
+    // another program may have the processors.
     let mut first = once(0);
     for n in 1..4 {
         rig.daemon.rewrite(&Config::new("auto"));

@@ -1,4 +1,5 @@
-//! The rig itself: what it is trusted to notice, it notices. A relay of a few lines, right or broken on purpose, takes the daemon's place.
+//! The rig itself: what it is trusted to notice, it notices. A relay of a few lines, right or
+//! broken on purpose, takes the daemon's place.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -15,7 +16,8 @@ use tests::{PATIENCE, beside_others, eventually};
 const SIZE: u64 = 3_000_000;
 const PATTERN: Pattern = Pattern::new(17);
 
-/// Client and server with a hand-made relay on the entrance node between them: the streams of its two legs, and of the two ends.
+/// Client and server with a hand-made relay on the entrance node between them: the streams of its
+/// two legs, and of the two ends.
 struct Relay {
     client: TcpStream,
     near: TcpStream,
@@ -37,7 +39,8 @@ impl Relay {
         Self { client, near, far, server, net }
     }
 
-    /// What the server makes of a stream of `SIZE` bytes that the relay passes through `spoil`, chunk by chunk.
+    /// What the server makes of a stream of `SIZE` bytes that the relay passes through `spoil`,
+    /// chunk by chunk.
     fn upload_through(
         self,
         mut spoil: impl FnMut(usize, Vec<u8>) -> Vec<u8> + Send,

@@ -1,4 +1,5 @@
-//! The sockmap engine where it differs from the others: bytes that the kernel forwards, the way into the map and out of it, and what an attacker would try.
+//! The sockmap engine where it differs from the others: bytes that the kernel forwards, the way
+//! into the map and out of it, and what an attacker would try.
 
 use std::collections::HashSet;
 use std::io::Write;
@@ -60,7 +61,8 @@ impl Talk {
         }
     }
 
-    /// Exchanges until the kernel forwards both ways: it takes over when a direction of a connection in the map is quiet for a moment.
+    /// Exchanges until the kernel forwards both ways: it takes over when a direction of a
+    /// connection in the map is quiet for a moment.
     #[track_caller]
     fn exchange_until_in_kernel(&mut self, rig: &Rig) {
         self.exchange_until(rig, "sockmap");
@@ -177,7 +179,8 @@ fn the_kernel_forwards_between_address_families() {
     assert_eq!(DOWN.receive(&client, at), (at, End::Fin));
 }
 
-/// Five hundred requests on one connection, then a download of 20 MB on it, with TLS all the way to nginx.
+/// Five hundred requests on one connection, then a download of 20 MB on it, with TLS all the way to
+/// nginx.
 #[test]
 fn curl_and_nginx_notice_nothing_when_the_kernel_forwards_between_them() {
     let _turn = beside_others();
@@ -204,7 +207,8 @@ fn curl_and_nginx_notice_nothing_when_the_kernel_forwards_between_them() {
     assert!(kernel > 500.0 * 50.0, "{kernel} bytes of requests were redirected");
 }
 
-/// Times that a thread of the daemon was taken off the processor: it had slept before it ran again, or was preempted.
+/// Times that a thread of the daemon was taken off the processor: it had slept before it ran again,
+/// or was preempted.
 fn wakeups(daemon: &Daemon) -> u64 {
     let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).expect("the daemon runs");
     let of_task = |entry: std::io::Result<std::fs::DirEntry>| -> u64 {
@@ -267,15 +271,16 @@ fn retransmits_that_overlap_are_not_doubled() {
         for _ in 0..10 {
             talk.exchange();
         }
-        // The client sends bytes again that were forwarded, together with new ones in the same segment.
+        // The client sends bytes again that were forwarded, together with new ones in the same
+        // segment.
         let Talk { client, server, at } = talk;
-        let client = rig.net.client.run(|| dataplane::sys::rewind(client, again)).expect("TCP_REPAIR");
+        let client = rig.net.client.run(|| dataplane::kernel::sys::rewind(client, again)).expect("TCP_REPAIR");
         never_hang(&client);
         let end = at + 300;
         (&client).write_all(UP.at(at - u64::from(again), u64::from(again) + 300)).expect("sent");
         UP.receive_exactly(&server, at, end);
         // And so does the upstream.
-        let server = rig.net.cluster.run(|| dataplane::sys::rewind(server, again)).expect("TCP_REPAIR");
+        let server = rig.net.cluster.run(|| dataplane::kernel::sys::rewind(server, again)).expect("TCP_REPAIR");
         never_hang(&server);
         (&server).write_all(DOWN.at(at - u64::from(again), u64::from(again) + 300)).expect("sent");
         DOWN.receive_exactly(&client, at, end);
@@ -432,7 +437,8 @@ fn a_client_that_half_closes_during_a_backlogged_download_gets_all_of_it() {
     rig.daemon.wait_metric("dataplane_connections_closed_total", &[("reason", "done")], 24.0);
 }
 
-/// An upstream that goes on until it is told to stop must hear of it, however slowly its bytes are read.
+/// An upstream that goes on until it is told to stop must hear of it, however slowly its bytes are
+/// read.
 #[test]
 fn a_half_close_is_passed_on_while_the_one_who_sent_it_does_not_read() {
     let _turn = beside_others();
@@ -570,7 +576,7 @@ fn maps(daemon: &Daemon, name: &str) -> Vec<MapInfo> {
 
 /// Sockets that the daemon's programs know.
 fn entries(daemon: &Daemon) -> usize {
-    let maps = maps(daemon, common::KEYS);
+    let maps = maps(daemon, common::sockmap::KEYS);
     assert_eq!(maps.len(), 1, "the daemon has one map of keys");
     let map = aya::maps::Map::HashMap(MapData::from_id(maps[0].id()).expect("the map is there"));
     let keys = HashMap::<_, u64, u32>::try_from(map).expect("a map of cookies to keys");
@@ -634,13 +640,16 @@ fn killed_with_a_thousand_connections_in_the_map_both_sides_are_reset_and_the_ne
             .then_some(())
     });
     assert_eq!(entries(&rig.daemon), 2 * CONNECTIONS);
-    let ids: Vec<u32> =
-        [common::KEYS, common::SOCKS].iter().flat_map(|name| maps(&rig.daemon, name)).map(|map| map.id()).collect();
+    let ids: Vec<u32> = [common::sockmap::KEYS, common::sockmap::SOCKS]
+        .iter()
+        .flat_map(|name| maps(&rig.daemon, name))
+        .map(|map| map.id())
+        .collect();
     assert_eq!(ids.len(), 2);
     let programs = own(&rig.daemon, "prog_id:");
     let verdicts = |own: &HashSet<u32>| {
         let loaded = loaded_programs().filter_map(Result::ok);
-        loaded.filter(|p| own.contains(&p.id()) && p.name_as_str() == Some(common::VERDICT)).count()
+        loaded.filter(|p| own.contains(&p.id()) && p.name_as_str() == Some(common::sockmap::VERDICT)).count()
     };
     assert_eq!(verdicts(&programs), 1);
     rig.daemon.signal(Signal::KILL);

@@ -1,4 +1,5 @@
-//! One repository for all entrance nodes: two daemons on two hosts follow it, from git's own servers.
+//! One repository for all entrance nodes: two daemons on two hosts follow it, from git's own
+//! servers.
 
 use std::path::Path;
 use std::process::Command;
@@ -90,7 +91,8 @@ fn post_with(host: &Host, url: &str, headers: &[String], body: &str, more: &[&st
     host.output(command.args(["--data-binary", body, url]))
 }
 
-/// `dataplane check` of a node with this `[source]`, with this folder for what is passing; whether it is content, and what it says.
+/// `dataplane check` of a node with this `[source]`, with this folder for what is passing; whether
+/// it is content, and what it says.
 fn check(net: &Net, source: &str, tmp: &Path) -> (bool, String) {
     let file = net.file("node.toml", node(net.dir(), source));
     let mut command = Command::new(tests::daemon::binary());

@@ -1,4 +1,5 @@
-//! The daemon as the unit in `dist` runs it, under a real systemd: what an administrator does with it, and what the hardening leaves it.
+//! The daemon as the unit in `dist` runs it, under a real systemd: what an administrator does with
+//! it, and what the hardening leaves it.
 
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
@@ -109,6 +110,13 @@ fn install_keeps_an_edited_configuration_and_lets_the_service_read_it() {
         ("etc/dataplane", 0o755),
         ("etc/dataplane/dataplane.toml", 0o644),
         ("etc/systemd/system/dataplane.service", 0o644),
+        ("usr/local/share/bash-completion/completions/dataplane", 0o644),
+        ("usr/local/share/zsh/site-functions/_dataplane", 0o644),
+        ("usr/local/share/fish/vendor_completions.d/dataplane.fish", 0o644),
+        ("usr/local/share/man/man1", 0o755),
+        ("usr/local/share/man/man1/dataplane.1", 0o644),
+        ("usr/local/share/man/man1/dataplane-check.1", 0o644),
+        ("usr/local/share/man/man5/dataplane.toml.5", 0o644),
     ] {
         let permissions = std::fs::metadata(root.join(path)).unwrap_or_else(|e| panic!("{path}: {e}")).permissions();
         assert_eq!(permissions.mode() & 0o777, mode, "{path}");

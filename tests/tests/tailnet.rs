@@ -144,7 +144,8 @@ fn a_node_whose_tailscaled_is_down_costs_the_hedge_delay(net: &Net, tailnet: &Ta
         std::thread::sleep(Duration::from_millis(5));
     }
     println!("tailscale down: the slowest of all connections took {slowest:?}, before it {good:?}");
-    // The hedge delay and a busy machine; without a second dial it would be the 3 s of `connect_timeout`.
+    // The hedge delay and a busy machine; without a second dial it would be the 3 s of
+    // `connect_timeout`.
     assert!(slowest < Duration::from_secs(1), "{slowest:?}");
     assert!(daemon.metric(UP, &[("target", FIRST)]) < 0.5);
     tailnet.cluster.up().unwrap_or_else(|why| panic!("{why}"));

@@ -1,15 +1,17 @@
 //! Which target gets a connection, and what happens when it does not answer.
 
 use std::io::Write;
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use tests::beside_others;
+use socket2::{Domain, Socket, Type};
 use tests::daemon::{Config, Daemon, HOST};
 use tests::netns::{BLACK_HOLE, CLUSTER, Net};
 use tests::peers::{Peer, certificate, curl};
 use tests::rig::{PATIENCE, Rig, accept_within, ended_at_once, hello, public};
 use tests::stream::{End, Pattern, read_to_end, reset};
+use tests::{beside_others, eventually};
 
 const FIRST: &str = "100.64.0.2:443";
 const SECOND: &str = "100.64.0.3:443";
@@ -167,6 +169,78 @@ fn a_target_that_has_closed_gives_its_place_to_the_next_connection() {
         let closed = rig.daemon.metric("dataplane_connections_closed_total", &[]);
         assert_eq!(closed as u64, 0, "{engine}: the first one goes on");
         drop(client);
+    }
+}
+
+/// A client that does not read, and whose target has sent all of its 150 KB and closed: more than both sockets of the client's side
+/// take, and no more than the daemon and its own socket to the target do.
+fn unread(rig: &Rig) -> TcpStream {
+    let client = rig.net.client.run(|| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+        socket.set_recv_buffer_size(4096).expect("SO_RCVBUF");
+        socket.connect(&public().into()).expect("accepted");
+        TcpStream::from(socket)
+    });
+    (&client).write_all(&hello()).expect("sent");
+    let server = rig.accept();
+    Pattern::new(9).send(&server, 0, UNREAD).expect("taken");
+    drop(server);
+    eventually(PATIENCE, "the target has closed, and its FIN has arrived", || {
+        let sockets = rig.net.cluster.output(Command::new("ss").args(["-tnH", "src", FIRST]));
+        (!sockets.contains("ESTAB") && !sockets.contains("FIN-WAIT-1")).then_some(())
+    });
+    client
+}
+
+const UNREAD: u64 = 150_000;
+
+#[test]
+fn a_target_that_has_closed_keeps_no_place_for_a_client_that_does_not_read() {
+    let _turn = beside_others();
+    for engine in ["copy", "splice", "sockmap", "auto"] {
+        let config = Config::new(engine).upstream("max_connections_per_target = 1\nconnect_timeout = \"60s\"");
+        let rig = Rig::new(&config);
+        let client = unread(&rig);
+        let (_second, _server) = rig.pair();
+        Pattern::new(9).receive_exactly(&client, 0, UNREAD);
+        assert_eq!(read_to_end(&client, PATIENCE), (Vec::new(), End::Fin), "{engine}: and it gets all of it");
+    }
+}
+
+#[test]
+fn a_reader_has_the_half_closed_deadline_for_each_byte_that_it_takes() {
+    let _turn = beside_others();
+    for engine in ["copy", "splice", "sockmap", "auto"] {
+        let rig = Rig::new(&Config::new(engine).limits("half_closed_timeout = \"3s\""));
+        // One takes a little now and then, for longer than the deadline; one takes nothing.
+        let (slow, stalled) = (unread(&rig), unread(&rig));
+        let (pattern, start, mut at) = (Pattern::new(9), Instant::now(), 0);
+        while start.elapsed() < Duration::from_secs(8) {
+            pattern.receive_exactly(&slow, at, at + 8000);
+            at += 8000;
+            std::thread::sleep(Duration::from_millis(500));
+        }
+        pattern.receive_exactly(&slow, at, UNREAD);
+        assert_eq!(read_to_end(&slow, PATIENCE), (Vec::new(), End::Fin), "{engine}");
+        rig.daemon.wait_metric("dataplane_connections_closed_total", &[("reason", "idle")], 1.0);
+        assert_eq!(read_to_end(&stalled, PATIENCE).1, End::Reset, "{engine}");
+    }
+}
+
+#[test]
+fn a_half_closed_connection_has_its_whole_deadline_from_the_fin_on() {
+    let _turn = beside_others();
+    for engine in ["splice", "sockmap"] {
+        let rig = Rig::new(&Config::new(engine).limits("half_closed_timeout = \"4s\""));
+        let (client, mut server) = rig.pair();
+        // Nothing moves for longer than that, which is no reason to end it; then it ends on one side.
+        std::thread::sleep(Duration::from_secs(5));
+        client.shutdown(std::net::Shutdown::Write).expect("sent");
+        assert_eq!(read_to_end(&server, PATIENCE), (Vec::new(), End::Fin), "{engine}");
+        std::thread::sleep(Duration::from_secs(1));
+        server.write_all(b"answer").expect("sent");
+        drop(server);
+        assert_eq!(read_to_end(&client, PATIENCE), (b"answer".to_vec(), End::Fin), "{engine}");
     }
 }
 

@@ -1,4 +1,5 @@
-//! Addresses that this machine does not have yet, tailscale0's above all, and what else must not keep clients out.
+//! Addresses that this machine does not have yet, tailscale0's above all, and what else must not
+//! keep clients out.
 
 use std::io::Write;
 use std::net::TcpStream;
@@ -51,6 +52,35 @@ fn a_private_address_that_is_missing_keeps_no_public_one_shut_and_is_listened_on
 }
 
 #[test]
+fn an_address_that_has_come_and_is_taken_is_told_as_taken() {
+    let _turn = beside_others();
+    let rig = Rig::new(&Config::new("auto").more(&format!("[listeners.private]\nbind = [\"{LATER}:8443\"]")));
+    let reason = || {
+        let status = rig.daemon.json(&["status", "--json"]);
+        status["waiting"][0]["reason"].as_str().unwrap_or_default().to_owned()
+    };
+    let missing = "this machine does not have the address yet";
+    assert_eq!(reason(), missing);
+    assert!(rig.daemon.status_line().contains(missing), "{}", rig.daemon.status_line());
+
+    // It listens there before the daemon can.
+    let taken = rig.net.entrance.listen_early(&format!("{LATER}:8443"));
+    add_address(&rig.net);
+    let why = "another program listens there";
+    eventually(PATIENCE, "it is told as taken", || reason().contains(why).then_some(()));
+    let (_, said) = rig.daemon.get("/readyz").expect("answers");
+    assert!(said.contains(why) && !said.contains(missing), "{said}");
+    assert!(rig.daemon.status_line().contains(why), "{}", rig.daemon.status_line());
+    // It has been tried several times by the time that it is free.
+    std::thread::sleep(std::time::Duration::from_secs(3));
+    drop(taken);
+    rig.daemon.wait_metric("dataplane_listener_bound", &[("listener", "private")], 1.0);
+    let lines = rig.daemon.wait_log(&["WARN", "8443", why]);
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert_eq!(rig.daemon.status_line(), "serving");
+}
+
+#[test]
 fn metrics_and_webhook_on_a_missing_address_keep_no_client_out() {
     let _turn = beside_others();
     let net = Net::new();
@@ -95,7 +125,16 @@ fn metrics_and_webhook_on_a_missing_address_keep_no_client_out() {
     accept(&upstream, false);
     let waiting = || daemon.json(&["status", "--json"])["waiting"].as_array().expect("a list").len();
     assert_eq!(waiting(), 2);
+    // What has come and is taken is told as taken, and waited for all the same.
+    let taken = [9443, 9080].map(|port| net.entrance.listen_early(&format!("{LATER}:{port}")));
     add_address(&net);
+    let are_taken = || {
+        let status = daemon.json(&["status", "--json"]);
+        let reasons = status["waiting"].as_array().expect("a list").iter().map(|w| w["reason"].to_string());
+        reasons.filter(|reason| reason.contains("another program listens there")).count() == 2
+    };
+    eventually(PATIENCE, "both are told as taken", || are_taken().then_some(()));
+    drop(taken);
     eventually(PATIENCE, "all is listened on", || (waiting() == 0).then_some(()));
     for port in [9443, 9080] {
         let at = format!("{LATER}:{port}").parse().expect("an address");
@@ -115,6 +154,51 @@ fn a_default_address_that_is_taken_is_named_by_its_key() {
     let said = String::from_utf8_lossy(&out.stderr);
     assert!(!out.status.success() && said.contains("`bind` in [admin]") && said.contains("127.0.0.1:9444"), "{said}");
     assert!(!said.contains(":1:1:"), "{said}");
+}
+
+#[test]
+fn one_port_serves_clients_on_ipv4_and_metrics_on_ipv6() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let upstream = net.cluster.listen("100.64.0.2:443");
+    let daemon = Daemon::start_on(&net, &net.entrance, |dir| {
+        format!(
+            "[listeners.public]\nbind = [\"0.0.0.0:443\"]\n[upstreams.a]\ntargets = [\"100.64.0.2:443\"]\n\
+             [[routes]]\nhosts = [\"app.example.com\"]\nupstream = \"a\"\n\
+             [admin]\nbind = \"[::]:443\"\nsocket = \"{}/admin.sock\"\n",
+            dir.display()
+        )
+    });
+    let mut client = net.client.connect(public()).expect("accepted");
+    client.write_all(&hello()).expect("sent");
+    accept(&upstream, false);
+    let mut asks = net.entrance.connect("[::1]:443".parse().expect("an address")).expect("accepted");
+    asks.write_all(b"GET /healthz HTTP/1.0\r\n\r\n").expect("sent");
+    let mut answer = [0; 15];
+    std::io::Read::read_exact(&mut asks, &mut answer).expect("an answer");
+    assert_eq!(&answer, b"HTTP/1.0 200 OK");
+    drop(daemon);
+}
+
+#[test]
+fn a_control_socket_that_is_something_else_is_told_as_that_and_left_alone() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let folder = net.dir().join("folder");
+    std::fs::create_dir(&folder).expect("made");
+    let text = format!(
+        "[listeners.public]\nbind = [\"198.51.100.1:443\"]\n[upstreams.a]\ntargets = [\"100.64.0.2:443\"]\n\
+         [[routes]]\nhosts = [\"a.example\"]\nupstream = \"a\"\n[admin]\nsocket = \"{}\"\n",
+        folder.display()
+    );
+    let file = net.file("dataplane.toml", text);
+    let out = net.entrance.run(|| Command::new(binary()).args(["run", "--config"]).arg(&file).output()).expect("runs");
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(
+        !out.status.success() && said.contains("a folder is there") && said.contains("`socket` in [admin]"),
+        "{said}"
+    );
+    assert!(!said.contains("stop the other daemon") && folder.is_dir(), "{said}");
 }
 
 #[test]

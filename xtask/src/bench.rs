@@ -1,4 +1,5 @@
-//! `cargo xtask bench`: brings what the benchmark needs, makes release builds of the daemon, with the eBPF programs in it, and of the harness, and runs that.
+//! `cargo xtask bench`: brings what the benchmark needs, makes release builds of the daemon, with
+//! the eBPF programs in it, and of the harness, and runs that.
 //!
 //! Knows no option: those are the harness's, in `bench/src/run.rs`.
 
@@ -10,7 +11,8 @@ use anyhow::{Context, Result, bail};
 use crate::run::{self, step};
 use crate::{ebpf, packages};
 
-/// Programs of the rig and of what brings the peers, and the Debian packages that bring them. Go, for the tailnet, is named when it is missing: Debian's is too old.
+/// Programs of the rig and of what brings the peers, and the Debian packages that bring them. Go,
+/// for the tailnet, is named when it is missing: Debian's is too old.
 const PROGRAMS: &[(&str, &str)] = &[
     ("ip", "iproute2"),
     ("pip3", "python3-pip"),

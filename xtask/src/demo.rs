@@ -1,6 +1,8 @@
-//! `cargo xtask demo`: three hosts, two real nginx servers, the daemon between them, and curl that shows what it does.
+//! `cargo xtask demo`: three hosts, two real nginx servers, the daemon between them, and curl that
+//! shows what it does.
 //!
-//! Everything that is claimed on the screen is checked; a claim that fails ends the demo with an error. The hosts and peers are those of the tests.
+//! Everything that is claimed on the screen is checked; a claim that fails ends the demo with an
+//! error. The hosts and peers are those of the tests.
 
 use std::fs::{self, File};
 use std::io::{IsTerminal, Read, Write};

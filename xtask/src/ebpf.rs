@@ -45,7 +45,8 @@ pub fn build() -> Result<PathBuf> {
     Ok(object)
 }
 
-/// A hash of the sources and the compiler's version. Another Rust release may hash differently, which costs one build.
+/// A hash of the sources and the compiler's version. Another Rust release may hash differently,
+/// which costs one build.
 fn inputs(compiler: &str) -> Result<String> {
     let mut hasher = DefaultHasher::new();
     compiler.hash(&mut hasher);

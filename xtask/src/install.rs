@@ -1,4 +1,5 @@
-//! `cargo xtask install`: the release build with the eBPF programs in it, the systemd unit, and a starter configuration if there is none.
+//! `cargo xtask install`: the release build with the eBPF programs in it, the systemd unit, and a
+//! starter configuration if there is none.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,12 +11,14 @@ use rustix::fs::Mode;
 use crate::ebpf;
 use crate::run::{self, replace_file, step};
 
-/// What the unit in `dist` starts; replaced when `--prefix` says otherwise. In the `secure_path` of Debian's sudo.
+/// What the unit in `dist` starts; replaced when `--prefix` says otherwise. In the `secure_path` of
+/// Debian's sudo.
 const PREFIX: &str = "/usr/local";
 
 #[derive(clap::Args)]
 pub struct Options {
-    /// Install below this folder instead of /, for packages; nothing of the running system is touched
+    /// Install below this folder instead of /, for packages; nothing of the running system is
+    /// touched
     #[arg(long, value_name = "FOLDER", default_value = "/")]
     root: PathBuf,
     /// Where bin/dataplane goes
@@ -53,14 +56,12 @@ pub fn run(options: &Options) -> Result<()> {
     let configuration = Path::new("/etc/dataplane/dataplane.toml");
     let is_new = !below(&options.root, configuration).exists();
     if is_new {
-        let starter = Command::new(&built).arg("init").output().context("cannot start the daemon just built")?;
-        if !starter.status.success() {
-            bail!("`dataplane init` failed: {}", String::from_utf8_lossy(&starter.stderr));
-        }
-        put(&options.root, configuration, &starter.stdout, 0o644)?;
+        put(&options.root, configuration, &said(Command::new(&built).arg("init"))?, 0o644)?;
     } else {
         step(format_args!("{} is left as it is", configuration.display()));
     }
+
+    put_manual(&options.root, &options.prefix, &built)?;
 
     if is_live {
         // What sd_booted(3) looks at.
@@ -70,6 +71,41 @@ pub fn run(options: &Options) -> Result<()> {
         print_next_steps(configuration, is_new);
     }
     Ok(())
+}
+
+/// Where each shell looks for completions, below the prefix's `share`.
+const COMPLETIONS: [(&str, &str); 3] = [
+    ("bash", "bash-completion/completions/dataplane"),
+    ("zsh", "zsh/site-functions/_dataplane"),
+    ("fish", "fish/vendor_completions.d/dataplane.fish"),
+];
+
+/// Completions and manual pages, of which the program itself knows the text.
+fn put_manual(root: &Path, prefix: &Path, built: &Path) -> Result<()> {
+    let share = prefix.join("share");
+    for (shell, path) in COMPLETIONS {
+        let text = said(Command::new(built).args(["completions", shell]))?;
+        put(root, &share.join(path), &text, 0o644)?;
+    }
+    let manual = below(root, &share.join("man"));
+    let pages = manual.join("man1");
+    let file = "dataplane.toml.5";
+    for folder in [&pages, &manual.join("man5")] {
+        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    }
+    said(Command::new(built).arg("man").arg(&pages))?;
+    fs::rename(pages.join(file), manual.join("man5").join(file))?;
+    step(format_args!("{} has the manual pages", manual.display()));
+    Ok(())
+}
+
+/// What the daemon's program prints.
+fn said(command: &mut Command) -> Result<Vec<u8>> {
+    let out = command.output().context("cannot start the daemon just built")?;
+    if !out.status.success() {
+        bail!("{command:?} failed: {}", String::from_utf8_lossy(&out.stderr));
+    }
+    Ok(out.stdout)
 }
 
 /// The release build, with the eBPF programs in it.

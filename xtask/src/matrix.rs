@@ -1,10 +1,14 @@
-//! `cargo xtask test --kernel 6.1`: the end-to-end tests on one of Debian's cloud kernels, in a virtual machine.
+//! `cargo xtask test --kernel 6.1`: the end-to-end tests on one of Debian's cloud kernels, in a
+//! virtual machine.
 //!
-//! The machine has no disk and no network card. Its initramfs holds all there is: the kernel package with every module, busybox, and the tests, the daemon, ip(8)
-//! and ss(8) as they are on this machine, with the libraries that they load. A script is its init; what it says comes over the serial line.
+//! The machine has no disk and no network card. Its initramfs holds all there is: the kernel
+//! package with every module, busybox, and the tests, the daemon, ip(8) and ss(8) as they are on
+//! this machine, with the libraries that they load. A script is its init; what it says comes over
+//! the serial line.
 //!
-//! qemu interprets the processor (TCG), since a test machine rarely may run virtual machines: it says what is right on a kernel, never how fast it is.
-//! Knows no test but the names of those that are of no use there.
+//! qemu interprets the processor (TCG), since a test machine rarely may run virtual machines: it
+//! says what is right on a kernel, never how fast it is. Knows no test but the names of those that
+//! are of no use there.
 
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind};
@@ -20,7 +24,8 @@ use crate::{ebpf, packages};
 const PROGRAMS: &[(&str, &str)] =
     &[("ip", "iproute2"), ("qemu-system-x86_64", "qemu-system-x86"), ("ss", "iproute2"), ("strip", "binutils")];
 
-/// Executables of the end-to-end tests that run there. The others are about real peers, systemd or the rig itself, not about what a kernel decides.
+/// Executables of the end-to-end tests that run there. The others are about real peers, systemd or
+/// the rig itself, not about what a kernel decides.
 const TESTS: [&str; 7] = ["conformance", "ebpf", "memory", "rejects", "running", "sockmap", "upstreams"];
 
 /// Tests of those executables that do not run there, and why.
@@ -32,7 +37,8 @@ const LEFT_OUT: &[(&str, &str)] = &[
     ("_with_sockmap_than_with_splice", "it is about the memory of a larger machine"),
 ];
 
-/// Size of the transfer that is a gigabyte elsewhere: a switch of engines or a full window shows in less.
+/// Size of the transfer that is a gigabyte elsewhere: a switch of engines or a full window shows in
+/// less.
 const MEGABYTES: &str = "100";
 
 /// Several times what a run takes: a machine that hangs ends too.
@@ -91,7 +97,8 @@ pub fn run(kernel: Kernel, release: bool, filter: &[String]) -> Result<()> {
     boot(&root.kernel(), &initramfs)
 }
 
-/// Builds the daemon and all tests, as `cargo xtask test` does, and finds the executables of [`TESTS`].
+/// Builds the daemon and all tests, as `cargo xtask test` does, and finds the executables of
+/// [`TESTS`].
 fn build(release: bool) -> Result<Vec<(&'static str, PathBuf)>> {
     let mut cargo = run::build_tests(release);
     let built = cargo.arg("--message-format=json-render-diagnostics").stderr(Stdio::inherit()).output();

@@ -8,7 +8,8 @@ use anyhow::{Context, Result, bail};
 
 use crate::run::{self, find_program, step};
 
-/// Installs the packages of those programs that are missing. Each entry is a program and the Debian package that brings it.
+/// Installs the packages of those programs that are missing. Each entry is a program and the Debian
+/// package that brings it.
 pub fn ensure(needed: &[(&str, &str)]) -> Result<()> {
     let missing: Vec<_> = needed.iter().filter(|(program, _)| find_program(program).is_none()).collect();
     if missing.is_empty() {
@@ -45,8 +46,8 @@ pub fn install(packages: &[&str]) -> Result<()> {
     run::run(apt_get(&["install", "--yes", "--no-install-recommends"]).args(packages).stdout(Stdio::null()))
 }
 
-/// Brings one program of a package that would start a service of its own if it were installed: unpacked below `folder`, into its `usr/bin` or
-/// `usr/sbin`. Whether that was needed.
+/// Brings one program of a package that would start a service of its own if it were installed:
+/// unpacked below `folder`, into its `usr/bin` or `usr/sbin`. Whether that was needed.
 pub fn unpack(program: &str, package: &str, folder: &Path) -> Result<bool> {
     let folders = ["usr/bin", "usr/sbin"];
     let unpacked = folders.map(|bin| folder.join(bin)).into_iter().chain(["/usr/sbin".into()]);

@@ -12,8 +12,9 @@ pub fn workspace() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask is a folder of the workspace")
 }
 
-/// What is kept between builds but does not come from the workspace's own `cargo build`. Not under `CARGO_TARGET_DIR`: the build script of `dataplane`
-/// must find the eBPF object without knowing what that was.
+/// What is kept between builds but does not come from the workspace's own `cargo build`. Not under
+/// `CARGO_TARGET_DIR`: the build script of `dataplane` must find the eBPF object without knowing
+/// what that was.
 pub fn target() -> PathBuf {
     workspace().join("target")
 }
@@ -32,8 +33,8 @@ pub fn cargo() -> Command {
     command
 }
 
-/// A `cargo build` of the daemon and all tests. In one go: the daemon by itself would have its dependencies compiled once more, with the features that it
-/// alone asks for.
+/// A `cargo build` of the daemon and all tests. In one go: the daemon by itself would have its
+/// dependencies compiled once more, with the features that it alone asks for.
 pub fn build_tests(release: bool) -> Command {
     let mut cargo = cargo();
     cargo.args(["build", "--workspace", "--bins", "--tests"]).args(profile(release));
@@ -81,7 +82,8 @@ pub fn path_with(folder: &Path) -> OsString {
         .expect("no colon in the workspace's path")
 }
 
-/// Writes a file by rename, so that a program that runs keeps its old file, and nobody reads half of the new one.
+/// Writes a file by rename, so that a program that runs keeps its old file, and nobody reads half
+/// of the new one.
 pub fn replace_file(file: &Path, content: &[u8], mode: u32) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
     let folder = file.parent().with_context(|| format!("{} has no folder", file.display()))?;

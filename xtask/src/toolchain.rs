@@ -1,4 +1,5 @@
-//! What it takes to compile for `bpfel-unknown-none`: a compiler with the source of its standard library, bpf-linker, and the LLVM that both use.
+//! What it takes to compile for `bpfel-unknown-none`: a compiler with the source of its standard
+//! library, bpf-linker, and the LLVM that both use.
 //!
 //! Knows nothing of what is compiled with it.
 
@@ -19,7 +20,8 @@ const BPF_LINKER: &str = "0.10.3";
 /// Major version of LLVM: the compiler's and the one that bpf-linker loads must be the same.
 const LLVM: u32 = 22;
 
-/// Debian's compiler for its browsers: the newest Rust in a stable release, and the source of the standard library with it.
+/// Debian's compiler for its browsers: the newest Rust in a stable release, and the source of the
+/// standard library with it.
 const DEBIAN: [&str; 3] = ["rustc-web", "cargo-web", "rust-web-src"];
 
 /// A compiler that can build `core` for another target.
@@ -33,7 +35,8 @@ pub struct Compiler {
 }
 
 impl Compiler {
-    /// A `cargo build` with this compiler, also if it is a stable one: `build-std` is for nightly compilers otherwise.
+    /// A `cargo build` with this compiler, also if it is a stable one: `build-std` is for nightly
+    /// compilers otherwise.
     pub fn cargo_build(&self, linker: &Linker) -> Command {
         let mut command = Command::new(self.sysroot.join("bin/cargo"));
         command
@@ -42,7 +45,8 @@ impl Compiler {
             .env("RUSTC_BOOTSTRAP", "1")
             .env("PATH", run::path_with(&linker.folder))
             .env("LD_LIBRARY_PATH", &linker.llvm);
-        // Meant for the workspace: these would override the configuration of the programs' own folder.
+        // Meant for the workspace: these would override the configuration of the programs' own
+        // folder.
         for variable in
             ["RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "CARGO_BUILD_TARGET", "CARGO_TARGET_DIR", "RUSTUP_TOOLCHAIN"]
         {
@@ -98,7 +102,8 @@ fn installed_compiler() -> Option<Compiler> {
     })
 }
 
-/// The library itself in `lib` or in Debian's `lib/x86_64-linux-gnu`, not the linker scripts and links beside it.
+/// The library itself in `lib` or in Debian's `lib/x86_64-linux-gnu`, not the linker scripts and
+/// links beside it.
 fn find_llvm(lib: &Path) -> Option<PathBuf> {
     let prefix = format!("libLLVM.so.{LLVM}");
     let is_llvm = |file: &PathBuf| file.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix));

@@ -1,4 +1,5 @@
-//! The client: opens the connections of a workload, warms up, and counts what happens in its window.
+//! The client: opens the connections of a workload, warms up, and counts what happens in its
+//! window.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -22,7 +23,8 @@ use crate::workloads::{Behaviour, Step, Window, Workload};
 
 /// How long connections may take to open and get warm.
 const PATIENCE: Duration = Duration::from_secs(40);
-/// Connections that a thread opens at once; a load that is about open connections is not about how many SYNs a queue holds.
+/// Connections that a thread opens at once; a load that is about open connections is not about how
+/// many SYNs a queue holds.
 const OPENING: usize = 64;
 /// How often a thread looks up when nothing happens.
 const TICK: Duration = Duration::from_millis(5);
@@ -32,8 +34,9 @@ const WARM_UP: u8 = 0;
 const WINDOW: u8 = 1;
 const OVER: u8 = 2;
 
-/// Runs a workload against an address. Says 0 when it is warm, opens the window at the harness's next line, says its [`Tally`] when the window is over, and goes
-/// on with the load until it is killed: what closing costs is not measured.
+/// Runs a workload against an address. Says 0 when it is warm, opens the window at the harness's
+/// next line, says its [`Tally`] when the window is over, and goes on with the load until it is
+/// killed: what closing costs is not measured.
 pub fn run(target: SocketAddr, workload: &'static Workload, most_connections: usize, verify: bool) -> Result<()> {
     let common = Arc::new(Common::default());
     let (sender, tallies) = channel();
@@ -103,7 +106,8 @@ fn until(tallies: &Receiver<Result<Count>>, what: &str, mut probe: impl FnMut() 
     Ok(())
 }
 
-/// Where the random of [`HELLO`] is: behind record header, message header and version (RFC 8446 sections 5.1, 4 and 4.1.2).
+/// Where the random of [`HELLO`] is: behind record header, message header and version (RFC 8446
+/// sections 5.1, 4 and 4.1.2).
 const RANDOM: usize = 5 + 4 + 2;
 
 /// Connections that were opened.
@@ -296,7 +300,8 @@ impl Worker {
         let now = Instant::now();
         while let Some(Reverse((due, index))) = self.timers.peek().copied().filter(|Reverse((due, _))| *due <= now) {
             self.timers.pop();
-            // Latency counts from when it should have asked, or a slow subject would be asked less often and look better for it.
+            // Latency counts from when it should have asked, or a slow subject would be asked less
+            // often and look better for it.
             self.ask(index, self.flows[index].next_reply, due)?;
         }
         Ok(())
@@ -321,7 +326,6 @@ impl Worker {
     }
 }
 
-/// One connection.
 struct Flow {
     /// Of all connections of the load; it is the seed of its patterns, too.
     number: u64,

@@ -1,4 +1,5 @@
-//! How the harness and the two processes of the load talk: one line of text each way at a time, over standard input and output.
+//! How the harness and the two processes of the load talk: one line of text each way at a time,
+//! over standard input and output.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};

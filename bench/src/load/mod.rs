@@ -1,8 +1,10 @@
-//! The load: a client and a server, each a process of its own in its namespace, so that they share neither allocator nor lock with the harness.
+//! The load: a client and a server, each a process of its own in its namespace, so that they share
+//! neither allocator nor lock with the harness.
 //!
-//! Both run at most one thread a core, each with its own epoll instance and its own connections; nothing is shared between threads but a few counters.
-//! A connection begins with a real captured ClientHello; behind it, client and server speak the little protocol of [`wire`]. There is no TLS, so that
-//! what is measured is the forwarding.
+//! Both run at most one thread a core, each with its own epoll instance and its own connections;
+//! nothing is shared between threads but a few counters. A connection begins with a real captured
+//! ClientHello; behind it, client and server speak the little protocol of [`wire`]. There is no
+//! TLS, so that what is measured is the forwarding.
 
 pub mod client;
 pub mod control;
@@ -14,7 +16,8 @@ use std::num::NonZero;
 
 use serde::{Deserialize, Serialize};
 
-/// The hello that opens every connection: as Chrome 131 has it, with a post-quantum key share, in two segments.
+/// The hello that opens every connection: as Chrome 131 has it, with a post-quantum key share, in
+/// two segments.
 pub const HELLO: &[u8] = include_bytes!("../../../dataplane/testdata/hello/chrome131.bin");
 
 /// The server name in [`HELLO`].

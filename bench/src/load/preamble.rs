@@ -1,4 +1,5 @@
-//! Where the payload begins on the server's side: behind the PROXY header, if there is one, and the hello. Pure.
+//! Where the payload begins on the server's side: behind the PROXY header, if there is one, and the
+//! hello. Pure.
 
 const SIGNATURE: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
 /// proxy-protocol.txt 2.1: the longest line of version 1.

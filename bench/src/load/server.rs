@@ -18,7 +18,8 @@ use super::{Served, control, threads};
 /// The listening socket in epoll's user data; connections count from 0.
 const LISTENER: u64 = u64::MAX;
 
-/// Serves until the harness closes standard input; each line that it writes is answered with what was [`Served`] so far.
+/// Serves until the harness closes standard input; each line that it writes is answered with what
+/// was [`Served`] so far.
 pub fn run(address: SocketAddr) -> Result<()> {
     let counters = Arc::new(Counters::default());
     for _ in 0..threads() {
@@ -171,8 +172,9 @@ impl Session {
         }
     }
 
-    /// One read and one write, so that all connections have their turn; whether it goes on. An error is content that is not what was sent: it ends the run. A
-    /// connection that breaks does not, for a client or a proxy that is stopped leaves such behind.
+    /// One read and one write, so that all connections have their turn; whether it goes on. An
+    /// error is content that is not what was sent: it ends the run. A connection that breaks does
+    /// not, for a client or a proxy that is stopped leaves such behind.
     fn turn(&mut self, buffer: &mut [u8], counters: &Counters) -> Result<bool> {
         match self.socket.read(buffer) {
             Ok(0) => return Ok(false),

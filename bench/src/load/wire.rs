@@ -1,7 +1,8 @@
 //! What client and server say to each other behind the hello.
 //!
-//! The client sends a [`Request`] of [`MESSAGE`] bytes that says how long a reply it wants, and how many bytes of its own follow. Every workload is made of
-//! that. All other bytes are those of a [`Pattern`], so that the receiver can check each of them by its position in the stream.
+//! The client sends a [`Request`] of [`MESSAGE`] bytes that says how long a reply it wants, and how
+//! many bytes of its own follow. Every workload is made of that. All other bytes are those of a
+//! [`Pattern`], so that the receiver can check each of them by its position in the stream.
 
 use ::tests::stream::Pattern;
 
@@ -61,7 +62,8 @@ pub fn uploaded(seed: u64) -> Pattern {
     Pattern::new(!seed)
 }
 
-/// Whether these bytes are the ones that belong at `position`; else the position of the first wrong one.
+/// Whether these bytes are the ones that belong at `position`; else the position of the first wrong
+/// one.
 pub fn check(pattern: Pattern, position: u64, bytes: &[u8]) -> Result<(), u64> {
     let mut at = position;
     for piece in bytes.chunks(PIECE) {

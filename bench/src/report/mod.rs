@@ -17,7 +17,6 @@ use crate::statistics::{self, Estimate, Summary};
 use crate::subjects::Subject;
 use crate::workloads::{self, Unit, Workload};
 
-/// Everything.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Report {
     /// Between entrance node and cluster.
@@ -49,12 +48,10 @@ pub struct Machine {
     pub processor: String,
     /// How many of them.
     pub cores: usize,
-    /// Bytes.
     pub memory: u64,
 }
 
 impl Machine {
-    /// This one.
     pub fn here() -> Result<Self> {
         let read = |file: &str| std::fs::read_to_string(file).with_context(|| file.to_owned());
         let cpuinfo = read("/proc/cpuinfo")?;
@@ -101,7 +98,6 @@ pub struct Failure {
     pub workload: String,
     /// From 0.
     pub round: usize,
-    /// What was said.
     pub why: String,
 }
 
@@ -119,7 +115,6 @@ impl fmt::Display for Failure {
     }
 }
 
-/// One workload.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Table {
     /// By name.
@@ -137,7 +132,6 @@ pub struct Row {
     pub subject: String,
     /// Rounds that were measured, and how many of them on a disturbed machine.
     pub rounds: usize,
-    /// Of these.
     pub disturbed: usize,
     /// Median, min, max of each figure that there is.
     pub figures: BTreeMap<Figure, Summary>,
@@ -202,7 +196,8 @@ impl Row {
         let figures = Figure::ALL.into_iter().filter_map(|figure| {
             let values: Vec<_> = own.iter().filter_map(|cell| figure.of(cell)).collect();
             let summary = statistics::summary(&values)?;
-            // A column of zeros tells nothing: a subject without processes, a network without a tunnel.
+            // A column of zeros tells nothing: a subject without processes, a network without a
+            // tunnel.
             (summary.max != 0.0).then_some((figure, summary))
         });
         let base = Subject::Direct.name();

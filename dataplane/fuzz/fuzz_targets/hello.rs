@@ -1,5 +1,6 @@
-//! No input makes the hello machine panic; no cut of the input, into segments or into records, changes its verdict; and a hello that it accepts is one to
-//! tls-parser too, with the same names, protocols and versions.
+//! No input makes the hello machine panic; no cut of the input, into segments or into records,
+//! changes its verdict; and a hello that it accepts is one to tls-parser too, with the same names,
+//! protocols and versions.
 
 #![no_main]
 
@@ -109,7 +110,8 @@ fn agrees_with_tls_parser(offer: &Offer, message: &[u8]) {
         let (extension, rest) =
             extensions.split_at(4 + usize::from(u16::from_be_bytes([extensions[2], extensions[3]])));
         extensions = rest;
-        // Extensions that routing does not ask for may be broken inside: those are the server's to refuse.
+        // Extensions that routing does not ask for may be broken inside: those are the server's to
+        // refuse.
         let Ok((_, parsed)) = tls_parser::parse_tls_client_hello_extension(extension) else {
             assert!(![0, 16, 43, 0xfe0d].contains(&kind), "tls-parser refuses extension {kind}");
             continue;
@@ -131,7 +133,8 @@ fn agrees_with_tls_parser(offer: &Offer, message: &[u8]) {
     assert_eq!(*offer, theirs);
 }
 
-/// Lengths of pieces, derived from the input: some tiny, some as long as a TCP segment, so that the cuts fall everywhere.
+/// Lengths of pieces, derived from the input: some tiny, some as long as a TCP segment, so that the
+/// cuts fall everywhere.
 struct Lengths(u64);
 
 impl From<&[u8]> for Lengths {

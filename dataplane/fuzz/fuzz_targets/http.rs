@@ -1,5 +1,6 @@
-//! No input makes the HTTP machine panic; no cut changes its verdict; and what it lets through has one reading: the head that is passed on is one request
-//! for the host that was looked up, without a body, to httparse as to us, and the redirection is one answer.
+//! No input makes the HTTP machine panic; no cut changes its verdict; and what it lets through has
+//! one reading: the head that is passed on is one request for the host that was looked up, without
+//! a body, to httparse as to us, and the redirection is one answer.
 
 #![no_main]
 

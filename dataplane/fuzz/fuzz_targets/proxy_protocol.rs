@@ -1,4 +1,5 @@
-//! Whatever a trusted peer sends: no panic, one answer however the bytes are cut, and what was read can be written and read again.
+//! Whatever a trusted peer sends: no panic, one answer however the bytes are cut, and what was read
+//! can be written and read again.
 #![no_main]
 
 use dataplane::proxy_protocol::{Decoded, Header, MAX_HEADER, decode, encode_v1, encode_v2};

@@ -1,4 +1,5 @@
-//! What must hold between the parts of a configuration: no address taken twice, no two routes for one name, no loop.
+//! What must hold between the parts of a configuration: no address taken twice, no two routes for
+//! one name, no loop.
 
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
@@ -21,7 +22,8 @@ pub(super) struct Places {
     pub(super) hosts: Vec<Vec<Span>>,
 }
 
-/// Errors that can be told without looking at the machine. Indices that resolve to nothing have been reported before.
+/// Errors that can be told without looking at the machine. Indices that resolve to nothing have
+/// been reported before.
 pub(super) fn conflicts(config: &Config, places: &Places) -> Vec<Diagnostic> {
     let mut found = bind_conflicts(config);
     found.extend(webhook_conflicts(config));
@@ -30,7 +32,8 @@ pub(super) fn conflicts(config: &Config, places: &Places) -> Vec<Diagnostic> {
     found
 }
 
-/// Warnings of what nothing leads to, or nothing good. Only for a configuration without errors: else what leads to it may be what is wrong.
+/// Warnings of what nothing leads to, or nothing good. Only for a configuration without errors:
+/// else what leads to it may be what is wrong.
 pub(super) fn unused(config: &Config, places: &Places) -> Vec<Diagnostic> {
     let mut found = unreached_listeners(config, places);
     found.extend(trusts_everybody(config, places));
@@ -91,7 +94,8 @@ fn other_port(port: u16) -> u16 {
     if port == 9443 { 9444 } else { 9443 }
 }
 
-/// Would binding the second fail with EADDRINUSE? IPv6 sockets are IPv6 only, so families never meet.
+/// Would binding the second fail with EADDRINUSE? IPv6 sockets are IPv6 only, so families never
+/// meet.
 fn clash(a: SocketAddr, b: SocketAddr) -> bool {
     a.port() == b.port()
         && a.is_ipv4() == b.is_ipv4()
@@ -139,8 +143,9 @@ fn share<T: PartialEq>(a: &[T], b: &[T]) -> bool {
     a.iter().any(|item| b.contains(item))
 }
 
-/// Targets that are listeners of this configuration: a connection to one would come back in for ever. `local` are the addresses of
-/// this machine, for listeners on every address; loopback need not be among them.
+/// Targets that are listeners of this configuration: a connection to one would come back in for
+/// ever. `local` are the addresses of this machine, for listeners on every address; loopback need
+/// not be among them.
 pub fn own_listener_targets(config: &Config, local: &[IpAddr]) -> Vec<Diagnostic> {
     let mut found = Vec::new();
     for target in config.upstreams.iter().flat_map(|upstream| &upstream.targets) {
@@ -169,7 +174,8 @@ pub fn own_listener_targets(config: &Config, local: &[IpAddr]) -> Vec<Diagnostic
     found
 }
 
-/// Targets on this machine whose `acme_port` is a listener of ours: no challenge can be passed on to them.
+/// Targets on this machine whose `acme_port` is a listener of ours: no challenge can be passed on
+/// to them.
 fn challenges_to_ourselves(config: &Config) -> Vec<Diagnostic> {
     let mut found = Vec::new();
     for (index, listener) in config.listeners.iter().enumerate() {
@@ -229,7 +235,7 @@ fn unreached_listeners(config: &Config, places: &Places) -> Vec<Diagnostic> {
 fn trusts_everybody(config: &Config, places: &Places) -> Vec<Diagnostic> {
     let mut found = Vec::new();
     for (listener, span) in config.listeners.iter().zip(&places.listeners) {
-        if !IpNet::aggregate(&listener.accept_proxy).iter().any(|net| net.prefix_len() == 0) {
+        if !covers_everybody(&listener.accept_proxy) {
             continue;
         }
         let name = &listener.name;
@@ -244,6 +250,20 @@ fn trusts_everybody(config: &Config, places: &Places) -> Vec<Diagnostic> {
         found.push(Diagnostic::warning(span.clone(), message, remedy));
     }
     found
+}
+
+/// IPv4 networks from which nobody comes over the internet (RFC 6890, RFC 5771, RFC 1112 section
+/// 4).
+const NOT_PUBLIC: [(u8, u8, u8); 8] =
+    [(0, 0, 8), (10, 0, 8), (100, 64, 10), (127, 0, 8), (169, 254, 16), (172, 16, 12), (192, 168, 16), (224, 0, 3)];
+
+/// Whether every client from the internet is in these networks together, by IPv4 or by IPv6.
+fn covers_everybody(nets: &[IpNet]) -> bool {
+    let not_public = NOT_PUBLIC.iter().map(|(a, b, prefix)| IpNet::new_assert([*a, *b, 0, 0].into(), *prefix));
+    // All that is assigned of IPv6 (RFC 4291 section 2.4, IANA's registry).
+    let global = IpNet::new_assert([0x2000, 0, 0, 0, 0, 0, 0, 0].into(), 3);
+    let together = IpNet::aggregate(&nets.iter().copied().chain(not_public).collect());
+    together.iter().any(|net| net.prefix_len() == 0 || net.contains(&global))
 }
 
 fn unused_upstreams(config: &Config, places: &Places) -> Vec<Diagnostic> {

@@ -11,7 +11,8 @@ use super::{Source, Span};
 /// Lines longer than this many columns are quoted in part: a generated file may be a single line.
 const QUOTE_WIDTH: usize = 160;
 
-/// Errors, and warnings, that are shown of one configuration: more than anybody corrects at once. What comes after them is counted.
+/// Errors, and warnings, that are shown of one configuration: more than anybody corrects at once.
+/// What comes after them is counted.
 const MOST_SHOWN: usize = 100;
 
 /// Errors, and warnings, that each stage of reading keeps for the choice of those.
@@ -35,7 +36,6 @@ pub struct Diagnostic {
     pub note: Option<(Span, String)>,
 }
 
-/// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
@@ -89,13 +89,15 @@ impl Diagnostic {
         json
     }
 
-    /// For people: `path:line:column: error: message`, the quoted line, the remedy. Ends with a newline.
+    /// For people: `path:line:column: error: message`, the quoted line, the remedy. Ends with a
+    /// newline.
     pub fn render<'a>(&'a self, source: &'a Source) -> impl fmt::Display + 'a {
         Rendered { diagnostic: self, source }
     }
 }
 
-/// In the order of the files; what is beyond [`MOST_SHOWN`], and the errors and warnings that were `left_out` before, as a number.
+/// In the order of the files; what is beyond [`MOST_SHOWN`], and the errors and warnings that were
+/// `left_out` before, as a number.
 pub(super) fn shown_part(mut all: Vec<Diagnostic>, left_out: [usize; 2]) -> Vec<Diagnostic> {
     all.sort_by_key(|diagnostic| (diagnostic.span.start, diagnostic.span.end));
     let mut seen = [0, 0];
@@ -122,41 +124,119 @@ pub(super) fn shown_part(mut all: Vec<Diagnostic>, left_out: [usize; 2]) -> Vec<
 
 /// Short enough to be shown, and without passwords of URLs.
 fn fit(text: String) -> String {
-    let text = if text.contains('@') { redacted(&text) } else { text };
+    let text = if text.contains("://") || text.contains('@') { redacted(&text) } else { text };
     match text.char_indices().nth(LONGEST_TEXT) {
         Some((end, _)) => format!("{}…", &text[..end]),
         None => text,
     }
 }
 
-/// A text with each word that looks like a URL, or like scp's form, and has a name and a password in it, without these.
+/// A text in which each URL is without what may be secret in it. What is in backticks is one value,
+/// with its blanks.
 pub fn redacted(text: &str) -> String {
-    let is_between = |c: char| c.is_whitespace() || matches!(c, '"' | '\'' | '`');
-    let words = text.split_inclusive(is_between);
-    words.map(|word| secret_of(word).map_or_else(|| word.into(), |hidden| masked(word, &hidden))).collect()
+    let is_between = |c: char| c.is_whitespace() || matches!(c, '"' | '\'');
+    let by_word = |text: &str| text.split_inclusive(is_between).map(hidden).collect::<String>();
+    let parts = text.split('`').enumerate();
+    parts.map(|(n, part)| if n % 2 == 0 { by_word(part) } else { hidden(part) }).collect::<Vec<_>>().join("`")
 }
 
-/// A quoted line without passwords of URLs; as wide as before. More is hidden than in a message: nobody knows where a password ends that is not quoted well.
-fn redacted_line(line: &str) -> String {
-    secret_of(line).map_or_else(|| line.into(), |hidden| masked(line, &hidden))
-}
-
-/// Where the name and the password of a URL are in a text, if there are any: up to the last `@`, however that is written.
-fn secret_of(text: &str) -> Option<Span> {
-    let end = ["@", "\\u0040", "\\U00000040", "\\x40"].iter().filter_map(|at| text.rfind(at)).max()?;
-    let (start, is_ssh) = match text[..end].find("://") {
-        Some(scheme) => (scheme + 3, text[..scheme].ends_with("ssh")),
-        None => (text[..end].find(':')? + 1, false),
+/// The line around a position, as wide as it is, without what may be secret in it.
+fn redacted_line(source: &Source, offset: usize) -> String {
+    let line = source.line_at(offset);
+    // No key but that of the repository has a reason to be written over several lines.
+    let above = &source.text[source.file(offset).range.start..source.line_start(offset)];
+    let first = if ends_in_a_long_string(above) {
+        Some(0)
+    } else {
+        MULTI_LINE.iter().filter_map(|delimiter| line.find(delimiter)).min()
     };
-    let name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    // `ssh://git@host` tells nothing, and is what most people write.
-    let is_secret = start < end && !(is_ssh && text[start..end].chars().all(name));
-    is_secret.then_some(start..end)
+    first.map_or_else(|| hidden(line), |first| masked(line, std::slice::from_ref(&(first..line.len()))))
 }
 
-fn masked(text: &str, hidden: &Span) -> String {
-    let stars = "*".repeat(text[hidden.clone()].chars().count());
-    format!("{}{stars}{}", &text[..hidden.start], &text[hidden.end..])
+/// What begins and ends a string that may have line breaks in it.
+const MULTI_LINE: [&str; 2] = ["\"\"\"", "'''"];
+
+fn ends_in_a_long_string(mut text: &str) -> bool {
+    let mut open: Option<&str> = None;
+    loop {
+        let found = MULTI_LINE.iter().filter(|delimiter| open.is_none_or(|open| open == **delimiter));
+        let next = found.filter_map(|delimiter| Some((text.find(delimiter)?, *delimiter))).min();
+        let Some((at, delimiter)) = next else { return open.is_some() };
+        open = if open.is_some() { None } else { Some(delimiter) };
+        text = &text[at + delimiter.len()..];
+    }
+}
+
+/// A text with stars for what may be secret in URLs, and in scp's form of them.
+pub(super) fn hidden(text: &str) -> String {
+    masked(text, &secrets_of(text))
+}
+
+/// How `@` can be written.
+const AT: [&str; 5] = ["@", "%40", "\\u0040", "\\U00000040", "\\x40"];
+
+/// Where names, passwords and queries of URLs are in a text: up to the last `@`, and from the end
+/// of the host where more follows than a plain path. More is hidden than has to be: nobody knows
+/// where a password ends that is not quoted well.
+fn secrets_of(text: &str) -> Vec<Span> {
+    let mut secrets = Vec::new();
+    let at = AT.iter().filter_map(|at| text.rfind(at).map(|start| start..start + at.len())).max_by_key(|at| at.start);
+    let before = at.as_ref().map_or("", |at| &text[..at.start]);
+    if let (false, Some(colon)) = (before.contains("://"), before.find(':')) {
+        secrets.push(colon + 1..before.len());
+    }
+    let mut from = 0;
+    while let Some(found) = text[from..].find("://") {
+        let scheme = from + found;
+        let mut host = scheme + 3;
+        if let Some(at) = at.as_ref().filter(|at| at.start >= host) {
+            // `ssh://git@host` tells nothing, and is what most people write.
+            if !(text[..scheme].ends_with("ssh") && text[host..at.start].chars().all(is_of_name)) {
+                secrets.push(host..at.start);
+            }
+            host = at.end;
+        }
+        let (host_end, end) = plain(&text[host..]);
+        let rest = &text[host + end..];
+        let quote = text[..scheme].trim_end_matches(is_of_name).chars().next_back();
+        let is_closed = quote.is_some_and(|quote| matches!(quote, '"' | '\'') && rest.starts_with(quote));
+        if !is_closed && !rest.chars().all(|c| c.is_whitespace() || "\"'),;.…".contains(c)) {
+            secrets.push(host + host_end..text.len());
+            break;
+        }
+        from = host + end;
+    }
+    secrets
+}
+
+/// How much of what comes after `://` is a host, and how much is that with a port and a path.
+fn plain(text: &str) -> (usize, usize) {
+    let run = |from: usize, is_part: fn(char) -> bool| {
+        let end = text[from..].find(|c| !is_part(c));
+        end.map_or(text.len(), |end| from + end)
+    };
+    let host = match text.strip_prefix('[').and_then(|rest| rest.find(']')) {
+        Some(end) if text[1..=end].chars().all(|c| c.is_ascii_hexdigit() || c == ':') => end + 2,
+        _ => run(0, is_of_name),
+    };
+    let port = if text[host..].starts_with(':') { run(host + 1, |c| c.is_ascii_digit()) } else { host };
+    let path = |c| is_of_name(c) || matches!(c, '/' | '~' | '+' | '%');
+    (host, if text[port..].starts_with('/') { run(port, path) } else { port })
+}
+
+fn is_of_name(c: char) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.')
+}
+
+fn masked(text: &str, hidden: &[Span]) -> String {
+    let mut shown = String::new();
+    let mut from = 0;
+    for span in hidden {
+        shown += &text[from..span.start];
+        shown.extend(text[span.clone()].chars().map(|_| '*'));
+        from = span.end;
+    }
+    shown + &text[from..]
 }
 
 struct Rendered<'a> {
@@ -183,7 +263,7 @@ fn quote(f: &mut fmt::Formatter<'_>, source: &Source, span: &Span, severity: &st
     let (path, line, column) = source.position(span.start);
     writeln!(f, "{}:{line}:{column}: {severity}: {}", path.display(), printable(message))?;
 
-    let text = &*redacted_line(source.line_at(span.start));
+    let text = &*redacted_line(source, span.start);
     // Where the window into a long line begins, in characters.
     let skip = if text.chars().count() > QUOTE_WIDTH { column.saturating_sub(QUOTE_WIDTH / 4) } else { 0 };
     let before: String = text.chars().take(column - 1).skip(skip).map(shown).collect();
@@ -204,7 +284,7 @@ fn quote(f: &mut fmt::Formatter<'_>, source: &Source, span: &Span, severity: &st
 }
 
 /// One column for what a terminal would act on or show in an unknown width.
-fn shown(c: char) -> char {
+pub fn shown(c: char) -> char {
     match c {
         '\t' => ' ',
         c if c.is_control() || c.width().is_none() || is_direction_mark(c) => '\u{fffd}',
@@ -264,16 +344,46 @@ mod tests {
             r#"git = "https://s3cret@git.example.com/x""#,
             r#"git = "ssh://git:s3cret@git.example.com/x""#,
             r#"git = "me:s3cret@git.example.com:x""#,
+            r#"git = "me:s3cret%40git.example.com:x""#,
             r#"git = "https://me:s3/cr s3cret@git.example.com/x""#,
-            r#"git = "https://me:s3cret\u0040git.example.com/x""#,
+            r#"git = "https://me:s3cret@git.example.com/x""#,
+            r#"git = "https://me:s3cret%40git.example.com/x""#,
+            r#"git = "https://git.example.com/x?private_token=s3cret""#,
+            r#"git = "https://git.example.com:8443/x#s3cret""#,
+            r#"git = "https://git.example.com/x s3cret""#,
+            r#"git = "https://git.example.com:s3cret/x""#,
+            r#"git = "https://git.example.com:8s3cret/x""#,
+            r#"git = "https://git.example.com/x's3cret""#,
+            r#"git = "https://git.example.com/x\u0020s3cret""#,
             r"git = 'https://me:s3cret'@git.example.com/x",
             "git = https://me:s3cret@git.example.com/x",
+            "git = https://git.example.com/x?s3cret # s3cret",
             r#"source = { git = "https://me:s3cret@git.example.com/x", webhok = 1 }"#,
         ] {
             let source = source(line);
             let shown = Diagnostic::error(0..line.len(), "bad", "fix it").render(&source).to_string();
             assert!(!shown.contains("s3cret") && shown.contains("git.example.com"), "{shown}");
             assert_eq!(shown.lines().nth(1).unwrap().chars().count(), line.chars().count() + 4, "{shown}");
+        }
+        for plain in [
+            r#"source = { git = "https://git.example.com:8443/~me/x.git", webhok = 1 } # see https://example.com/"#,
+            r#"git = "ssh://git@git.example.com:22/x.git""#,
+            r#"git = "https://[2001:db8::1]:8443/x.git""#,
+        ] {
+            let source = source(plain);
+            assert!(Diagnostic::error(0..1, "bad", "fix it").render(&source).to_string().contains(plain), "{plain}");
+        }
+        // Of several lines, each may be the one that is quoted.
+        let text = "a = 1\ngit = \"\"\"https://me:\ns3cret'''\ns3cret\n@x\"\"\"\nb = '''s3cret'''\nc = 2\n";
+        let several = source(text);
+        for (at, _) in text.match_indices('\n') {
+            let shown = Diagnostic::error(at - 1..at, "bad", "fix it").render(&several).to_string();
+            assert!(!shown.contains("s3cret") && !shown.contains("me:"), "{shown}");
+            assert_eq!(shown.contains("a = 1") || shown.contains("c = 2"), !shown.contains('*'), "{shown}");
+        }
+        for value in ["https://me:hun s3cret@x.example", "https://x.example/y?t=s3cret", "https://x.example/y s3cret"] {
+            let found = Diagnostic::error(0..1, format!("`{value}` is a URL"), format!("not \"{}\"", hidden(value)));
+            assert!(!format!("{found:?}").contains("s3cret"), "{found:?}");
         }
         let message = "`https://me:s3cret@x.example/` is a URL; write \"ssh://git@HOST/PATH\" or git@host:x";
         let found = Diagnostic::error(0..1, message, "write \"https://me:s3cret@x.example\"");

@@ -1,8 +1,10 @@
 //! What the node's owner lets a repository decide: `allow_hosts`, `allow_listeners` and `allow_targets` of `[source]`.
 //!
 //! What stands in the node's own files is never fenced in. Names of targets are judged twice: as they are written, and by [`Target::admit`] each time that
-//! they have been resolved, because whoever answers for a name chooses its addresses.
+//! they have been resolved, because whoever answers for a name chooses its addresses. A dial to another port of a target than its own,
+//! for a challenge, is judged by [`Target::admits`] with that port.
 
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
@@ -14,11 +16,26 @@ use super::reader::{Reader, Section, quoted};
 use super::values::{Refused, parse_net, refuse};
 use super::{Config, Diagnostic, HostPattern, Mode, Span, Target, TargetHost};
 
-/// Where clouds tell machines their secrets; the last one is also MagicDNS, which no connection of a client needs.
-const METADATA: [IpAddr; 3] = [
+/// Where clouds tell machines their secrets, outside of link-local networks; and MagicDNS, which no connection of a client needs.
+const METADATA: [IpAddr; 10] = [
+    // Almost all; the others have it, too.
     IpAddr::V4(Ipv4Addr::new(169, 254, 169, 254)),
+    // EC2: instance metadata, and the credentials of EKS pods.
     IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x23)),
+    // Google Cloud.
+    IpAddr::V6(Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254)),
+    // Azure.
+    IpAddr::V4(Ipv4Addr::new(168, 63, 129, 16)),
+    // Alibaba Cloud.
+    IpAddr::V4(Ipv4Addr::new(100, 100, 100, 200)),
+    // Oracle Cloud.
+    IpAddr::V4(Ipv4Addr::new(192, 0, 0, 192)),
+    // Scaleway.
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0x42, 0, 0, 0, 0, 0, 0x42)),
+    // MagicDNS.
     IpAddr::V4(Ipv4Addr::new(100, 100, 100, 100)),
+    IpAddr::V6(Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 0x53)),
 ];
 
 /// The three lists.
@@ -64,7 +81,42 @@ enum Who {
     Name(HostPattern),
 }
 
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let port = self.port.map_or("*".to_owned(), |port| port.to_string());
+        match self.net {
+            None => write!(f, "*:{port}"),
+            Some(net) => write!(f, "{net}:{port}"),
+        }
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.who {
+            Who::Any => f.write_str("*")?,
+            Who::Net(net) => write!(f, "{net}")?,
+            Who::Name(name) => write!(f, "{name}")?,
+        }
+        self.port.map_or(Ok(()), |port| write!(f, ":{port}"))
+    }
+}
+
 impl Fence {
+    /// The keys that say something else in `new`, with both values in words.
+    pub(super) fn compared(&self, new: &Self) -> Vec<(&'static str, String, String)> {
+        fn words<T: fmt::Display>(items: &[T]) -> String {
+            let items: Vec<_> = items.iter().map(T::to_string).collect();
+            if items.is_empty() { "[]".to_owned() } else { items.join(", ") }
+        }
+        let keys = |Self { hosts, listeners, targets }: &Self| {
+            let hosts = hosts.as_ref().map_or("names of two labels and more".to_owned(), |hosts| words(hosts));
+            [("allow_hosts", hosts), ("allow_listeners", words(listeners)), ("allow_targets", words(targets))]
+        };
+        let pairs = keys(self).into_iter().zip(keys(new));
+        pairs.filter(|(old, new)| old != new).map(|((key, old), (_, new))| (key, old, new)).collect()
+    }
+
     /// Reads the three keys of `[source]`.
     pub(super) fn read(reader: &mut Reader, section: &Section<'_>) -> Self {
         let mut fence = Self::default();
@@ -115,6 +167,8 @@ impl Fence {
     /// May a target be there? `is_own`: it is an address of this machine.
     fn allows_address(&self, name: Option<&str>, ip: IpAddr, port: u16, is_own: bool) -> bool {
         let ip = ip.to_canonical();
+        // Where a translator would take it to this machine, it is this machine that has to be allowed.
+        let ip = embedded(ip).filter(Ipv4Addr::is_loopback).map_or(ip, IpAddr::V4);
         let is_own = is_own || ip.is_loopback();
         !is_nowhere(ip)
             && !is_link_local_or_metadata(ip)
@@ -154,15 +208,27 @@ impl Target {
     /// # Errors
     /// None of them; for people.
     pub fn admit(&self, found: Vec<IpAddr>, is_own: impl Fn(IpAddr) -> bool) -> Result<Vec<IpAddr>, String> {
-        let (Some(fence), TargetHost::Name(name)) = (&self.fence, &self.host) else { return Ok(found) };
+        let (Some(_), TargetHost::Name(_)) = (&self.fence, &self.host) else { return Ok(found) };
         let (admitted, refused): (Vec<_>, Vec<_>) =
-            found.into_iter().partition(|ip| fence.allows_address(Some(name), *ip, self.port, is_own(*ip)));
+            found.into_iter().partition(|ip| self.admits(SocketAddr::new(*ip, self.port), &is_own));
         match (admitted.is_empty(), refused.first()) {
             (true, Some(refused)) => Err(format!(
                 "it leads to {refused}, and `allow_targets` of [source] does not let a repository go there"
             )),
             _ => Ok(admitted),
         }
+    }
+
+    /// Whether the node's owner lets it lead to this address and port of its host; `is_own` says which are of this machine.
+    pub fn admits(&self, at: SocketAddr, is_own: impl Fn(IpAddr) -> bool) -> bool {
+        let Some(fence) = &self.fence else { return true };
+        let name = match &self.host {
+            TargetHost::Name(name) => Some(&**name),
+            TargetHost::Ip(_) => None,
+        };
+        let inner = embedded(at.ip()).map(IpAddr::V4).filter(|inner| is_own(*inner));
+        let ip = inner.unwrap_or(at.ip());
+        fence.allows_address(name, ip, at.port(), inner.is_some() || is_own(ip))
     }
 }
 
@@ -200,13 +266,22 @@ pub(super) fn violations(
 /// Targets that are these addresses of this machine, where they are not listed: `parse` cannot know them.
 pub fn own_targets(config: &Config, local: &[IpAddr]) -> Vec<Diagnostic> {
     let mut found = Vec::new();
-    for target in config.upstreams.iter().flat_map(|upstream| &upstream.targets) {
-        if let (Some(fence), TargetHost::Ip(ip)) = (&target.fence, &target.host)
-            && local.contains(ip)
-            && !fence.allows_address(None, *ip, target.port, true)
-        {
-            let what = format!("lead to `{}`, which is this machine", target.text);
-            found.push(outside(&target.span, &what, "allow_targets", &target.text, ""));
+    for (index, upstream) in config.upstreams.iter().enumerate() {
+        let challenges = config.challenge_ports(index);
+        for target in &upstream.targets {
+            let (Some(_), TargetHost::Ip(ip)) = (&target.fence, &target.host) else { continue };
+            let is_own = |ip: IpAddr| local.contains(&ip);
+            let refused = |port: u16| !target.admits(SocketAddr::new(*ip, port), is_own);
+            if !is_own(*ip) && !embedded(*ip).is_some_and(|inner| is_own(inner.into())) {
+                continue;
+            }
+            if refused(target.port) {
+                let what = format!("lead to `{}`, which is this machine", target.text);
+                found.push(outside(&target.span, &what, "allow_targets", &target.text, ""));
+            }
+            for port in challenges.iter().filter(|port| refused(**port)) {
+                found.push(no_challenges(&target.span, &at_port(target, *port)));
+            }
         }
     }
     found
@@ -228,16 +303,15 @@ fn targets(
             if found.len() > MOST_KEPT {
                 return found;
             }
-            for port in std::iter::once(target.port).chain(lead.acme_ports.iter().copied()) {
+            for (port, theirs) in std::iter::once((target.port, true)).chain(lead.acme_ports.iter().copied()) {
                 if fence.allows_target(target, port) {
                     continue;
                 }
-                let text = if port == target.port {
-                    target.text.to_string()
-                } else {
-                    let host = target.text.rsplit_once(':').map_or(&*target.text, |(host, _)| host);
-                    format!("{host}:{port}")
-                };
+                let text = at_port(target, port);
+                if !theirs {
+                    found.push(no_challenges(span, &text));
+                    continue;
+                }
                 let what = format!("lead to `{text}`");
                 found.push(match target.host {
                     TargetHost::Ip(ip) if is_link_local_or_metadata(ip) || is_nowhere(ip) => forbidden(span, &what),
@@ -254,14 +328,14 @@ fn targets(
 struct Lead {
     /// Of the first of its routes or listeners that does.
     span: Option<Span>,
-    /// Ports of the targets that its listeners of mode `http` name.
-    acme_ports: Vec<u16>,
+    /// Ports of the targets that listeners of mode `http` name, and whether one of the repository's does.
+    acme_ports: Vec<(u16, bool)>,
 }
 
 /// For each upstream.
 fn leads(config: &Config, places: &Places, is_of_repository: impl Fn(&Span) -> bool) -> Vec<Lead> {
     let mut leads = vec![Lead::default(); config.upstreams.len()];
-    let mut acme_ports = Vec::new();
+    let mut acme_ports: Vec<(u16, bool)> = Vec::new();
     for (listener, span) in config.listeners.iter().zip(&places.listeners) {
         match listener.mode {
             Mode::Tcp { upstream } if is_of_repository(span) => {
@@ -269,9 +343,10 @@ fn leads(config: &Config, places: &Places, is_of_repository: impl Fn(&Span) -> b
                     lead.span.get_or_insert_with(|| span.clone());
                 }
             }
-            Mode::Http { acme_port } if is_of_repository(span) && !acme_ports.contains(&acme_port) => {
-                acme_ports.push(acme_port);
-            }
+            Mode::Http { acme_port } => match acme_ports.iter_mut().find(|(port, _)| *port == acme_port) {
+                Some((_, theirs)) => *theirs |= is_of_repository(span),
+                None => acme_ports.push((acme_port, is_of_repository(span))),
+            },
             _ => {}
         }
     }
@@ -299,6 +374,21 @@ pub(super) fn mark(config: &mut Config, places: &Places, fence: &Fence, is_of_re
     }
 }
 
+/// Where a challenge for a target goes.
+fn at_port(target: &Target, port: u16) -> String {
+    let host = target.text.rsplit_once(':').map_or(&*target.text, |(host, _)| host);
+    format!("{host}:{port}")
+}
+
+/// A dial to the port of a listener that the node's owner wrote is refused all the same; but that is no fault of the repository's.
+fn no_challenges(span: &Span, to: &str) -> Diagnostic {
+    Diagnostic::warning(
+        span.clone(),
+        format!("challenges are not passed on to `{to}`: `allow_targets` of the node does not cover it"),
+        format!("have the node's owner add {} to `allow_targets` in [source] of the node's own file", quoted(to)),
+    )
+}
+
 fn outside(span: &Span, what: &str, key: &str, entry: &str, shape: &str) -> Diagnostic {
     Diagnostic::error(
         span.clone(),
@@ -319,14 +409,32 @@ fn forbidden(span: &Span, what: &str) -> Diagnostic {
 fn is_link_local_or_metadata(ip: IpAddr) -> bool {
     let ip = ip.to_canonical();
     METADATA.contains(&ip)
+        || embedded(ip).is_some_and(|inner| is_link_local_or_metadata(inner.into()))
         || match ip {
             IpAddr::V4(ip) => ip.is_link_local(),
             IpAddr::V6(ip) => ip.is_unicast_link_local(),
         }
 }
 
+/// The IPv4 address that a translator or a tunnel on the way makes of an IPv6 one: NAT64 (RFC 6052 section 2.1, and RFC 8215 with the
+/// address at its end), SIIT (RFC 2765 section 2.1), 6to4 (RFC 3056 section 2).
+fn embedded(ip: IpAddr) -> Option<Ipv4Addr> {
+    let IpAddr::V6(ip) = ip else { return None };
+    let ([0x64, 0xff9b, 0, 0, 0, 0, high, low]
+    | [0x64, 0xff9b, 1, _, _, _, high, low]
+    | [0, 0, 0, 0, 0xffff, 0, high, low]
+    | [0x2002, high, low, ..]) = ip.segments()
+    else {
+        return None;
+    };
+    Some(Ipv4Addr::from(u32::from(high) << 16 | u32::from(low)))
+}
+
 /// Addresses that no service has; the kernel takes some of them for this machine.
 fn is_nowhere(ip: IpAddr) -> bool {
+    if let Some(inner) = embedded(ip) {
+        return is_nowhere(inner.into());
+    }
     match ip.to_canonical() {
         IpAddr::V4(ip) => ip.octets()[0] == 0 || ip.is_multicast() || ip.is_broadcast(),
         // An IPv4 address in the form of RFC 4291 section 2.5.5.1, too.
@@ -481,7 +589,6 @@ mod tests {
             "169.254.1.1:80",
             "[fd00:ec2::254]:80",
             "100.100.100.100:53",
-            "255.255.255.255:1",
             "0.1.2.3:1",
             "[::127.0.0.1]:1",
         ] {
@@ -558,6 +665,66 @@ mod tests {
     }
 
     #[test]
+    fn no_way_to_write_an_address_leads_where_none_may_go() {
+        let everything = fence("allow_targets = [\"*\", \"0.0.0.0/0\", \"::/0\"]");
+        let own: IpAddr = "192.0.2.9".parse().unwrap();
+        let admits = |fence: &Fence, at: &str| {
+            let mut target = Target::parse("a.example:443", 0..0).unwrap();
+            target.fence = Some(Arc::new(fence.clone()));
+            target.admits(SocketAddr::new(at.parse().unwrap(), 443), |ip| ip == own)
+        };
+        for (never, what) in [
+            ("169.254.169.254", "metadata"),
+            ("fd00:ec2::254", "EC2"),
+            ("fd00:ec2::23", "EKS"),
+            ("fd20:ce::254", "Google"),
+            ("168.63.129.16", "Azure"),
+            ("100.100.100.200", "Alibaba"),
+            ("192.0.0.192", "Oracle"),
+            ("fd00:42::42", "Scaleway"),
+            ("100.100.100.100", "MagicDNS"),
+            ("fd7a:115c:a1e0::53", "MagicDNS"),
+            ("fe80::1", "link-local"),
+            ("::ffff:168.63.129.16", "mapped"),
+            ("64:ff9b::169.254.169.254", "NAT64 to link-local"),
+            ("64:ff9b::100.100.100.200", "NAT64 to metadata"),
+            ("64:ff9b:1::169.254.1.1", "NAT64 of one's own prefix"),
+            ("64:ff9b::0.0.0.1", "NAT64 to nowhere"),
+            ("::ffff:0:169.254.169.254", "SIIT"),
+            ("2002:a9fe:a9fe::1", "6to4 to link-local"),
+            ("2002:a83f:8110::", "6to4 to metadata"),
+        ] {
+            assert!(!admits(&everything, never), "{never}: {what}");
+            // That one is refused of everybody.
+            if never == "fe80::1" {
+                continue;
+            }
+            let said = refused(&Fence::default(), &content("a.example.com", "0.0.0.0:443", &target_at(never)));
+            assert!(said.contains("may not lead to") && said.contains("belongs into the node's own file"), "{said}");
+        }
+        for this_machine in
+            ["127.0.0.1", "192.0.2.9", "64:ff9b::127.0.0.1", "64:ff9b::192.0.2.9", "2002:7f00:1::1", "2002:c000:209::"]
+        {
+            assert!(!admits(&Fence::default(), this_machine), "{this_machine} is not listed");
+            assert!(
+                !admits(&fence("allow_targets = [\"::/0\"]"), this_machine),
+                "{this_machine}: nor by its translator"
+            );
+            assert!(admits(&everything, this_machine), "{this_machine} is listed");
+        }
+        for usual in
+            ["64:ff9b::198.51.100.7", "2002:c633:6407::1", "2001:db8::1", "100.100.100.101", "fd7a:115c:a1e0::2"]
+        {
+            assert!(admits(&Fence::default(), usual), "{usual}");
+        }
+    }
+
+    /// As a target is written.
+    fn target_at(ip: &str) -> String {
+        if ip.contains(':') { format!("[{ip}]:443") } else { format!("{ip}:443") }
+    }
+
+    #[test]
     fn a_name_leads_only_where_the_owner_lets_it_whoever_answers_for_it() {
         let admitted = |lists: &str, target: &str, found: &[&str]| {
             let mut target = Target::parse(target, 0..0).unwrap();
@@ -593,6 +760,11 @@ mod tests {
             admitted("allow_targets = [\"localhost\"]", "localhost:443", &["127.0.0.1", "::1"]),
             "127.0.0.1 ::1"
         );
+        // Another port is another place.
+        let mut target = Target::parse("a.example:8443", 0..0).unwrap();
+        target.fence = Some(Arc::new(fence("allow_targets = [\"*\", \"127.0.0.1:8443\"]")));
+        let admits = |at: &str| target.admits(at.parse().unwrap(), |_| false);
+        assert!(admits("127.0.0.1:8443") && !admits("127.0.0.1:22") && admits("192.0.2.1:22"));
         // What the node's owner wrote is not fenced in.
         let own = Target::parse("a.example:443", 0..0).unwrap();
         assert_eq!(own.admit(vec!["127.0.0.1".parse().unwrap()], |_| true).unwrap().len(), 1);
@@ -631,7 +803,22 @@ mod tests {
         let by_tcp = "[listeners.t]\nmode = \"tcp\"\nbind = [\"0.0.0.0:443\"]\nupstream = \"a\"\n";
         let said = both(&own, by_tcp).unwrap_err();
         assert!(said.contains("0123:x.toml:1:12: error: the repository may not lead to"), "{said}");
-        // The port for challenges is a port of the targets.
+        // The port for challenges is a port of the targets, whoever names it; the owner's own listener refuses no commit.
+        let by_owner = "[listeners.w]\nmode = \"http\"\nbind = [\"0.0.0.0:80\"]\nacme_port = 22\n";
+        let to = |target: &str| content("a.example.com", "0.0.0.0:443", target);
+        let warnings = |own: &str, shared: &str| {
+            let own = format!("[source]\ngit = \"/srv/x.git\"\n{own}{by_owner}");
+            let mut source = Source::new("node.toml", own);
+            crate::config::add_repository(&mut source, "0123", Path::new("x.toml"), &Commit(shared.into())).unwrap();
+            let (config, found) = crate::config::parse(Arc::new(source)).unwrap();
+            let own = own_targets(&config, &["192.0.2.9".parse().unwrap()]);
+            found.iter().chain(&own).map(|found| found.message.clone()).collect::<Vec<_>>().join("\n")
+        };
+        let narrow = "allow_targets = [\"10.0.0.0/8:443\"]\n";
+        assert!(warnings(narrow, &to("10.0.0.1:443")).contains("not passed on to `10.0.0.1:22`"));
+        assert_eq!(warnings("allow_targets = [\"10.0.0.0/8\"]\n", &to("10.0.0.1:443")), "");
+        let this_machine = "allow_targets = [\"*\", \"192.0.2.9:8443\"]\n";
+        assert!(warnings(this_machine, &to("192.0.2.9:8443")).contains("not passed on to `192.0.2.9:22`"));
         let acme = content("a.example.com", "0.0.0.0:443", "10.0.0.1:443")
             + "[listeners.w]\nmode = \"http\"\nbind = [\"0.0.0.0:80\"]\nacme_port = 22\n";
         let own = "allow_targets = [\"10.0.0.0/8:443\"]\n";
@@ -673,6 +860,6 @@ mod tests {
         assert_eq!((limits.max_connections, limits.idle_timeout.as_secs(), limits.hello_timeout.as_secs()), (7, 60, 3));
         // No table that it may have names a file.
         let tables = [keys::INCLUDED, keys::LISTENER, keys::UPSTREAM, keys::HEALTH, keys::ROUTE, keys::LIMITS];
-        assert!(tables.concat().iter().all(|key| !key.ends_with("_file") || keys::NODE_ONLY.contains(key)));
+        assert!(tables.concat().iter().all(|key| !key.name.ends_with("_file") || keys::NODE_ONLY.contains(&key.name)));
     }
 }

@@ -1,6 +1,7 @@
 //! Host names: what a route matches and where a target lies.
 //!
-//! Names are compared as A-labels (RFC 5890) in lower case, as they stand in a ClientHello (RFC 6066 section 3).
+//! Names are compared as A-labels (RFC 5890) in lower case, as they stand in a ClientHello (RFC
+//! 6066 section 3).
 
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
@@ -8,20 +9,28 @@ use std::sync::Arc;
 
 use idna::AsciiDenyList;
 
-use super::values::{Refused, has_zone, link_local, refuse};
+use super::values::{Refused, has_zone, is_of_many, is_quotation_mark, link_local, refuse};
 use super::{HostPattern, Span, Target, TargetHost};
 
 /// RFC 1035 section 2.3.4, without the trailing dot.
 const LONGEST_NAME: usize = 253;
 const LONGEST_LABEL: usize = 63;
 
-/// A name as A-labels, in lower case, without trailing dot. Underscores are let through: not valid in host names, but in use.
+/// A name as A-labels, in lower case, without trailing dot. Underscores are let through: not valid
+/// in host names, but in use.
 pub fn normalize_name(text: &str) -> Result<String, Refused> {
     const REMEDY: &str =
         "names are letters, digits and hyphens, in labels of up to 63 with dots between them, 253 in all";
     let bad = |why: &str| refuse(format!("`{text}` is not a host name: {why}"), REMEDY);
     if text.is_empty() {
         return refuse("the host name is empty", "write a name such as \"blog.example.com\"");
+    }
+    if text.chars().any(is_quotation_mark) {
+        let plain = text.replace(is_quotation_mark, "");
+        return refuse(
+            format!("`{text}` has quotation marks in it"),
+            format!("write \"{plain}\", in plain quotes, those of the keyboard"),
+        );
     }
     let Ok(name) = idna::domain_to_ascii_cow(text.as_bytes(), AsciiDenyList::URL) else {
         return bad("it has characters that no name can have");
@@ -144,7 +153,25 @@ impl Target {
         if has_zone(text) {
             return Err(link_local(text));
         }
+        if let Some(socket) = text.strip_prefix("unix:") {
+            return refuse(
+                format!("`{socket}` is a unix socket; targets are reached by TCP"),
+                "have the service listen on an address of this machine, and write that: \"127.0.0.1:8443\"",
+            );
+        }
         if let Ok(ip) = text.parse::<Ipv6Addr>() {
+            // Its last group may be meant as a port.
+            let meant = text.rsplit_once(':').and_then(|(ip, port)| {
+                Some((ip.parse::<Ipv6Addr>().ok()?, port.parse::<u16>().ok().filter(|port| *port > 0)?))
+            });
+            if let Some((before, port)) = meant {
+                return refuse(
+                    format!(
+                        "`{text}` is an IPv6 address without brackets: whether `{port}` is its port cannot be told"
+                    ),
+                    format!("write \"[{before}]:{port}\", or \"[{ip}]:443\" if `{port}` belongs to the address"),
+                );
+            }
             return refuse(
                 format!("`{text}` is an IPv6 address without brackets and port"),
                 format!("write \"[{ip}]:443\", with the port of the service"),
@@ -187,7 +214,7 @@ impl Target {
         };
         match host {
             TargetHost::Ip(IpAddr::V6(ip)) if ip.is_unicast_link_local() => Err(link_local(text)),
-            TargetHost::Ip(ip) if ip.is_unspecified() || ip.is_multicast() => refuse(
+            TargetHost::Ip(ip) if ip.is_unspecified() || is_of_many(ip) => refuse(
                 format!("nothing can be reached at `{ip}`"),
                 "write the address of the service: \"127.0.0.1:8443\" for this machine",
             ),

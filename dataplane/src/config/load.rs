@@ -1,4 +1,5 @@
-//! Puts the files of a configuration together; what can go wrong before there is text to point into.
+//! Puts the files of a configuration together; what can go wrong before there is text to point
+//! into.
 //!
 //! Where files are is the business of [`Files`]; what they say is the parser's.
 
@@ -13,7 +14,8 @@ use toml::de::{DeTable, DeValue};
 use super::source::Role;
 use super::{Diagnostic, Source, Span};
 
-/// Bytes of all files of a configuration together: room for some 20,000 hosts, and read within a moment however wrong it is.
+/// Bytes of all files of a configuration together: room for some 20,000 hosts, and read within a
+/// moment however wrong it is.
 pub const LARGEST: usize = 1 << 20;
 
 /// Files of a configuration, and entries of one `include`.
@@ -24,7 +26,8 @@ const MOST_WILDCARDS: usize = 3;
 
 /// Where included files are.
 pub trait Files {
-    /// The files that a pattern, seen from a folder, matches, sorted by name; one without wildcards matches itself, whether it is there or not.
+    /// The files that a pattern, seen from a folder, matches, sorted by name; one without wildcards
+    /// matches itself, whether it is there or not.
     ///
     /// # Errors
     /// Why it is no pattern, or what could not be listed.
@@ -33,6 +36,9 @@ pub trait Files {
     /// The bytes of a file; of a larger one than [`LARGEST`] enough to see that it is.
     fn read(&self, path: &Path) -> io::Result<Vec<u8>>;
 }
+
+/// In the place of a file's name.
+const STANDARD_INPUT: &str = "-";
 
 const LARGER: &str = "larger than 1MiB";
 
@@ -84,11 +90,11 @@ pub fn read(path: &Path) -> Result<Source, LoadError> {
 }
 
 /// Adds the file `path` of a commit, and what it includes.
-pub fn add_repository(source: &mut Source, commit: &str, path: &Path, files: &impl Files) -> Result<(), LoadError> {
-    let shown = |path: &Path| PathBuf::from(format!("{}:{}", &commit[..commit.len().min(12)], path.display()));
+pub fn add_repository(source: &mut Source, revision: &str, path: &Path, files: &impl Files) -> Result<(), LoadError> {
+    let shown = |path: &Path| PathBuf::from(format!("{}:{}", &revision[..revision.len().min(12)], path.display()));
     let bytes = files.read(path).map_err(|error| LoadError::Unreadable { path: shown(path), error })?;
     let text = text(&shown(path), bytes, source.text.len())?;
-    source.commit = Some(commit.to_owned());
+    source.revision = Some(revision.to_owned());
     source.add(shown(path), &text, Role::Repository);
     include(source, folder_of(path), files, Role::RepositoryIncluded, shown);
     Ok(())
@@ -196,7 +202,8 @@ fn patterns(text: &str) -> Vec<(Span, String)> {
     strings.collect()
 }
 
-/// `*` stands for a part of one name; names that begin with a dot have to be written out: editors leave such files behind.
+/// `*` stands for a part of one name; names that begin with a dot have to be written out: editors
+/// leave such files behind.
 pub const WILDCARDS: glob::MatchOptions =
     glob::MatchOptions { case_sensitive: true, require_literal_separator: true, require_literal_leading_dot: true };
 
@@ -232,7 +239,12 @@ impl Files for Disk {
 
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
         let mut bytes = Vec::new();
-        std::fs::File::open(path)?.take(LARGEST as u64 + 1).read_to_end(&mut bytes)?;
+        let file: Box<dyn io::Read> = if path == Path::new(STANDARD_INPUT) {
+            Box::new(io::stdin())
+        } else {
+            Box::new(std::fs::File::open(path)?)
+        };
+        file.take(LARGEST as u64 + 1).read_to_end(&mut bytes)?;
         Ok(bytes)
     }
 }

@@ -5,13 +5,13 @@
 
 mod check;
 mod diagnostic;
+mod diff;
 mod fence;
 pub mod host;
 mod keys;
 mod load;
 mod parse;
 mod reader;
-mod repository;
 mod routing_table;
 mod source;
 mod syntax;
@@ -27,13 +27,14 @@ use std::time::Duration;
 use ipnet::IpNet;
 
 pub use check::own_listener_targets;
-pub use diagnostic::{Diagnostic, Severity, redacted};
+pub use diagnostic::{Diagnostic, Severity, redacted, shown};
+pub use diff::{Change, diff};
 pub use fence::{Fence, own_targets};
+pub use keys::REFERENCE;
 pub use load::{
     Files, LARGEST, LoadError, WILDCARDS, add_repository, glob, includes, is_pattern, read, read_repository,
 };
-pub use parse::{parse, parse_within, repository};
-pub use repository::{Repository, Webhook};
+pub use parse::{Repository, Webhook, parse, parse_within, repository};
 pub use routing_table::routing_table;
 pub use source::Source;
 pub use values::{Refused, format_duration, format_size};
@@ -53,7 +54,7 @@ pub const DEFAULT_TAILSCALED: &str = "/var/run/tailscale/tailscaled.sock";
 /// A whole, valid configuration.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// The engine that was asked for; what runs may differ, see `engine::Effective`.
+    /// The engine that was asked for; what runs may differ, see `engine::Selection`.
     pub engine: EngineChoice,
     /// Listeners in the order of the file.
     pub listeners: Vec<Listener>,
@@ -87,6 +88,21 @@ impl Config {
     pub fn webhook(&self) -> Option<&Webhook> {
         self.repository.as_ref()?.webhook.as_ref()
     }
+
+    /// The ports of an upstream's targets that get challenges.
+    pub fn challenge_ports(&self, upstream: usize) -> Vec<u16> {
+        if !self.routes.iter().any(|route| route.upstream == upstream) {
+            return Vec::new();
+        }
+        let ports = self.listeners.iter().filter_map(|listener| match listener.mode {
+            Mode::Http { acme_port } => Some(acme_port),
+            _ => None,
+        });
+        let mut ports: Vec<u16> = ports.collect();
+        ports.sort_unstable();
+        ports.dedup();
+        ports
+    }
 }
 
 /// A byte range in [`Source::text`].
@@ -99,6 +115,11 @@ pub enum OnRemovedRoute {
     Drain,
     /// They are reset at once.
     Close,
+}
+
+impl OnRemovedRoute {
+    /// As in the configuration.
+    pub const WORDS: [(&str, Self); 2] = [("drain", Self::Drain), ("close", Self::Close)];
 }
 
 /// `engine = "…"`.
@@ -115,6 +136,17 @@ pub enum EngineChoice {
     Splice,
     /// read and write through a buffer.
     Copy,
+}
+
+impl EngineChoice {
+    /// As in the configuration.
+    pub const WORDS: [(&str, Self); 5] = [
+        ("auto", Self::Auto),
+        ("translate", Self::Translate),
+        ("sockmap", Self::Sockmap),
+        ("splice", Self::Splice),
+        ("copy", Self::Copy),
+    ];
 }
 
 /// `[listeners.NAME]`
@@ -234,6 +266,11 @@ pub enum OnDown {
     Reset,
 }
 
+impl OnDown {
+    /// As in the configuration.
+    pub const WORDS: [(&str, Self); 2] = [("keep", Self::Keep), ("reset", Self::Reset)];
+}
+
 /// `[resolver]`
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Resolver {
@@ -292,6 +329,11 @@ pub enum SendProxy {
     V2,
 }
 
+impl SendProxy {
+    /// As in the configuration.
+    pub const WORDS: [(&str, Self); 3] = [("off", Self::Off), ("v1", Self::V1), ("v2", Self::V2)];
+}
+
 /// `balance = "…"`
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -304,6 +346,16 @@ pub enum Balance {
     Hash,
     /// The first that works, in the order of the file.
     First,
+}
+
+impl Balance {
+    /// As in the configuration.
+    pub const WORDS: [(&str, Self); 4] = [
+        ("least-connections", Self::LeastConnections),
+        ("round-robin", Self::RoundRobin),
+        ("hash", Self::Hash),
+        ("first", Self::First),
+    ];
 }
 
 /// `[[routes]]`

@@ -8,8 +8,8 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::diagnostic::MOST_KEPT;
-use super::keys;
+use super::diagnostic::{MOST_KEPT, hidden};
+use super::keys::{self, Key};
 use super::values::{Refused, format_duration, format_size, parse_duration, parse_size};
 use super::{Diagnostic, Span};
 
@@ -17,12 +17,14 @@ use super::{Diagnostic, Span};
 #[derive(Default)]
 pub(super) struct Reader {
     pub(super) diagnostics: Vec<Diagnostic>,
-    /// Of things that are not there: kept apart, for they prove nothing once a syntax error has swallowed part of the file.
+    /// Of things that are not there: kept apart, for they prove nothing once a syntax error has
+    /// swallowed part of the file.
     pub(super) absences: Vec<Diagnostic>,
     /// How many errors and warnings were found after there were enough of them.
     pub(super) left_out: [usize; 2],
     kept: [usize; 2],
-    /// Keys that are there under a wrong name, with the start of their table: they are not missing as well.
+    /// Keys that are there under a wrong name, with the start of their table: they are not missing
+    /// as well.
     misspelt: Vec<(usize, String)>,
 }
 
@@ -56,6 +58,19 @@ impl<'t> Field<'t> {
 
     fn value(&self) -> &'t DeValue<'t> {
         self.spanned.get_ref()
+    }
+
+    pub(super) fn is_table(&self) -> bool {
+        self.value().is_table()
+    }
+
+    /// The entries of a table.
+    pub(super) fn children(&self) -> Option<Vec<Self>> {
+        let entry = |(key, spanned): (&'t Spanned<_>, &'t Spanned<DeValue<'t>>)| {
+            let key: &std::borrow::Cow<'t, str> = key.get_ref();
+            Field { key, entry: false, spanned, base: self.base }
+        };
+        Some(self.value().as_table()?.iter().map(entry).collect())
     }
 
     pub(super) fn is_empty_list(&self) -> bool {
@@ -120,7 +135,8 @@ impl Reader {
         room
     }
 
-    /// The candidate that was probably meant; of many the first ones are looked at. Nothing when nobody would read it.
+    /// The candidate that was probably meant; of many the first ones are looked at. Nothing when
+    /// nobody would read it.
     pub(super) fn suggest<'c>(&self, word: &str, candidates: &[&'c str]) -> Option<&'c str> {
         if self.is_full() { None } else { suggest(word, &candidates[..candidates.len().min(MOST_CANDIDATES)]) }
     }
@@ -153,14 +169,14 @@ impl Reader {
     }
 
     /// The root table of a file that begins at `base`.
-    pub(super) fn root<'t>(&mut self, table: &'t DeTable<'t>, name: &str, base: usize, keys: &[&str]) -> Section<'t> {
+    pub(super) fn root<'t>(&mut self, table: &'t DeTable<'t>, name: &str, base: usize, keys: &[Key]) -> Section<'t> {
         let section = Section { table, name: name.into(), span: base..base, base };
         self.report_unknown_keys(&section, keys);
         section
     }
 
     /// A table with these keys alone. `name` is how it is written: `[limits]`.
-    pub(super) fn section<'t>(&mut self, field: Field<'t>, name: String, keys: &[&str]) -> Option<Section<'t>> {
+    pub(super) fn section<'t>(&mut self, field: Field<'t>, name: String, keys: &[Key]) -> Option<Section<'t>> {
         let section = self.any_section(field, name)?;
         self.report_unknown_keys(&section, keys);
         Some(section)
@@ -175,15 +191,22 @@ impl Reader {
             matches!(field.value(), DeValue::Array(items) if items.iter().any(|item| item.get_ref().is_table()));
         let (found, remedy) = if is_list {
             ("a list of tables".into(), format!("write `{name}`, with single brackets"))
-        } else {
+        } else if name.starts_with('[') {
             (describe(field.value()), format!("write `{name}` on a line of its own, and its keys below"))
+        } else {
+            let remedy = match field.value() {
+                DeValue::Boolean(true) => format!("write `{} = {{}}` for the defaults", field.key),
+                DeValue::Boolean(false) => "remove it".to_owned(),
+                _ => format!("write `{} = {{ … }}`, with its keys in the braces", field.key),
+            };
+            (describe(field.value()), remedy)
         };
         self.error(field.span(), format!("{} must be a table, not {found}", field.subject()), remedy);
         None
     }
 
     /// `[[key]]`: a list of tables.
-    pub(super) fn sections<'t>(&mut self, field: Field<'t>, keys: &[&str]) -> Vec<Section<'t>> {
+    pub(super) fn sections<'t>(&mut self, field: Field<'t>, keys: &[Key]) -> Vec<Section<'t>> {
         let name = format!("[[{}]]", field.key);
         let DeValue::Array(items) = field.value() else {
             self.error(
@@ -211,9 +234,9 @@ impl Reader {
         sections
     }
 
-    fn report_unknown_keys(&mut self, section: &Section<'_>, keys: &[&str]) {
+    fn report_unknown_keys(&mut self, section: &Section<'_>, keys: &[Key]) {
         for (span, field) in section.entries() {
-            if !keys.contains(&field.key) {
+            if !keys::has(keys, field.key) {
                 let word = if self.is_full() { None } else { meant(field.key, keys) };
                 let remedy = if let Some(word) = word {
                     self.misspelt.push((section.span.start, word.to_owned()));
@@ -299,9 +322,9 @@ impl Reader {
         if let Some((_, value)) = choices.iter().find(|(word, _)| word == text) {
             return Some(*value);
         }
-        let remedy = match self.suggest(text, &words) {
-            Some(word) => format!("did you mean \"{word}\"?"),
-            None => format!("write one of {listed}"),
+        let remedy = match other_value(field.key, text).or_else(|| self.suggest(text, &words)) {
+            Some(word) if words.contains(&word) => format!("did you mean \"{word}\"?"),
+            _ => format!("write one of {listed}"),
         };
         self.error(field.span(), format!("`{}` cannot be {}", field.key, quoted(text)), remedy);
         None
@@ -404,9 +427,10 @@ fn describe(value: &DeValue<'_>) -> String {
     }
 }
 
-/// In the quotes that TOML wants, for messages: long text is cut.
+/// In the quotes that TOML wants, for messages: long text is cut, and what may be secret is hidden.
 pub(super) fn quoted(text: &str) -> String {
     const LONGEST: usize = 60;
+    let text = &*hidden(text);
     let cut: String = text.chars().take(LONGEST).collect();
     let more = if cut.len() < text.len() { "…" } else { "" };
     format!("\"{cut}{more}\"")
@@ -442,8 +466,9 @@ fn suggest<'c>(word: &str, candidates: &[&'c str]) -> Option<&'c str> {
     let folded = word.to_lowercase().replace('-', "_");
     let distance = |candidate: &str| strsim::damerau_levenshtein(&folded, &candidate.to_lowercase().replace('-', "_"));
     let near = candidates.map(|candidate| (distance(candidate), *candidate));
-    // A third of the letters may be wrong; of short words one.
-    near.filter(|(distance, _)| *distance <= (folded.chars().count() / 3).clamp(1, 4))
+    // A third of the letters may be wrong; of short words one, of the shortest none.
+    let letters = folded.chars().count();
+    near.filter(|(distance, _)| *distance <= if letters < 3 { 0 } else { (letters / 3).clamp(1, 4) })
         .min_by_key(|(distance, _)| *distance)
         .map(|(_, candidate)| candidate)
 }
@@ -478,16 +503,52 @@ const OTHER_NAMES: [(&str, &str); 26] = [
     ("metrics", "admin"),
 ];
 
-fn meant<'k>(key: &str, keys: &[&'k str]) -> Option<&'k str> {
+/// What other programs call a value, by key.
+const OTHER_VALUES: [(&str, &str, &str); 26] = [
+    ("mode", "https", "tls"),
+    ("mode", "ssl", "tls"),
+    ("mode", "sni", "tls"),
+    ("mode", "passthrough", "tls"),
+    ("mode", "stream", "tcp"),
+    ("mode", "raw", "tcp"),
+    ("mode", "acme", "http"),
+    ("mode", "redirect", "http"),
+    ("balance", "least_conn", "least-connections"),
+    ("balance", "leastconn", "least-connections"),
+    ("balance", "least_request", "least-connections"),
+    ("balance", "roundrobin", "round-robin"),
+    ("balance", "rr", "round-robin"),
+    ("balance", "wrr", "round-robin"),
+    ("balance", "ip_hash", "hash"),
+    ("balance", "source", "hash"),
+    ("balance", "ring_hash", "hash"),
+    ("balance", "maglev", "hash"),
+    ("balance", "failover", "first"),
+    ("send_proxy", "on", "v2"),
+    ("send_proxy", "true", "v2"),
+    ("send_proxy", "none", "off"),
+    ("send_proxy", "false", "off"),
+    ("on_down", "close", "reset"),
+    ("on_removed_route", "reset", "close"),
+    ("on_removed_route", "keep", "drain"),
+];
+
+fn other_value(key: &str, value: &str) -> Option<&'static str> {
+    let plain = value.to_lowercase();
+    OTHER_VALUES.iter().find(|(of, other, _)| *of == key && *other == plain).map(|(.., word)| *word)
+}
+
+fn meant(key: &str, keys: &[Key]) -> Option<&'static str> {
+    let keys: Vec<&'static str> = keys.iter().map(|key| key.name).collect();
     let plain = key.to_lowercase().replace('-', "_");
-    suggest(key, keys).or_else(|| {
+    suggest(key, &keys).or_else(|| {
         let mut others = OTHER_NAMES.iter().filter(|(other, _)| *other == plain);
         others.find_map(|(_, word)| keys.iter().find(|key| *key == word).copied())
     })
 }
 
-fn unknown_key_remedy(key: &str, section: &Section<'_>, keys: &[&str]) -> String {
-    if let Some((home, _)) = keys::ALL.iter().find(|(home, keys)| *home != section.name && keys.contains(&key)) {
+fn unknown_key_remedy(key: &str, section: &Section<'_>, keys: &[Key]) -> String {
+    if let Some((home, _)) = keys::ALL.iter().find(|(home, keys)| *home != section.name && keys::has(keys, key)) {
         return match *home {
             "the top level" if section.is_root() => {
                 format!("`{key}` belongs to the file that the daemon is started with, on the node itself")
@@ -496,6 +557,6 @@ fn unknown_key_remedy(key: &str, section: &Section<'_>, keys: &[&str]) -> String
             home => format!("`{key}` belongs to {home}"),
         };
     }
-    let known = keys.iter().map(|key| format!("`{key}`")).collect::<Vec<_>>();
+    let known = keys.iter().map(|key| format!("`{}`", key.name)).collect::<Vec<_>>();
     format!("remove it; the keys here are {}", list(&known).replace(" or ", " and "))
 }

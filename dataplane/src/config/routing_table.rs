@@ -1,8 +1,12 @@
 //! The routing table as `dataplane check` prints it: what wins stands first.
 
-use super::{Config, HostPattern, Mode, SendProxy, Upstream};
+use ipnet::IpNet;
 
-/// Every host with where it goes, in the order in which they are tried, then listeners that forward a port as it is. Ends with a newline.
+use super::values::word;
+use super::{Config, HostPattern, Listener, Mode, SendProxy, Upstream};
+
+/// Every host with where it goes, in the order in which they are tried, then every listener with
+/// whom it lets in, and where metrics are. Ends with a newline.
 pub fn routing_table(config: &Config) -> String {
     let mut hosts: Vec<_> =
         config.routes.iter().flat_map(|route| route.hosts.iter().map(move |host| (host, route))).collect();
@@ -47,30 +51,46 @@ pub fn routing_table(config: &Config) -> String {
         }
     }
 
-    let mut rows = vec![["LISTENER", "BIND", "UPSTREAM", "TARGETS", "PROXY"].map(String::from)];
+    let mut rows = vec![
+        ["LISTENER", "MODE", "BIND", "DENY", "ALLOW", "ACCEPT_PROXY", "UPSTREAM", "TARGETS", "PROXY"].map(String::from),
+    ];
     for listener in &config.listeners {
-        if let Mode::Tcp { upstream } = listener.mode {
-            let binds: Vec<_> = listener.bind.iter().map(|bind| bind.addr.to_string()).collect();
-            let [name, targets, proxy] = describe(&config.upstreams[upstream]);
-            rows.push([listener.name.to_string(), binds.join(","), name, targets, proxy]);
-        }
+        let Listener { name, bind, mode, accept_proxy, allow, deny } = listener;
+        let binds: Vec<_> = bind.iter().map(|bind| bind.addr.to_string()).collect();
+        let [upstream, targets, proxy] = match mode {
+            Mode::Tcp { upstream } => describe(&config.upstreams[*upstream]),
+            Mode::Tls | Mode::Http { .. } => ["by host", "", ""].map(String::from),
+        };
+        rows.push([
+            name.to_string(),
+            mode.as_str().to_owned(),
+            binds.join(","),
+            networks(deny, "nobody"),
+            networks(allow, "all"),
+            networks(accept_proxy, "nobody"),
+            upstream,
+            targets,
+            proxy,
+        ]);
     }
-    if rows.len() > 1 {
-        if !text.is_empty() {
-            text.push('\n');
-        }
-        text += &aligned(&rows);
+    if !text.is_empty() {
+        text.push('\n');
     }
-    text
+    text += &aligned(&rows);
+    let admin = &config.admin;
+    text + &format!("\nMetrics on {}, control socket {}.\n", admin.bind.addr, admin.socket.display())
+}
+
+fn networks(networks: &[IpNet], none: &str) -> String {
+    if networks.is_empty() {
+        return none.to_owned();
+    }
+    networks.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
 fn describe(upstream: &Upstream) -> [String; 3] {
     let targets: Vec<&str> = upstream.targets.iter().map(|target| &*target.text).collect();
-    let proxy = match upstream.send_proxy {
-        SendProxy::Off => "off",
-        SendProxy::V1 => "v1",
-        SendProxy::V2 => "v2",
-    };
+    let proxy = word(&upstream.send_proxy, &SendProxy::WORDS);
     [upstream.name.to_string(), targets.join(","), proxy.to_owned()]
 }
 

@@ -1,6 +1,7 @@
 //! The text of a configuration: one file or several, told apart by their places in one long text.
 //!
-//! Positions count through all files, as if they stood one after the other; so a [`Span`] alone says in which file it lies.
+//! Positions count through all files, as if they stood one after the other; so a [`Span`] alone
+//! says in which file it lies.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -15,8 +16,9 @@ pub struct Source {
     /// All files one after the other, each with a newline behind it that is not part of it.
     pub text: String,
     /// The commit of the files that are of a repository.
-    pub commit: Option<String>,
-    /// Where `include` looks for files, besides the folders of those that it found; of this machine alone.
+    pub revision: Option<String>,
+    /// Where `include` looks for files, besides the folders of those that it found; of this machine
+    /// alone.
     pub folders: Vec<PathBuf>,
     files: Vec<File>,
     /// What was noticed while the files were put together.
@@ -57,7 +59,7 @@ impl Source {
     pub fn new(path: impl Into<PathBuf>, text: String) -> Self {
         let path = path.into();
         let file = File { path: path.clone(), range: 0..text.len(), role: Role::Main };
-        Self { path, text: text + "\n", commit: None, folders: Vec::new(), files: vec![file], findings: Vec::new() }
+        Self { path, text: text + "\n", revision: None, folders: Vec::new(), files: vec![file], findings: Vec::new() }
     }
 
     /// Of a repository's file alone.
@@ -98,7 +100,7 @@ impl Source {
     /// Without what came from a repository: as it was read from this machine.
     #[must_use]
     pub fn local(&self) -> Self {
-        let mut local = Self { commit: None, ..self.clone() };
+        let mut local = Self { revision: None, ..self.clone() };
         local.files.retain(|file| !file.role.is_of_repository());
         local.text.truncate(local.files.last().map_or(0, |file| file.range.end + 1));
         local.findings.retain(|finding| finding.span.start < local.text.len());

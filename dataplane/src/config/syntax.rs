@@ -1,15 +1,19 @@
 //! Syntax errors of TOML as diagnostics, and what they cast doubt upon.
 //!
-//! The parser recovers from a mistake and goes on, so what comes after is worth reporting too; but not what was made up to go on.
+//! The parser recovers from a mistake and goes on, so what comes after is worth reporting too; but
+//! not what was made up to go on.
 
 use std::collections::HashSet;
 
 use toml::de::Error;
 
 use super::diagnostic::MOST_KEPT;
+use super::reader::quoted;
+use super::values::is_quotation_mark;
 use super::{Diagnostic, Source, Span};
 
-/// Puts syntax errors, a list for each file, together with `findings` about what could be read and `absences` of what could not be found.
+/// Puts syntax errors, a list for each file, together with `findings` about what could be read and
+/// `absences` of what could not be found.
 pub(super) fn combine(
     source: &Source,
     errors: &[Vec<Error>],
@@ -84,6 +88,22 @@ fn is_local(message: &str) -> bool {
 
 fn diagnostic(source: &Source, message: &str, span: Span) -> Diagnostic {
     let text = source.text.get(span.clone()).unwrap_or_default();
+    // RFC 3629 has no control characters but these; TOML allows no other in a file.
+    let control =
+        source.text[span.start..].chars().next().filter(|c| c.is_control() && !matches!(c, '\n' | '\r' | '\t'));
+    if let Some(c) = control {
+        let message = format!("this is not TOML: a control character (U+{:04X}) stands here", u32::from(c));
+        return Diagnostic::error(
+            span.start..span.start + c.len_utf8(),
+            message,
+            "remove it: an editor may not show it",
+        );
+    }
+    if message.starts_with("missing comma") {
+        // At the gap, not at the entry behind it.
+        let gap = source.text[..span.start].trim_end().len();
+        return Diagnostic::error(gap..gap, "this is not TOML: a comma is missing", "put `,` between the entries");
+    }
     let short = if is_local(message) { "text must be in quotes" } else { message };
     Diagnostic::error(span, format!("this is not TOML: {short}"), remedy(message, text))
 }
@@ -96,7 +116,9 @@ fn unclosed_list(source: &Source, message: &str, span: &Span) -> Option<Diagnost
     let is_header =
         line.starts_with('[') && line.trim_end_matches(']').len() < line.len() && !line.contains(['"', ',', '\'']);
     let is_entry = line.split_once('=').is_some_and(|(key, _)| !key.contains(['"', '\'', '{']));
-    if !message.contains("array") || !(is_header || is_entry) {
+    // A list that begins on the same line lacks something else.
+    let begins = source.text[source.line_start(span.start)..span.start].trim();
+    if !message.contains("array") || !(is_header || is_entry) || begins.contains('[') {
         return None;
     }
     let last = start + before.trim_end().len();
@@ -121,6 +143,7 @@ fn duplicate(source: &Source, span: Span) -> Option<Diagnostic> {
     }
     let remedy = match wanted {
         "[routes]" => "write `[[routes]]`, with double brackets, once for each route",
+        _ if is_header && !wanted.contains('.') => "write its keys below the first one, and remove this header",
         _ if is_header => "keep one of the two, or give one another name",
         _ => "keep one of the two",
     };
@@ -134,13 +157,12 @@ fn duplicate(source: &Source, span: Span) -> Option<Diagnostic> {
 fn remedy(message: &str, text: &str) -> String {
     let remedy = match message {
         m if m.starts_with("string values must be quoted") => {
-            return format!("write \"{}\"", text.trim_matches(['"', '\'']));
+            return format!("write {}", quoted(text.trim_matches(is_quotation_mark)));
         }
         m if m.starts_with("unclosed array table") => "close the header with `]]`",
         m if m.starts_with("unclosed table") => "close the header with `]`",
         m if m.starts_with("unclosed array") => "close the list with `]`",
         m if m.starts_with("unclosed inline table") => "close the table with `}`",
-        m if m.starts_with("missing comma") => "put `,` between the entries",
         m if m.starts_with("invalid basic string") => "close the string with `\"`",
         m if m.starts_with("invalid literal string") => "close the string with `'`",
         m if m.contains("escape") => "write a backslash as `\\\\`, or the string in single quotes",

@@ -1,4 +1,5 @@
-//! The configuration as its owner meets it: whole files, their warnings and the explanations of what is wrong with them.
+//! The configuration as its owner meets it: whole files, their warnings and the explanations of
+//! what is wrong with them.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -334,6 +335,8 @@ fn the_routing_table_shows_what_wins_first() {
     let text = r#"
 [listeners.public]
 bind = ["0.0.0.0:443"]
+deny = ["192.0.2.7"]
+accept_proxy = ["10.0.0.0/8"]
 [listeners.inside]
 bind = ["127.0.0.1:8443"]
 [listeners.web]
@@ -370,8 +373,13 @@ blog.example.com    public,inside,web  any          cluster   thinkpad-1:443,thi
 Every other server name is refused.
 Listener web speaks HTTP: ACME challenges go to port 8080 of these targets, the rest is sent to https.
 
-LISTENER  BIND                    UPSTREAM  TARGETS        PROXY
-git       0.0.0.0:2222,[::]:2222  git-ssh   thinkpad-1:22  off
+LISTENER  MODE  BIND                    DENY          ALLOW  ACCEPT_PROXY  UPSTREAM  TARGETS        PROXY
+public    tls   0.0.0.0:443             192.0.2.7/32  all    10.0.0.0/8    by host
+inside    tls   127.0.0.1:8443          nobody        all    nobody        by host
+web       http  0.0.0.0:80              nobody        all    nobody        by host
+git       tcp   0.0.0.0:2222,[::]:2222  nobody        all    nobody        git-ssh   thinkpad-1:22  off
+
+Metrics on 127.0.0.1:9443, control socket /run/dataplane/admin.sock.
 ";
     assert_eq!(routing_table(&read(text).0), expected);
     let all = SMALL.replace("blog.example.com", "*");
@@ -640,7 +648,7 @@ fn the_file_in_a_repository_is_read_as_one_with_the_nodes_own() {
     let (config, _) = whole(node, "deep/main.toml").unwrap();
     assert_eq!(config.routes.len(), 2);
     assert_eq!(config.admin.bind.addr.port(), 2);
-    assert_eq!(config.source.commit.as_deref(), Some("0123456789abcdef"));
+    assert_eq!(config.source.revision.as_deref(), Some("0123456789abcdef"));
     let (other, _) = whole("[source]\ngit = \"/srv/x.git\"\n", "deep/main.toml").unwrap();
     assert_eq!(config.hash, other.hash, "nodes that run one commit have one hash");
     let (more, _) = whole(&format!("{node}{ROUTE}"), "deep/main.toml").expect("the upstream is in the repository");
@@ -846,13 +854,25 @@ proptest! {
 #[test]
 fn whoever_believes_everybodys_proxy_header_is_warned_and_loudly_where_networks_were_to_protect() {
     let listener = |more: &str| SMALL.replacen("bind =", &format!("{more}\nbind ="), 1);
-    for everybody in ["\"0.0.0.0/0\"", "\"::/0\"", "\"0.0.0.0/1\", \"128.0.0.0/1\"", "\"::ffff:0:0/96\""] {
+    for everybody in [
+        "\"0.0.0.0/0\"",
+        "\"::/0\"",
+        "\"0.0.0.0/1\", \"128.0.0.0/1\"",
+        "\"::ffff:0:0/96\"",
+        // All that is public.
+        "\"2000::/3\", \"fc00::/7\"",
+        "\"3000::/4\", \"192.0.2.7\", \"2000::/4\"",
+        "\"0.0.0.0/1\", \"128.0.0.0/2\", \"192.0.0.0/3\"",
+        "\"::/1\"",
+    ] {
         let warnings = read(&listener(&format!("accept_proxy = [{everybody}]"))).1;
         assert!(warnings.contains("believes everybody's PROXY header"), "{everybody}: {warnings}");
         let warnings = read(&listener(&format!("accept_proxy = [{everybody}]\nallow = [\"192.168.7.0/24\"]"))).1;
         assert!(warnings.contains("PROTECT NOTHING"), "{everybody}: {warnings}");
     }
-    assert_eq!(read(&listener("accept_proxy = [\"10.0.0.0/8\"]\nallow = [\"192.168.7.0/24\"]")).1, "");
+    for some in ["\"10.0.0.0/8\"", "\"fc00::/7\", \"10.0.0.0/8\"", "\"2000::/4\"", "\"0.0.0.0/1\", \"128.0.0.0/2\""] {
+        assert_eq!(read(&listener(&format!("accept_proxy = [{some}]\nallow = [\"192.168.7.0/24\"]"))).1, "", "{some}");
+    }
 }
 
 #[test]
@@ -864,6 +884,19 @@ fn what_a_start_would_refuse_a_check_refuses() {
         assert!(said.contains("the webhook's address") && said.contains("choose another port"), "{taken}: {said}");
     }
     read(&webhook("127.0.0.1:9080"));
+    // A family each: these do not meet.
+    let beside = SMALL.replace("443\"]\n[up", "8443\"]\n[up");
+    read(&format!("{beside}[admin]\nbind = \"[::]:8443\"\n"));
+    for of_many in ["[ff02::1]:443", "[ff0e::101]:443", "224.0.0.1:443", "239.1.2.3:443", "255.255.255.255:443"] {
+        let webhook = webhook(of_many);
+        let admin = format!("{SMALL}[admin]\nbind = \"{of_many}\"\n");
+        for text in [SMALL.replace("0.0.0.0:443", of_many), admin, webhook] {
+            let said = refusal(&text);
+            let any = if of_many.starts_with('[') { "\"[::]:443\"" } else { "\"0.0.0.0:443\"" };
+            assert!(said.contains("is a multicast or broadcast address") && said.contains(any), "{text}: {said}");
+        }
+        refusal(&SMALL.replace("thinkpad-1:443", of_many));
+    }
     for zoned in ["[fe80::1]:443", "[fe80::1%eth0]:443", "[fe80::1%2]:443"] {
         for text in [
             SMALL.replace("0.0.0.0:443", zoned),
@@ -875,4 +908,71 @@ fn what_a_start_would_refuse_a_check_refuses() {
             assert!(said.contains("is a link-local address: it belongs to one interface"), "{text}: {said}");
         }
     }
+}
+
+/// What is obeyed to the letter must lead to what was meant.
+#[test]
+fn a_remedy_that_is_obeyed_leads_to_what_was_meant() {
+    let with = |from: &str, to: &str| SMALL.replacen(from, to, 1);
+    for (wrong, place, remedy) in [
+        (with("\"blog.example.com\"", "“blog.example.com”"), "7:10", "write \"blog.example.com\""),
+        (
+            with("\"blog.example.com\"", "\"“blog.example.com”\""),
+            "7:10",
+            "write \"blog.example.com\", in plain quotes, those of the keyboard",
+        ),
+        (with("bind =", "mode = \"https\"\nbind ="), "3:8", "did you mean \"tls\"?"),
+        (with("targets", "balance = \"least_conn\"\ntargets"), "5:11", "did you mean \"least-connections\"?"),
+        (with("targets", "send_proxy = \"v3\"\ntargets"), "5:14", "write one of \"off\", \"v1\" or \"v2\""),
+        (with("targets", "health = true\ntargets"), "5:10", "write `health = {}` for the defaults"),
+        (with("\"thinkpad-1:443\"", "\"thinkpad-1:443\" \"b:443\""), "5:28", "put `,` between the entries"),
+        (with("\"thinkpad-1:443\"", "\n  \"thinkpad-1:443\"\n  \"b:443\"\n"), "6:19", "put `,` between the entries"),
+        (
+            SMALL.replace("upstreams.cluster]", "upstreams.clu.ster]").replace("\"cluster\"", "\"clu.ster\""),
+            "4:12",
+            "write `[upstreams.\"clu.ster\"]`",
+        ),
+        (with("0.0.0.0:443", "::443"), "3:9", "write \"[::]:443\""),
+        (
+            with("thinkpad-1:443", "fd7a::1:443"),
+            "5:12",
+            "write \"[fd7a::1]:443\", or \"[fd7a::1:443]:443\" if `443` belongs to the address",
+        ),
+        (
+            with("thinkpad-1:443", "unix:/run/x"),
+            "5:12",
+            "have the service listen on an address of this machine, and write that: \"127.0.0.1:8443\"",
+        ),
+        (
+            format!("{SMALL}[limits]\nidle_timeout = \"1s\"\n[limits]\nhello_timeout = \"1s\"\n"),
+            "11:2",
+            "write its keys below the first one, and remove this header",
+        ),
+        (with("blog.example", "blog\u{1}.example"), "7:15", "remove it: an editor may not show it"),
+    ] {
+        let said = refusal(&wrong);
+        assert!(said.starts_with(&format!("dataplane.toml:{place}: error: ")), "{said}");
+        assert!(said.contains(&format!("  help: {remedy}\n")), "{remedy}\n{said}");
+        assert!(said.ends_with("dataplane.toml: 1 error"), "{said}");
+    }
+}
+
+#[test]
+fn a_mode_on_the_port_of_another_is_a_warning() {
+    let (_, said) = read(&SMALL.replace("0.0.0.0:443", "0.0.0.0:80"));
+    assert!(said.contains("3:9: warning: ") && said.contains("write `mode = \"http\"`, or another port"), "{said}");
+    let (_, said) = read(&SMALL.replace("bind = [", "mode = \"http\"\nbind = ["));
+    assert!(said.contains("4:9: warning: ") && said.contains("write `mode = \"tls\"`, or another port"), "{said}");
+}
+
+#[test]
+fn what_is_wrong_beside_a_source_that_is_wrong_is_told_with_it() {
+    let text = "[source]\ngit = 3\nbranch = \"main\"\n[limits]\nidle_timeout = 5\n[admin]\nbogus = 1\n";
+    let source = source(text);
+    let diagnostics = super::repository(&source).expect_err("it is wrong");
+    let said = LoadError::Report { source, diagnostics }.to_string();
+    for place in ["2:7", "3:1", "5:16", "7:1"] {
+        assert!(said.contains(&format!("dataplane.toml:{place}: error: ")), "{place}\n{said}");
+    }
+    assert!(said.ends_with("4 errors"), "listeners and routes may be in the repository: {said}");
 }

@@ -1,4 +1,5 @@
-//! Durations, sizes, bind addresses and networks as people write them. Errors say what to write instead.
+//! Durations, sizes, bind addresses and networks as people write them. Errors say what to write
+//! instead.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -156,6 +157,12 @@ pub fn parse_bind(text: &str) -> Result<SocketAddr, Refused> {
         {
             return Err(link_local(text));
         }
+        if is_of_many(addr.ip()) {
+            return refuse(
+                format!("`{text}` is a multicast or broadcast address: TCP has no connections to these"),
+                format!("write an address of this machine, or \"{}\" for all of them", any_beside(addr)),
+            );
+        }
         if let IpAddr::V6(ip) = addr.ip()
             && let Some(v4) = ip.to_ipv4_mapped()
         {
@@ -165,6 +172,14 @@ pub fn parse_bind(text: &str) -> Result<SocketAddr, Refused> {
             );
         }
         return Ok(addr);
+    }
+    if let Some(socket) = text.strip_prefix("unix:") {
+        return refuse(format!("`{socket}` is a unix socket, and clients come by TCP"), EXAMPLES);
+    }
+    if let Some(("", port)) = text.strip_prefix(':').and_then(|text| text.split_once(':'))
+        && let Ok(port) = port.parse::<u16>()
+    {
+        return refuse(format!("the IPv6 address of `{text}` has no brackets"), format!("write \"[::]:{port}\""));
     }
     if let Ok(ip) = text.parse::<IpAddr>() {
         return refuse(format!("`{text}` has no port"), format!("write \"{}\"", SocketAddr::new(ip, 443)));
@@ -197,6 +212,27 @@ pub fn parse_bind(text: &str) -> Result<SocketAddr, Refused> {
     }
 }
 
+/// What the configuration calls a value.
+pub fn word<T: PartialEq>(value: &T, words: &[(&'static str, T)]) -> &'static str {
+    words.iter().find(|(_, other)| other == value).map_or("", |(word, _)| word)
+}
+
+/// Quotation marks, plain and typographic: a text that was copied from a web page may have them.
+pub fn is_quotation_mark(c: char) -> bool {
+    matches!(c, '"' | '\'' | '`' | '´' | '«' | '»' | '‹' | '›' | '\u{2018}'..='\u{201f}' | '\u{ff02}' | '\u{ff07}')
+}
+
+/// Whether an address stands for many machines at once.
+pub fn is_of_many(ip: IpAddr) -> bool {
+    ip.is_multicast() || ip == Ipv4Addr::BROADCAST
+}
+
+/// Every address of the same family, with the same port.
+fn any_beside(addr: SocketAddr) -> SocketAddr {
+    let any: IpAddr = if addr.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    SocketAddr::new(any, addr.port())
+}
+
 /// Link-local addresses mean nothing without an interface, and interfaces cannot be written here.
 pub fn link_local(text: &str) -> Refused {
     Refused {
@@ -210,7 +246,8 @@ pub fn has_zone(text: &str) -> bool {
     text.split_once('%').is_some_and(|(ip, _)| ip.trim_start_matches('[').parse::<Ipv6Addr>().is_ok())
 }
 
-/// `"10.0.0.0/8"`, `"fd00::/8"`, `"192.0.2.7"`. What is IPv4 written as IPv6 (`::ffff:10.0.0.0/104`) is read as IPv4.
+/// `"10.0.0.0/8"`, `"fd00::/8"`, `"192.0.2.7"`. What is IPv4 written as IPv6
+/// (`::ffff:10.0.0.0/104`) is read as IPv4.
 pub fn parse_net(text: &str) -> Result<IpNet, Refused> {
     const EXAMPLES: &str = "write a network such as \"10.0.0.0/8\" or \"fd7a:115c:a1e0::/48\", or a single address";
     if let Ok(ip) = text.parse::<IpAddr>() {

@@ -1,4 +1,5 @@
-//! What bites on a real entrance node, besides the kernel: rules that take connections before our socket, a full table of connections, a tailnet that relays.
+//! What bites on a real entrance node, besides the kernel: rules that take connections before our
+//! socket, a full table of connections, a tailnet that relays.
 //!
 //! It looks, with the programs that the machine has, and changes nothing.
 
@@ -25,7 +26,6 @@ const NEARLY_FULL: f64 = 0.8;
 /// What one look found.
 #[derive(Debug, Serialize)]
 pub struct Finding {
-    /// What was looked at.
     pub check: &'static str,
     /// Nothing is wrong with it; `None`: it could not be looked at.
     pub ok: Option<bool>,
@@ -48,7 +48,6 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes: a hundred thousand rules.
 const MOST: u64 = 16 << 20;
 
-/// Looks.
 pub fn look(config: Option<&Config>) -> Vec<Finding> {
     let socket = config.map_or(Path::new(DEFAULT_TAILSCALED), |config| &config.tailnet.socket);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -56,7 +55,8 @@ pub fn look(config: Option<&Config>) -> Vec<Finding> {
     vec![nat(config), conntrack(), path(config, view.as_ref()), udp_gro(view.is_some()), connections(config)]
 }
 
-/// How many there may be, as far as it can be told without the daemon: its RLIMIT_NOFILE is its own.
+/// How many there may be, as far as it can be told without the daemon: its RLIMIT_NOFILE is its
+/// own.
 fn connections(config: Option<&Config>) -> Finding {
     let (most, by) = MachineMemory::read().connections();
     let configured = config.map_or(0, |config| config.limits.max_connections);
@@ -70,7 +70,8 @@ fn connections(config: Option<&Config>) -> Finding {
     Finding::new("connections", configured <= most, text)
 }
 
-/// What a program prints; `None`: it is not there, may not, takes longer than [`PATIENCE`] or prints more than [`MOST`].
+/// What a program prints; `None`: it is not there, may not, takes longer than [`PATIENCE`] or
+/// prints more than [`MOST`].
 fn said(program: &str, arguments: &[&str]) -> Option<String> {
     // A service's PATH may lack the system's own programs.
     let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
@@ -305,7 +306,8 @@ fn path(config: Option<&Config>, view: Option<&View>) -> Finding {
     Finding::new(CHECK, false, text)
 }
 
-/// Tailscale recommends it for machines that forward (kernel 6.2 and later): <https://tailscale.com/kb/1320/performance-best-practices>.
+/// Tailscale recommends it for machines that forward (kernel 6.2 and later):
+/// <https://tailscale.com/kb/1320/performance-best-practices>.
 fn udp_gro(tailscale: bool) -> Finding {
     const CHECK: &str = "UDP GRO";
     let not_looked_at = |why: &str| Finding::unknown(CHECK, format!("not looked at: {why}"));

@@ -10,18 +10,17 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::btf;
 use crate::config::{Config, EngineChoice};
-use crate::daemon::kernel_release;
-use crate::engine::{Abilities, Effective};
+use crate::engine::{Candidate, Selection, Support};
+use crate::kernel::btf;
+use crate::kernel::sys::kernel_release;
 use crate::metrics::Metrics;
 use crate::source;
 
-/// What was found.
 pub struct Findings {
     config: Result<Config, String>,
-    engine: Effective,
-    abilities: Abilities,
+    engine: Selection,
+    support: Support,
     entrance: Vec<entrance::Finding>,
 }
 
@@ -38,14 +37,13 @@ const CAPABILITIES: [(&str, u32, &str); 4] = [
 ];
 
 impl Findings {
-    /// Looks.
     pub fn gather(path: &Path) -> Self {
         let config = source::kept(path).map(|loaded| loaded.config).map_err(|e| e.to_string());
         // Room for the self-test's connections.
-        let abilities = Abilities::test(16, Metrics::new().sockmap_spills());
+        let support = Support::test(16, Metrics::new().engine.spills());
         let choice = config.as_ref().map_or(EngineChoice::Auto, |c| c.engine);
         let entrance = entrance::look(config.as_ref().ok());
-        Self { engine: Effective::choose(choice, &abilities), abilities, config, entrance }
+        Self { engine: Selection::choose(choice, &support), support, config, entrance }
     }
 
     /// Whether the engine that is configured can run, and nothing was found that bites.
@@ -53,19 +51,18 @@ impl Findings {
         self.engine.as_configured() && self.entrance.iter().all(|finding| finding.ok != Some(false))
     }
 
-    /// Whether `auto` may use it.
-    fn sockmap(&self) -> Result<(), String> {
-        self.abilities.sockmap.as_ref().map_err(Clone::clone)?;
-        self.abilities.known_bugs.as_ref().map_err(|why| format!("passed its self-test, but {why}")).copied()
-    }
-
-    fn engines(&self) -> [(&'static str, Result<(), String>); 4] {
-        [
-            ("copy", Ok(())),
-            ("splice", self.abilities.splice.clone()),
-            ("sockmap", self.sockmap()),
-            ("translate", Err("not in this version".to_owned())),
-        ]
+    /// The engines, and whether `auto` may use each.
+    fn engines(&self) -> Vec<(&'static str, Result<(), String>)> {
+        let mut engines = vec![("copy", Ok(())), ("splice", self.support.splice.clone())];
+        for Candidate { kind, engine, known_bugs } in &self.support.in_kernel {
+            let usable = engine
+                .as_ref()
+                .map_err(Clone::clone)
+                .and_then(|_| known_bugs.clone().map_err(|why| format!("passed its self-test, but {why}")));
+            engines.push((kind.as_str(), usable));
+        }
+        engines.push(("translate", Err("not in this version".to_owned())));
+        engines
     }
 
     /// `--json`

@@ -10,10 +10,10 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::config::{Config, HostPattern, Mode, SendProxy, Target, TargetHost, Upstream};
-use crate::socket;
+use crate::kernel::socket;
 use crate::tailnet::{self, View};
-use crate::upstream::names::Names;
 use crate::upstream::probe::{self, Greeting};
+use crate::upstream::resolver::Resolver;
 
 /// For one attempt, at most: an owner waits for the answer.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -55,18 +55,11 @@ pub fn ask(config: &Config) -> Result<Vec<Answers>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let view = tailnet::look(&config.tailnet.socket).await.ok();
-        let names = Names::new(config.resolver.clone());
+        let names = Resolver::new(config.resolver.clone());
         let mut all = Vec::new();
         for (index, upstream) in config.upstreams.iter().enumerate() {
             let host = host_of(config, index);
-            let routed = config.routes.iter().any(|route| route.upstream == index);
-            let ports = config.listeners.iter().filter_map(|listener| match listener.mode {
-                Mode::Http { acme_port } if routed => Some(acme_port),
-                _ => None,
-            });
-            let mut ports: Vec<u16> = ports.collect();
-            ports.sort_unstable();
-            ports.dedup();
+            let ports = config.challenge_ports(index);
             for target in &upstream.targets {
                 all.push(of_target(upstream, target, host.as_deref(), &ports, &names, view.as_ref()).await);
             }
@@ -94,7 +87,7 @@ async fn of_target(
     target: &Target,
     host: Option<&str>,
     challenge_ports: &[u16],
-    names: &Names,
+    names: &Resolver,
     view: Option<&View>,
 ) -> Answers {
     let mut answers = Answers {
@@ -159,6 +152,12 @@ async fn of_target(
     for port in challenge_ports {
         let Some(address) = answers.address else { break };
         let address = SocketAddr::new(address.ip(), *port);
+        if !target.admits(address, socket::is_of_this_machine) {
+            let text = "`allow_targets` of [source] does not let a repository go there".to_owned();
+            answers.ok = false;
+            answers.challenges.push(Challenge { port: *port, ok: false, text });
+            continue;
+        }
         let host = host.unwrap_or("doctor.invalid");
         let request =
             format!("GET /.well-known/acme-challenge/doctor HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");

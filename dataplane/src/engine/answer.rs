@@ -12,9 +12,11 @@ use tokio::net::TcpStream;
 use tokio::pin;
 use tokio::time::timeout;
 
+use super::copy;
+use super::pair::{End, First, Pair, Side, Timeouts, ended_by};
 use super::relay::{all_sent, prove_fin};
-use super::{Counter, End, First, Pair, Path, Side, Timeouts, Traffic, copy, ended_by};
-use crate::socket;
+use super::traffic::{Counter, Path, Traffic};
+use crate::kernel::socket;
 
 /// The longest from the request to the client's FIN. Let's Encrypt waits 10 s for the answer to a challenge.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -49,6 +51,7 @@ async fn exchange(client: &TcpStream, upstream: &TcpStream, first: First, traffi
             answered = &mut answered => break answered?,
         }
     }
+    traffic.note_target_closed();
     shutdown(client, Shutdown::Write).map_err(|e| ended_by(Side::Client, Ok(Some(e.into()))))?;
     if !client_ended {
         left.await.map_err(|e| ended_by(Side::Client, Ok(Some(e))))?;

@@ -1,6 +1,8 @@
-//! The userspace step: read into a buffer of the worker, write at once, keep only what the receiver did not take.
+//! The userspace step: read into a buffer of the worker, write at once, keep only what the receiver
+//! did not take.
 //!
-//! The buffer belongs to the thread, so that a connection without unsent bytes costs no memory here.
+//! The buffer belongs to the thread, so that a connection without unsent bytes costs no memory
+//! here.
 
 use std::cell::RefCell;
 use std::io;
@@ -8,7 +10,8 @@ use std::os::fd::AsFd;
 
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
-/// Bytes read at once, and so the most that one direction of a connection ever keeps in userspace. Two TLS records.
+/// Bytes read at once, and so the most that one direction of a connection ever keeps in userspace.
+/// Two TLS records.
 pub const CHUNK: usize = 32 * 1024;
 
 thread_local! {

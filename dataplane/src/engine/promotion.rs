@@ -1,17 +1,22 @@
-//! When a connection moves to the sockmap, and when it moves back: pure functions of what it carried.
+//! When a connection moves into the kernel, and when it moves back: pure functions of what it
+//! carried.
 //!
-//! The kernel forwards small messages at less cost than userspace, since no process is woken up for them; bulk costs it more than splice(2) does. So what counts is
-//! that a connection lives long and carries small messages there and back; how it begins says nothing (a download begins with small ones too).
+//! The kernel forwards small messages at less cost than userspace, since no process is woken up for
+//! them; bulk costs it more than splice(2) does. So what counts is that a connection lives long and
+//! carries small messages there and back; how it begins says nothing (a download begins with small
+//! ones too).
 //!
-//! Measured with `cargo xtask bench` (three rounds, two cores, 200-byte exchanges, CPU of the whole machine): 1 connection 46 µs against 48 with splice, and 16,000
-//! exchanges a second against 13,700; 16 connections 28.1 against 28.3; 200 connections 27.9 against 29.7. With answers of 4,000 bytes the kernel's path cost as much as
-//! splice's, with 8,000 it cost 5 to 10 % more, with 32,000 twice as much.
+//! Measured with `cargo xtask bench` (three rounds, two cores, 200-byte exchanges, CPU of the whole
+//! machine): 1 connection 46 µs against 48 with splice, and 16,000 exchanges a second against
+//! 13,700; 16 connections 28.1 against 28.3; 200 connections 27.9 against 29.7. With answers of
+//! 4,000 bytes the kernel's path cost as much as splice's, with 8,000 it cost 5 to 10 % more, with
+//! 32,000 twice as much.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::Side;
+use super::pair::Side;
 
 /// What goes one way before something comes the other way is a message, if it is no more than this.
 pub const MESSAGE: usize = 4 * 1024;
@@ -22,7 +27,8 @@ const MESSAGES: u32 = 64;
 /// For so long there was nothing larger.
 const AGE: Duration = Duration::from_secs(1);
 
-/// Moves back for bulk after which a connection stays where it is: each doubles the number of messages that the next move takes.
+/// Moves back for bulk after which a connection stays where it is: each doubles the number of
+/// messages that the next move takes.
 const MOST_RETURNS: u32 = 6;
 
 /// What is to be done with a connection.

@@ -12,19 +12,24 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep_until};
 
+use super::copy;
+use super::idle::IdleTimer;
+use super::pair::{End, First, Kind, Legs, PerSide, Side, StreamState, Timeouts, ended_by};
 use super::promotion::Promotion;
 use super::splice::Pipe;
-use super::watch::Watch;
-use super::{Counter, End, First, Kind, Legs, Path, Side, StreamState, Timeouts, Traffic, copy, ended_by};
-use crate::{socket, sys};
+use super::traffic::{Counter, Path, Traffic};
+use crate::kernel::{socket, sys};
 
-/// Reads of one direction before other connections of the worker get their turn. With [`crate::worker::EVENT_INTERVAL`]: an echo beside four bulk transfers
+/// Reads of one direction before other connections of the worker get their turn. With [`crate::daemon::worker::EVENT_INTERVAL`]: an echo beside four bulk transfers
 /// on one worker had a p99 of 36 to 59 ms, against 181 to 339 ms with 8 reads and tokio's interval, at the same throughput.
 const READS_PER_TURN: usize = 4;
 
 /// A splice that moved less is not bulk. Exchanges of 200 and of 2,000 bytes over 16 connections on loopback cost the process 3 to 16 % less CPU
 /// copied than spliced, those of 8,000 and more cost the same either way (three rounds, a noisy machine).
 const SMALL: usize = 4 * 1024;
+
+/// What is waited for beside bytes: errors, and the peer's FIN, which comes with this interest alone also while nobody reads.
+const NEWS: Interest = Interest::ERROR.add(Interest::PRIORITY);
 
 /// What became of a connection.
 pub enum Relayed {
@@ -63,15 +68,16 @@ async fn forward(
     timeouts: Timeouts,
     traffic: &Traffic,
 ) -> Option<End> {
-    let Legs { client, upstream, streams: [to_upstream, to_client] } = legs;
-    let mut up = Direction::new(kind, Side::Client, first, *to_upstream);
-    let mut down = Direction::new(kind, Side::Upstream, First::default(), *to_client);
-    let mut watch = Watch::new(timeouts);
-    let mut timer = pin!(sleep_until(watch.deadline()));
+    let Legs { client, upstream, streams } = legs;
+    let mut up = Direction::new(kind, Side::Client, first, streams.client);
+    let mut down = Direction::new(kind, Side::Upstream, First::default(), streams.upstream);
+    let mut idle = IdleTimer::new(timeouts);
+    let mut timer = pin!(sleep_until(idle.deadline()));
+    let mut has_closed = PerSide::<bool>::default();
     let mut target_closed = false;
-    // A side that resets while nothing is read from it or written to it, because the other side is stalled, is noticed here.
-    let mut client_error = pin!(client.ready(Interest::ERROR));
-    let mut upstream_error = pin!(upstream.ready(Interest::ERROR));
+    // A side that resets or closes while nothing is read from it or written to it, because the other side is stalled, is noticed here.
+    let mut client_news = pin!(client.ready(NEWS));
+    let mut upstream_news = pin!(upstream.ready(NEWS));
 
     poll_fn(|cx| {
         let before = (up.moved, down.moved);
@@ -84,45 +90,50 @@ async fn forward(
         if let Poll::Ready(Err(broken)) = down_done {
             return Poll::Ready(Some(broken.end(Side::Upstream, Side::Client)));
         }
-        if (up.is_finished() || down.is_finished()) && watch.half_closed() {
-            timer.as_mut().reset(watch.deadline());
-        }
-        if down.is_finished() && !std::mem::replace(&mut target_closed, true) {
-            traffic.note_target_closed();
-        }
         // The kernel gives up soon on a closed socket whose reader is slow, so it is kept until the last byte could be sent.
         let finished = up.is_finished() && down.is_finished();
         if finished {
             if all_sent(client) && all_sent(upstream) {
                 return Poll::Ready(Some(End::Done));
             }
-            watch.keep_looking();
-            timer.as_mut().reset(watch.deadline());
+            idle.keep_looking();
+            timer.as_mut().reset(idle.deadline());
         }
-        if client_error.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(Some(ended_by(Side::Client, client.take_error())));
+        for (side, leg, news) in
+            [(Side::Client, client, &mut client_news), (Side::Upstream, upstream, &mut upstream_news)]
+        {
+            while let Poll::Ready(ready) = news.as_mut().poll(cx) {
+                if !ready.is_ok_and(|ready| !ready.is_error()) {
+                    return Poll::Ready(Some(ended_by(side, leg.take_error())));
+                }
+                has_closed[side] = true;
+                news.set(leg.ready(Interest::ERROR));
+            }
         }
-        if upstream_error.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(Some(ended_by(Side::Upstream, upstream.take_error())));
+        if has_closed.iter().any(|closed| *closed) && idle.half_closed(Instant::now()) {
+            timer.as_mut().reset(idle.deadline());
+        }
+        if has_closed.upstream && !std::mem::replace(&mut target_closed, true) {
+            traffic.note_target_closed();
         }
         if before != (up.moved, down.moved) {
             let now = Instant::now();
             traffic.touch(now.into_std());
-            if watch.bytes_moved(now) {
-                timer.as_mut().reset(watch.deadline());
+            if idle.bytes_moved(now) {
+                timer.as_mut().reset(idle.deadline());
             }
         }
         if up.is_empty() && down.is_empty() && promotion.is_due(Instant::now()) {
             return Poll::Ready(None);
         }
         while timer.as_mut().poll(cx).is_ready() {
-            if let Some(end) = watch.look(client, upstream) {
+            if let Some(end) = idle.look(client, upstream) {
                 return Poll::Ready(Some(end));
             }
             if finished {
-                watch.keep_looking();
+                idle.keep_looking();
             }
-            timer.as_mut().reset(watch.deadline());
+            timer.as_mut().reset(idle.deadline());
         }
         Poll::Pending
     })

@@ -1,7 +1,8 @@
 //! Pipes for splice(2): pooled, bounded, and never reused with a byte in them.
 //!
-//! A connection holds a pipe only while bytes are in it, so their number follows the connections that are stalled, not all of them.
-//! Each worker thread keeps a few empty ones; the bound is on all that exist in the process.
+//! A connection holds a pipe only while bytes are in it, so their number follows the connections
+//! that are stalled, not all of them. Each worker thread keeps a few empty ones; the bound is on
+//! all that exist in the process.
 
 use std::cell::RefCell;
 use std::io;
@@ -10,8 +11,9 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 
-/// Asked of F_SETPIPE_SZ: 64 buffers, each a fragment of an skb, so that a burst of GRO-sized segments fits; 256 pipes of it are the default `kernel_memory`.
-/// Without privileges the kernel may give less, which only makes the portions smaller.
+/// Asked of F_SETPIPE_SZ: 64 buffers, each a fragment of an skb, so that a burst of GRO-sized
+/// segments fits; 256 pipes of it are the default `kernel_memory`. Without privileges the kernel
+/// may give less, which only makes the portions smaller.
 pub const CAPACITY: usize = 256 * 1024;
 
 /// Empty pipes that a worker keeps: one is in use at a time, unless receivers are slow.
@@ -43,7 +45,8 @@ pub struct Pipe {
 }
 
 impl Pipe {
-    /// An empty pipe, or `None` at the bound or without a file descriptor: the caller copies instead.
+    /// An empty pipe, or `None` at the bound or without a file descriptor: the caller copies
+    /// instead.
     pub fn take() -> Option<Self> {
         if let Some(pipe) = IDLE.with_borrow_mut(Vec::pop) {
             return Some(pipe);
@@ -75,8 +78,8 @@ impl Pipe {
         });
     }
 
-    /// Moves what the socket has, up to the capacity, into this pipe, which must be empty: then EAGAIN can only mean that the socket is.
-    /// 0 is the end of the stream.
+    /// Moves what the socket has, up to the capacity, into this pipe, which must be empty: then
+    /// EAGAIN can only mean that the socket is. 0 is the end of the stream.
     pub fn fill(&mut self, from: impl AsFd) -> io::Result<usize> {
         debug_assert_eq!(self.len, 0);
         let n = splice(from, None, &self.write, None, CAPACITY, SpliceFlags::NONBLOCK | SpliceFlags::MOVE)?;

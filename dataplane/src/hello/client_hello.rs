@@ -1,7 +1,9 @@
-//! The ClientHello message (RFC 8446 section 4.1.2) once it is whole: where in it are the things that routing asks for.
+//! The ClientHello message (RFC 8446 section 4.1.2) once it is whole: where in it are the things
+//! that routing asks for.
 //!
-//! This module must not know of records or of how the bytes came; `super` does. It judges only what it reads: the outline of the message, the list of
-//! extensions, and the three extensions that it looks into.
+//! This module must not know of records or of how the bytes came; `super` does. It judges only what
+//! it reads: the outline of the message, the list of extensions, and the three extensions that it
+//! looks into.
 
 use std::net::IpAddr;
 use std::ops::Range;
@@ -15,13 +17,15 @@ const ENCRYPTED_CLIENT_HELLO: TlsExtensionType = TlsExtensionType(0xfe0d);
 /// RFC 6066 section 3, `NameType`.
 const HOST_NAME: u8 = 0;
 
-/// What a hello says. Positions count from the first byte of the handshake message's body, so that they outlive a move of the buffer.
+/// What a hello says. Positions count from the first byte of the handshake message's body, so that
+/// they outlive a move of the buffer.
 #[derive(Debug)]
 pub(super) struct Outline {
     pub(super) server_name: Option<ServerName>,
     /// It is none, but an address or a name with a port: what it says.
     pub(super) bad_name: Option<Range<usize>>,
-    /// The protocols of the ALPN extension, each behind a length byte; empty without that extension.
+    /// The protocols of the ALPN extension, each behind a length byte; empty without that
+    /// extension.
     pub(super) alpn: Range<usize>,
     /// Pairs of bytes, at least one.
     pub(super) versions: Range<usize>,
@@ -58,7 +62,8 @@ pub(super) fn parse(body: &[u8]) -> Option<Outline> {
         while !extensions.is_empty() {
             let kind = TlsExtensionType(extensions.u16()?);
             let content = extensions.block_u16()?;
-            // RFC 8446 section 4.2 forbids to repeat any extension. One that is not read here cannot mislead the choice of a route, and is the server's to refuse.
+            // RFC 8446 section 4.2 forbids to repeat any extension. One that is not read here
+            // cannot mislead the choice of a route, and is the server's to refuse.
             let repeated = match kind {
                 TlsExtensionType::ServerName => {
                     let repeated = server_name.is_some() || bad_name.is_some();
@@ -91,7 +96,8 @@ pub(super) fn parse(body: &[u8]) -> Option<Outline> {
     })
 }
 
-/// RFC 6066 section 3. The list was made for several names; no client sends more than one, and a second one would be a guess which of them counts.
+/// RFC 6066 section 3. The list was made for several names; no client sends more than one, and a
+/// second one would be a guess which of them counts.
 fn parse_server_name(mut content: Reader<'_>) -> Option<Result<ServerName, Range<usize>>> {
     let mut list = content.block_u16()?;
     if !content.is_empty() || list.u8()? != HOST_NAME {
@@ -212,8 +218,8 @@ impl<'a> Iterator for Alpn<'a> {
     }
 }
 
-/// The protocol versions that a client offers, in its order and with its GREASE values (RFC 8701): those of `supported_versions`, else the
-/// one in the hello itself, which stands for all up to it.
+/// The protocol versions that a client offers, in its order and with its GREASE values (RFC 8701):
+/// those of `supported_versions`, else the one in the hello itself, which stands for all up to it.
 #[derive(Clone, Debug)]
 pub struct Versions<'a> {
     pub(super) list: &'a [u8],

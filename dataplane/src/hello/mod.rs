@@ -1,13 +1,18 @@
-//! Reading a ClientHello: bytes, a timeout or the end of the stream go in; "need more", the hello, or the reason of a rejection comes out.
+//! Reading a ClientHello: bytes, a timeout or the end of the stream go in; "need more", the hello,
+//! or the reason of a rejection comes out.
 //!
-//! A pure state machine. It must not know of sockets, clocks or routes: whoever feeds it measures the deadline and decides where the name leads.
+//! A pure state machine. It must not know of sockets, clocks or routes: whoever feeds it measures
+//! the deadline and decides where the name leads.
 //!
-//! A hello comes in any number of TCP segments and TLS records. Headers are judged byte by byte as they come, so that a connection is refused with the
-//! first byte that condemns it, and the answer cannot depend on how the bytes were cut; the message inside is read once, when it is whole. Every byte is
-//! looked at once, whatever the cut, and nothing is allocated but the stored bytes and, for a hello of several records, the message that they add up to.
+//! A hello comes in any number of TCP segments and TLS records. Headers are judged byte by byte as
+//! they come, so that a connection is refused with the first byte that condemns it, and the answer
+//! cannot depend on how the bytes were cut; the message inside is read once, when it is whole.
+//! Every byte is looked at once, whatever the cut, and nothing is allocated but the stored bytes
+//! and, for a hello of several records, the message that they add up to.
 //!
-//! tls-parser gives the names of the code points. Its parser is not used here, but holds ours to account in the tests and the fuzz target: it
-//! allocates lists of everything in a hello, and lets pass what must not be routed (a second server name, what follows a list's last entry).
+//! tls-parser gives the names of the code points. Its parser is not used here, but holds ours to
+//! account in the tests and the fuzz target: it allocates lists of everything in a hello, and lets
+//! pass what must not be routed (a second server name, what follows a list's last entry).
 
 mod client_hello;
 mod server_name;
@@ -31,13 +36,15 @@ const RECORD_HEADER: usize = 5;
 const MAX_RECORD: usize = 1 << 14;
 /// RFC 8446 section 4: type, length.
 const MESSAGE_HEADER: usize = 4;
-/// The first reading's room: hellos with a post-quantum key share are 1.5 to 2 KiB; more is found on demand.
+/// The first reading's room: hellos with a post-quantum key share are 1.5 to 2 KiB; more is found
+/// on demand.
 const FIRST_READ: usize = 4096;
 
 /// What happened on the client's connection.
 #[derive(Debug, Clone, Copy)]
 pub enum Input<'a> {
-    /// The stream went on with these. An empty slice says that bytes were put into [`Machine::buffer_mut`].
+    /// The stream went on with these. An empty slice says that bytes were put into
+    /// [`Machine::buffer_mut`].
     Bytes(&'a [u8]),
     /// The deadline passed.
     Timeout,
@@ -66,19 +73,21 @@ pub struct Hello<'a> {
     pub alpn: Alpn<'a>,
     /// Offered protocol versions.
     pub versions: Versions<'a>,
-    /// An encrypted hello is inside (RFC 9849), or one is pretended (GREASE): the two are made to look alike. `server_name` is then the name of the
-    /// service that can decrypt it.
+    /// An encrypted hello is inside (RFC 9849), or one is pretended (GREASE): the two are made to
+    /// look alike. `server_name` is then the name of the service that can decrypt it.
     pub ech: bool,
     /// What the client's random number generator gave (RFC 8446 section 4.1.2).
     pub random: [u8; 32],
-    /// Bytes on the wire, record headers included. What [`Machine::bytes`] has beyond them came after the hello.
+    /// Bytes on the wire, record headers included. What [`Machine::bytes`] has beyond them came
+    /// after the hello.
     pub len: usize,
 }
 
 /// Reads one hello; see the module's description.
 ///
-/// A verdict is final: after [`Progress::Hello`] and [`Progress::Reject`] every further input gives the same again. Bytes that follow a hello are still
-/// stored, for they have to be forwarded; those that follow a rejection are not.
+/// A verdict is final: after [`Progress::Hello`] and [`Progress::Reject`] every further input gives
+/// the same again. Bytes that follow a hello are still stored, for they have to be forwarded; those
+/// that follow a rejection are not.
 #[derive(Debug)]
 pub struct Machine {
     max_bytes: usize,
@@ -86,7 +95,8 @@ pub struct Machine {
     raw: Vec<u8>,
     /// How much of `raw` was looked at.
     at: usize,
-    /// Where in `raw` the present record starts, and where it ends; the end is known when its header is whole.
+    /// Where in `raw` the present record starts, and where it ends; the end is known when its
+    /// header is whole.
     record: usize,
     record_end: usize,
     /// Bytes of the handshake message, its header included, in what was looked at.
@@ -109,7 +119,8 @@ enum State {
 }
 
 impl Machine {
-    /// A machine that rejects hellos of more than `max_bytes` bytes on the wire, record headers included.
+    /// A machine that rejects hellos of more than `max_bytes` bytes on the wire, record headers
+    /// included.
     pub fn new(max_bytes: usize) -> Self {
         Self {
             max_bytes,
@@ -161,8 +172,10 @@ impl Machine {
         }
     }
 
-    /// Room to read the stream into without a copy in between, to be followed by `input(Input::Bytes(&[]))`. It ends where `max_bytes` does: there is always
-    /// some while the machine needs more (if `max_bytes` has room for the two headers, 9 bytes), and what it holds stays bounded.
+    /// Room to read the stream into without a copy in between, to be followed by
+    /// `input(Input::Bytes(&[]))`. It ends where `max_bytes` does: there is always some while the
+    /// machine needs more (if `max_bytes` has room for the two headers, 9 bytes), and what it holds
+    /// stays bounded.
     pub fn buffer_mut(&mut self) -> impl BufMut {
         let room = self.max_bytes.saturating_sub(self.raw.len());
         if self.raw.capacity() == self.raw.len() {
@@ -216,14 +229,16 @@ impl Machine {
         Ok(())
     }
 
-    /// Judges one byte of a record's header. What cannot begin a TLS connection is not TLS; once it has begun, it is TLS, but broken.
+    /// Judges one byte of a record's header. What cannot begin a TLS connection is not TLS; once it
+    /// has begun, it is TLS, but broken.
     fn record_header_byte(&mut self) -> Result<(), Reason> {
         let byte = self.raw[self.at];
         let foreign = if self.record == 0 { Reason::NotTls } else { Reason::Malformed };
         match self.at - self.record {
             0 if byte != TlsRecordType::Handshake.0 => return Err(foreign),
             1 if byte != 3 => return Err(foreign),
-            // The lower byte of the version says nothing (RFC 8446 section 5.1: "MUST be ignored for all purposes").
+            // The lower byte of the version says nothing (RFC 8446 section 5.1: "MUST be ignored
+            // for all purposes").
             3 if usize::from(byte) > MAX_RECORD >> 8 => return Err(Reason::Malformed),
             4 => {
                 let len = usize::from(u16::from_be_bytes([self.raw[self.at - 1], byte]));
@@ -255,8 +270,9 @@ impl Machine {
         self.check_lengths()
     }
 
-    /// Rejects what is known to become longer than allowed, and a record that goes on behind the message: a client has nothing more to say before it is
-    /// answered, and RFC 8446 section 5.1 lets no record span a change of keys.
+    /// Rejects what is known to become longer than allowed, and a record that goes on behind the
+    /// message: a client has nothing more to say before it is answered, and RFC 8446 section 5.1
+    /// lets no record span a change of keys.
     fn check_lengths(&self) -> Result<(), Reason> {
         let in_records = self.seen + (self.record_end - self.at);
         let message = MESSAGE_HEADER + self.body_len;
@@ -271,7 +287,8 @@ impl Machine {
         Ok(())
     }
 
-    /// Keeps the present record's part of the message, unless it is the whole, which stays where it is.
+    /// Keeps the present record's part of the message, unless it is the whole, which stays where it
+    /// is.
     fn end_record(&mut self, whole: bool) {
         if whole && self.joined.is_empty() {
             return;

@@ -9,7 +9,8 @@ const MAX_NAME: usize = 253;
 /// RFC 1035 section 2.3.4.
 const MAX_LABEL: usize = 63;
 
-/// A DNS name in lower case without a trailing dot, 1 to 253 bytes of `a-z 0-9 - _ .`; held inline, so that a name costs no allocation.
+/// A DNS name in lower case without a trailing dot, 1 to 253 bytes of `a-z 0-9 - _ .`; held inline,
+/// so that a name costs no allocation.
 ///
 /// An underscore is no host name (RFC 952), but clients and servers use it.
 #[derive(Clone, Copy)]
@@ -19,10 +20,13 @@ pub struct ServerName {
 }
 
 impl ServerName {
-    /// The name in a `host_name` entry (RFC 6066 section 3), folded to lower case and without its trailing dot.
+    /// The name in a `host_name` entry (RFC 6066 section 3), folded to lower case and without its
+    /// trailing dot.
     ///
-    /// `None` if it is no DNS name: empty or too long, as a whole or in a label, with other characters than the above (NUL, non-ASCII, the colons of an IPv6
-    /// address), or with a last label of digits only, which is an IPv4 address or meant as one (no top-level domain is a number: RFC 3696 section 2).
+    /// `None` if it is no DNS name: empty or too long, as a whole or in a label, with other
+    /// characters than the above (NUL, non-ASCII, the colons of an IPv6 address), or with a last
+    /// label of digits only, which is an IPv4 address or meant as one (no top-level domain is a
+    /// number: RFC 3696 section 2).
     pub fn parse(raw: &[u8]) -> Option<Self> {
         let raw = raw.strip_suffix(b".").unwrap_or(raw);
         let mut bytes = [0; MAX_NAME];
@@ -45,7 +49,8 @@ impl ServerName {
             }
             *folded = byte.to_ascii_lowercase();
         }
-        // The last label may be empty because the whole name is, or because of a second trailing dot.
+        // The last label may be empty because the whole name is, or because of a second trailing
+        // dot.
         (label_len > 0 && !label_is_number).then_some(Self { len: raw.len() as u8, bytes })
     }
 

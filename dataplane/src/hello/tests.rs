@@ -746,7 +746,8 @@ fn cuts() -> impl Strategy<Value = Vec<prop::sample::Index>> {
     prop::collection::vec(any::<prop::sample::Index>(), 0..8)
 }
 
-/// A capture in records of some size with some bytes changed: gets much further than bytes at random.
+/// A capture in records of some size with some bytes changed: gets much further than bytes at
+/// random.
 fn damaged_hello() -> impl Strategy<Value = Vec<u8>> {
     let damage = prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4);
     (0..CAPTURES.len(), 1..2000_usize, damage, any::<bool>()).prop_map(|(which, chunk, damage, early)| {

@@ -1,12 +1,17 @@
-//! Reading the head of one HTTP/1 request: bytes, a timeout or the end of the stream go in; "need more", the request, or the reason of a rejection comes out.
+//! Reading the head of one HTTP/1 request: bytes, a timeout or the end of the stream go in; "need
+//! more", the request, or the reason of a rejection comes out.
 //!
-//! A pure state machine, as [`crate::hello`] is for TLS. It must not know of sockets, clocks or routes: whoever feeds it measures the deadline and decides
-//! what the request gets. A connection has one request; what comes after its head is nobody's.
+//! A pure state machine, as [`crate::hello`] is for TLS. It must not know of sockets, clocks or
+//! routes: whoever feeds it measures the deadline and decides what the request gets. A connection
+//! has one request; what comes after its head is nobody's.
 //!
-//! Stricter than RFC 9112 asks for: lines end in CR LF and nowhere else, no line is folded, there is one Host, and it says what the target says. Whatever two
-//! programs could read in two ways is refused, and what is passed on is written anew ([`Request::challenge`]): no byte of the client's reaches an upstream
-//! but a name, a path of known form and a user agent. The bytes are judged one by one as they come, so that a connection is refused with the first byte that
-//! condemns it, and the answer cannot depend on how the bytes were cut; httparse takes the head apart once it is whole.
+//! Stricter than RFC 9112 asks for: lines end in CR LF and nowhere else, no line is folded, there
+//! is one Host, and it says what the target says. Whatever two programs could read in two ways is
+//! refused, and what is passed on is written anew ([`Request::challenge`]): no byte of the client's
+//! reaches an upstream but a name, a path of known form and a user agent. The bytes are judged one
+//! by one as they come, so that a connection is refused with the first byte that condemns it, and
+//! the answer cannot depend on how the bytes were cut; httparse takes the head apart once it is
+//! whole.
 
 mod request;
 #[cfg(test)]
@@ -26,7 +31,8 @@ const MAX_METHOD: usize = 20;
 /// What happened on the client's connection.
 #[derive(Debug, Clone, Copy)]
 pub enum Input<'a> {
-    /// The stream went on with these. An empty slice says that bytes were put into [`Machine::buffer_mut`].
+    /// The stream went on with these. An empty slice says that bytes were put into
+    /// [`Machine::buffer_mut`].
     Bytes(&'a [u8]),
     /// The deadline passed.
     Timeout,
@@ -45,8 +51,8 @@ pub enum Progress<'a> {
     Reject(Reason),
 }
 
-/// Reads one head; see the module's description. A verdict is final: after [`Progress::Request`] and [`Progress::Reject`] every further input gives the same
-/// again, and nothing more is stored.
+/// Reads one head; see the module's description. A verdict is final: after [`Progress::Request`]
+/// and [`Progress::Reject`] every further input gives the same again, and nothing more is stored.
 #[derive(Debug)]
 pub struct Machine {
     max_bytes: usize,
@@ -96,8 +102,9 @@ impl Machine {
         }
     }
 
-    /// Room to read the stream into without a copy in between, to be followed by `input(Input::Bytes(&[]))`. It ends where `max_bytes` does: there is always
-    /// some while the machine needs more, and what it holds stays bounded.
+    /// Room to read the stream into without a copy in between, to be followed by
+    /// `input(Input::Bytes(&[]))`. It ends where `max_bytes` does: there is always some while the
+    /// machine needs more, and what it holds stays bounded.
     pub fn buffer_mut(&mut self) -> impl BufMut {
         let room = self.max_bytes.saturating_sub(self.raw.len());
         if self.raw.capacity() == self.raw.len() {
@@ -127,7 +134,8 @@ impl Machine {
         if self.at == self.max_bytes { Err(Reason::TooLarge) } else { Ok(State::Reading) }
     }
 
-    /// Refuses a byte that cannot stand where it does. What does not begin with a method is not HTTP.
+    /// Refuses a byte that cannot stand where it does. What does not begin with a method is not
+    /// HTTP.
     fn judge(&self, byte: u8) -> Result<(), Reason> {
         let previous = self.at.checked_sub(1).map(|at| self.raw[at]);
         let in_request_line = self.line == 0;
@@ -152,7 +160,8 @@ fn is_token(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
 }
 
-/// HTTP/2 with prior knowledge begins with a request line, too, as do other versions that nobody has.
+/// HTTP/2 with prior knowledge begins with a request line, too, as do other versions that nobody
+/// has.
 fn check_version(request_line: &[u8]) -> Result<(), Reason> {
     let known = [&b" HTTP/1.1\r\n"[..], b" HTTP/1.0\r\n"];
     if known.iter().any(|version| request_line.ends_with(version)) { Ok(()) } else { Err(Reason::NotHttp) }

@@ -53,8 +53,8 @@ impl Request {
         Ok(Self { host, target: target.into(), challenge })
     }
 
-    /// The request to pass on when this one asks for an ACME http-01 challenge (RFC 8555 section 8.3) and has no body. It asks for the connection to be
-    /// closed after the answer.
+    /// The request to pass on when this one asks for an ACME http-01 challenge (RFC 8555 section
+    /// 8.3) and has no body. It asks for the connection to be closed after the answer.
     pub fn challenge(&self) -> Option<&[u8]> {
         self.challenge.as_deref()
     }
@@ -119,7 +119,8 @@ fn split_target<'a>(method: &str, target: &'a str) -> Result<(Option<&'a [u8]>, 
     }
 }
 
-/// The name of `uri-host [ ":" port ]` (RFC 9110 section 7.2); `None` for an address and for nothing.
+/// The name of `uri-host [ ":" port ]` (RFC 9110 section 7.2); `None` for an address and for
+/// nothing.
 fn parse_authority(authority: &[u8]) -> Result<Option<ServerName>, Reason> {
     let text = str::from_utf8(authority).map_err(|_| Reason::Malformed)?;
     let (host, port) = match text.strip_prefix('[').map(|rest| rest.split_once(']')) {
@@ -138,15 +139,17 @@ fn parse_authority(authority: &[u8]) -> Result<Option<ServerName>, Reason> {
     ServerName::parse(host.as_bytes()).map(Some).ok_or(Reason::Malformed)
 }
 
-/// Whether the path is that of a challenge and nothing else: its token is of the base64url alphabet (RFC 8555 section 8.3), so neither a dot nor a
-/// percent sign nor another slash can make a second path of it.
+/// Whether the path is that of a challenge and nothing else: its token is of the base64url alphabet
+/// (RFC 8555 section 8.3), so neither a dot nor a percent sign nor another slash can make a second
+/// path of it.
 fn is_challenge(method: &str, target: &str) -> bool {
     let token = target.strip_prefix(CHALLENGES).unwrap_or_default();
     let base64url = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
     matches!(method, "GET" | "HEAD") && !token.is_empty() && token.bytes().all(base64url)
 }
 
-/// Nothing but what an ACME client's answer may depend on, and the user agent for the ingress's log.
+/// Nothing but what an ACME client's answer may depend on, and the user agent for the ingress's
+/// log.
 fn write_challenge(method: &str, path: &str, version: u8, host: &ServerName, user_agent: Option<&[u8]>) -> Vec<u8> {
     let mut bytes = format!("{method} {path} HTTP/1.{version}\r\nHost: {host}\r\n").into_bytes();
     if let Some(user_agent) = user_agent {

@@ -1,4 +1,5 @@
-//! What the machine promises, on requests of browsers and ACME servers and on requests that two programs could read in two ways.
+//! What the machine promises, on requests of browsers and ACME servers and on requests that two
+//! programs could read in two ways.
 
 use bytes::BufMut;
 use proptest::prelude::*;

@@ -12,6 +12,8 @@ use std::path::Path;
 
 use anyhow::Result;
 
+use crate::config::shown;
+
 pub use syntax::Place;
 
 /// A configuration of ours that passes `dataplane check`, and what its owner has to know.
@@ -22,6 +24,9 @@ pub struct Imported {
     /// In the order of the files.
     pub notes: Vec<Note>,
 }
+
+/// Characters of a note that are shown.
+const LONGEST_NOTE: usize = 500;
 
 /// Something that was not carried over, or not as it was.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,7 +39,10 @@ pub struct Note {
 
 impl fmt::Display for Note {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.place, self.message)
+        // It may quote what the file says, which may be anything.
+        let message: String = self.message.chars().take(LONGEST_NOTE).map(shown).collect();
+        let more = if self.message.chars().nth(LONGEST_NOTE).is_some() { "…" } else { "" };
+        write!(f, "{}: {message}{more}", self.place)
     }
 }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use ipnet::IpNet;
 
-use super::syntax::{Directive, Place};
+use super::syntax::{Directive, Place, named};
 use super::{Imported, Note};
 use crate::config::{Diagnostic, HostPattern, Source, Target, format_duration, parse};
 
@@ -213,7 +213,7 @@ impl<'a> Translation<'a> {
         }
         let why =
             NEEDLESS.iter().find(|(names, _)| names.contains(&name)).map_or("it has no counterpart", |(_, why)| why);
-        self.note(&directive.place, format!("`{name}` is not carried over: {why}"));
+        self.note(&directive.place, format!("{} is not carried over: {why}", named(name)));
     }
 
     /// A directive of a server, or what stands in its place for all.
@@ -599,7 +599,7 @@ impl<'a> Translation<'a> {
                     ),
                 ),
                 "zone" | "resolver" => {}
-                _ => self.note(place, format!("`{}` is not carried over: it has no counterpart", directive.name)),
+                _ => self.note(place, format!("{} is not carried over: it has no counterpart", named(&directive.name))),
             }
         }
         match (first.len(), backups.len()) {

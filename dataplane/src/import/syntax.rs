@@ -117,6 +117,15 @@ fn included(path: &Path) -> Vec<PathBuf> {
     found.filter(|path| path.is_file()).collect()
 }
 
+/// A directive for messages, by its name if it may be one: what is included may be another kind of
+/// file, of which a line is one word.
+pub(super) fn named(word: &str) -> String {
+    /// nginx has none that is longer.
+    const LONGEST: usize = 40;
+    let is_name = word.len() <= LONGEST && word.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+    if is_name { format!("`{word}`") } else { "this directive".to_owned() }
+}
+
 /// A word, or what stands between words.
 #[derive(Debug, PartialEq)]
 enum Token {
@@ -158,7 +167,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Vec<Directive>> {
             }
             Token::Close => {
                 if let Some((line, word)) = words.first() {
-                    bail!("{}: error: `{word}` is not ended by `;`", at(*line));
+                    bail!("{}: error: {} is not ended by `;`", at(*line), named(word));
                 }
                 let Some((inside, Some(mut directive))) = open.pop() else {
                     bail!("{}: error: `}}` closes nothing", at(line));
@@ -169,11 +178,11 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Vec<Directive>> {
         }
     }
     if let Some((line, word)) = words.first() {
-        bail!("{}: error: `{word}` is not ended by `;`", at(*line));
+        bail!("{}: error: {} is not ended by `;`", at(*line), named(word));
     }
     match open.pop() {
         Some((_, Some(directive))) => {
-            bail!("{}: error: the block of `{}` is not closed", directive.place, directive.name)
+            bail!("{}: error: the block of {} is not closed", directive.place, named(&directive.name))
         }
         Some((directives, None)) => Ok(directives),
         None => unreachable!("the file is never closed"),

@@ -78,6 +78,31 @@ fn broken_files_are_told_with_their_line() {
 }
 
 #[test]
+fn of_a_file_that_is_none_of_nginx_no_line_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let main = folder.path().join("nginx.conf");
+    let other = folder.path().join("other");
+    let secret = "root:$6$s3cret:19000::\n";
+    for (text, including) in [
+        (secret.to_owned(), "include other;"),
+        (secret.to_owned(), "stream { include other; }"),
+        (secret.replace('\n', ";\n"), "stream { server { listen 1; proxy_pass a:1; include other; } }"),
+        (secret.replace('\n', " {\n"), "stream { include other; }"),
+        ("'s3cret \n s3cret'".to_owned(), "stream { include other; }"),
+        ("pass s3cret".to_owned(), "include other;"),
+        ("pass s3cret;\u{1b}[2J s3cret;".to_owned(), "stream { server { listen 1; proxy_pass a:1; include other; } }"),
+    ] {
+        std::fs::write(&other, text).unwrap();
+        std::fs::write(&main, including).unwrap();
+        let said = shown(&main);
+        assert!(
+            said.contains("other:1: ") && !said.contains("s3cret") && !said.contains('\u{1b}'),
+            "{including}: {said}"
+        );
+    }
+}
+
+#[test]
 fn words_are_read_as_nginx_reads_them() {
     let text = "# no word\nlog 'a \"b\" \\'c' \"d;{}\" e\\ f ~^\\d\\.x$ g#h ${i}j k'l; block m { n; }";
     let directives = syntax::parse(Path::new("x"), text).unwrap();

@@ -9,7 +9,8 @@ use super::{
     TYPE_CRC32C, TYPE_UNIQUE_ID,
 };
 
-/// What the first bytes of a connection are. More bytes turn `NeedMore` into one of the others, and those into nothing else.
+/// What the first bytes of a connection are. More bytes turn `NeedMore` into one of the others, and
+/// those into nothing else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Decoded<'a> {
     /// The start of a header.
@@ -18,16 +19,18 @@ pub enum Decoded<'a> {
     Header {
         /// Of the header, in bytes; what follows is the client's.
         len: usize,
-        /// `None`: the connection is the peer's own (LOCAL, its health check) or it could not say whose it is (`UNKNOWN`, and every family
-        /// but TCP over IPv4 and IPv6, as section 2.2 asks of receivers); the addresses of the socket are the true ones.
+        /// `None`: the connection is the peer's own (LOCAL, its health check) or it could not say
+        /// whose it is (`UNKNOWN`, and every family but TCP over IPv4 and IPv6, as section 2.2 asks
+        /// of receivers); the addresses of the socket are the true ones.
         source: Option<Source<'a>>,
     },
     /// No header, whatever may follow.
     Invalid(Invalid),
 }
 
-/// The connection that the peer forwards. IPv4-mapped IPv6 addresses, which dual-stack listeners send, are given as IPv4: a network in a
-/// list of allowed or denied clients then means the same whichever way they are written.
+/// The connection that the peer forwards. IPv4-mapped IPv6 addresses, which dual-stack listeners
+/// send, are given as IPv4: a network in a list of allowed or denied clients then means the same
+/// whichever way they are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Source<'a> {
     /// Who connected.
@@ -55,7 +58,8 @@ pub enum Invalid {
     Family,
     /// Too short for the addresses of its family.
     Addresses,
-    /// A TLV that does not end inside the header or is longer than it may be, or a second one where there may be one.
+    /// A TLV that does not end inside the header or is longer than it may be, or a second one where
+    /// there may be one.
     Tlv,
     /// The CRC32C is wrong.
     Checksum,
@@ -81,8 +85,8 @@ impl std::error::Error for Invalid {}
 
 /// Looks for a header at the start of `bytes`, which may go on beyond it.
 ///
-/// The signature and the fixed part are judged byte by byte; an address or a port when it ends, or at the first byte that cannot be in it;
-/// the TLVs when the header is whole.
+/// The signature and the fixed part are judged byte by byte; an address or a port when it ends, or
+/// at the first byte that cannot be in it; the TLVs when the header is whole.
 pub fn decode(bytes: &[u8]) -> Decoded<'_> {
     let decoded = match bytes.first() {
         None => Err(Stop::NeedMore),
@@ -159,7 +163,8 @@ fn decode_v2(bytes: &[u8]) -> Result<(usize, Option<Source<'_>>), Stop> {
     if len > MAX_HEADER {
         return Err(Invalid::TooLong.into());
     }
-    // Where the addresses are not understood, neither is where the TLVs begin: the rest is skipped unread.
+    // Where the addresses are not understood, neither is where the TLVs begin: the rest is skipped
+    // unread.
     let addresses = match (command, family) {
         (PROXY, TCP4) => ADDRESSES_TCP4,
         (PROXY, TCP6) => ADDRESSES_TCP6,
@@ -250,7 +255,8 @@ impl<'a> Unread<'a> {
         Ok(ip.into())
     }
 
-    /// The specification knows hexadecimal groups only, but nginx and HAProxy write mapped addresses with a dotted tail.
+    /// The specification knows hexadecimal groups only, but nginx and HAProxy write mapped
+    /// addresses with a dotted tail.
     fn ipv6(&mut self) -> Result<IpAddr, Stop> {
         let longest = "ffff:ffff:ffff:ffff:ffff:ffff:255.255.255.255".len();
         let ip: Ipv6Addr = self.field(longest, |b| b.is_ascii_hexdigit() || b == b':' || b == b'.', b" ")?;

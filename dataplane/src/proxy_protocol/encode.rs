@@ -10,7 +10,8 @@ use super::{
 
 /// What a version 2 header tells the upstream.
 ///
-/// A TLV whose value is longer than its protocol allows is left out: no ClientHello that parses carries such a value.
+/// A TLV whose value is longer than its protocol allows is left out: no ClientHello that parses
+/// carries such a value.
 #[derive(Debug, Clone, Copy)]
 pub struct Header<'a> {
     /// The client, as the entrance node saw it.
@@ -19,21 +20,24 @@ pub struct Header<'a> {
     pub server: SocketAddr,
     /// The server name of the ClientHello, at most 255 bytes.
     pub authority: Option<&'a str>,
-    /// One protocol name, as other senders have it (`h2`), at most 255 bytes; not the list of the extension: receivers compare it
-    /// with names.
+    /// One protocol name, as other senders have it (`h2`), at most 255 bytes; not the list of the
+    /// extension: receivers compare it with names.
     pub alpn: Option<&'a [u8]>,
-    /// Identifies the connection in the logs of every hop, at most [`MAX_UNIQUE_ID`] bytes; empty: none.
+    /// Identifies the connection in the logs of every hop, at most [`MAX_UNIQUE_ID`] bytes; empty:
+    /// none.
     pub unique_id: &'a [u8],
 }
 
-/// Appends the text header. Allocates nothing when `out` has room for [`MAX_ENCODED`](super::MAX_ENCODED).
+/// Appends the text header. Allocates nothing when `out` has room for
+/// [`MAX_ENCODED`](super::MAX_ENCODED).
 pub fn encode_v1(out: &mut Vec<u8>, client: SocketAddr, server: SocketAddr) {
     let (from, to) = of_one_family(client.ip(), server.ip());
     let family = if from.is_ipv4() { "TCP4" } else { "TCP6" };
     write!(out, "PROXY {family} {from} {to} {} {}\r\n", client.port(), server.port()).expect("a Vec takes every write");
 }
 
-/// Appends the binary header, with CRC32C. Allocates nothing when `out` has room for [`MAX_ENCODED`](super::MAX_ENCODED).
+/// Appends the binary header, with CRC32C. Allocates nothing when `out` has room for
+/// [`MAX_ENCODED`](super::MAX_ENCODED).
 pub fn encode_v2(out: &mut Vec<u8>, header: &Header) {
     let start = out.len();
     out.extend_from_slice(SIGNATURE);
@@ -70,12 +74,14 @@ pub fn encode_v2(out: &mut Vec<u8>, header: &Header) {
     out[checksum].copy_from_slice(&crc.to_be_bytes());
 }
 
-/// Appends the text header of a connection that is nobody's but ours, such as a check (section 2.1, UNKNOWN).
+/// Appends the text header of a connection that is nobody's but ours, such as a check (section 2.1,
+/// UNKNOWN).
 pub fn encode_local_v1(out: &mut Vec<u8>) {
     out.extend_from_slice(b"PROXY UNKNOWN\r\n");
 }
 
-/// Appends the binary header of a connection that is nobody's but ours (section 2.2, LOCAL; family unspecified, no addresses).
+/// Appends the binary header of a connection that is nobody's but ours (section 2.2, LOCAL; family
+/// unspecified, no addresses).
 pub fn encode_local_v2(out: &mut Vec<u8>) {
     out.extend_from_slice(SIGNATURE);
     out.extend_from_slice(&[LOCAL, 0, 0, 0]);
@@ -89,8 +95,9 @@ fn tlv(out: &mut Vec<u8>, kind: u8, value: &[u8], max: usize) {
     }
 }
 
-/// A header has one family. Both ends of a TCP connection have the same, so a mixed pair can only come out of a header that we
-/// were sent; its IPv4 side is written as IPv4-mapped IPv6, as HAProxy does. Two mapped addresses are IPv4: that is what they mean.
+/// A header has one family. Both ends of a TCP connection have the same, so a mixed pair can only
+/// come out of a header that we were sent; its IPv4 side is written as IPv4-mapped IPv6, as HAProxy
+/// does. Two mapped addresses are IPv4: that is what they mean.
 fn of_one_family(client: IpAddr, server: IpAddr) -> (IpAddr, IpAddr) {
     match (client.to_canonical(), server.to_canonical()) {
         (IpAddr::V4(from), to @ IpAddr::V6(_)) => (from.to_ipv6_mapped().into(), to),

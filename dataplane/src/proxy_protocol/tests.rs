@@ -132,7 +132,8 @@ fn the_unique_id_of_haproxy_arrives() {
 
 #[test]
 fn a_flipped_bit_behind_the_fixed_part_of_a_header_with_a_checksum_is_noticed() {
-    // HAProxy puts the checksum right behind the addresses; as another type, it is one that nobody looks at.
+    // HAProxy puts the checksum right behind the addresses; as another type, it is one that nobody
+    // looks at.
     for (bytes, kind) in [
         (capture!("haproxy-v2-tls-tcp4"), FIXED_V2 + ADDRESSES_TCP4),
         (capture!("haproxy-v2-crc32c-tcp6"), FIXED_V2 + ADDRESSES_TCP6),

@@ -1,7 +1,9 @@
-//! The content of a repository as a folder, for a check before it is pushed or merged: whoever wrote it is not trusted.
+//! The content of a repository as a folder, for a check before it is pushed or merged: whoever
+//! wrote it is not trusted.
 //!
-//! Nothing outside of the folder is read. A path is walked part by part, each opened below the one before and never through a symbolic link: the nodes do not
-//! follow those of a commit either. Nothing but files and folders is opened for reading, and `.git` is no part of a commit.
+//! Nothing outside of the folder is read. A path is walked part by part, each opened below the one
+//! before and never through a symbolic link: the nodes do not follow those of a commit either.
+//! Nothing but files and folders is opened for reading, and `.git` is no part of a commit.
 
 use std::cell::OnceCell;
 use std::ffi::OsStr;
@@ -22,7 +24,6 @@ const MOST_ENTRIES: usize = 200_000;
 /// Folders in one another.
 const DEEPEST: usize = 100;
 
-/// See the module.
 pub struct Folder {
     root: OwnedFd,
     listing: OnceCell<Vec<PathBuf>>,

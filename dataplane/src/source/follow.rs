@@ -1,6 +1,8 @@
-//! Keeps the configuration up to date: looks when asked, when a file changes, when a push is announced, and now and then.
+//! Keeps the configuration up to date: looks when asked, when a file changes, when a push is
+//! announced, and now and then.
 //!
-//! What it finds goes to the control thread as [`News`]. A look that fails changes nothing, however often it fails.
+//! What it finds goes to the control thread as [`News`]. A look that fails changes nothing, however
+//! often it fails.
 
 use std::collections::BTreeSet;
 use std::hash::{BuildHasher, RandomState};
@@ -13,10 +15,10 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 
-use super::git::Seen;
 use super::watch::{self, Watcher};
-use super::{Loaded, Snapshot, git, kept, whole};
+use super::{Loaded, Seen, Snapshot, kept, whole};
 use crate::config::{self, LoadError, Repository, Source, format_duration};
+use crate::systemd::notify;
 
 /// For reading a configuration, and for checking it. The largest takes a small part of it.
 const CHECKING: Duration = Duration::from_secs(10);
@@ -37,9 +39,9 @@ pub enum News {
     Unchanged,
 }
 
-/// Reaches repositories.
+/// Where the newest revision comes from. Nothing else here depends on what kind of source that is.
 pub trait Fetch {
-    /// As [`git::fetch`].
+    /// The newest revision, unless it is still what was `seen` before.
     fn fetch(
         &self,
         repository: &Repository,
@@ -47,28 +49,20 @@ pub trait Fetch {
     ) -> impl Future<Output = Result<Option<(Seen, Snapshot)>, String>>;
 }
 
-/// The git program.
-pub struct Git;
-
-impl Fetch for Git {
-    async fn fetch(&self, repository: &Repository, seen: Option<&Seen>) -> Result<Option<(Seen, Snapshot)>, String> {
-        git::fetch(repository, seen).await
-    }
-}
-
-/// See the module.
 pub struct Follower<F> {
     path: PathBuf,
     fetch: F,
     news: mpsc::Sender<News>,
     /// This machine's files as they are in force.
     local: Source,
-    /// What they said when they were looked at last, good or not; empty: to be looked at whatever they say.
+    /// What they said when they were looked at last, good or not; empty: to be looked at whatever
+    /// they say.
     looked_at: String,
-    /// What the ref was when its commit was looked at last, good or not; `None`: to be looked at whatever it is.
+    /// What the ref was when its commit was looked at last, good or not; `None`: to be looked at
+    /// whatever it is.
     seen: Option<Seen>,
     /// In force, and nothing was refused since: then even the way back to it is news.
-    commit: Option<String>,
+    revision: Option<String>,
     /// Of the configuration in force.
     interval: Option<Duration>,
     /// This machine's files, and the folders in which there may be more.
@@ -105,7 +99,8 @@ enum Failure {
 }
 
 impl<F: Fetch> Follower<F> {
-    /// Goes on from what was loaded at the start; where that is in force only in part, it is tried again with each look. Must be called within a runtime.
+    /// Goes on from what was loaded at the start; where that is in force only in part, it is tried
+    /// again with each look. Must be called within a runtime.
     pub fn new(path: PathBuf, fetch: F, news: mpsc::Sender<News>, at_start: &config::Config, in_part: bool) -> Self {
         let local = at_start.source.local();
         let mut follower = Self {
@@ -116,7 +111,7 @@ impl<F: Fetch> Follower<F> {
             places: places(&local),
             local,
             seen: None,
-            commit: at_start.source.commit.clone().filter(|_| !in_part),
+            revision: at_start.source.revision.clone().filter(|_| !in_part),
             interval: None,
             watcher: None,
             stuck: None,
@@ -160,7 +155,8 @@ impl<F: Fetch> Follower<F> {
         }
     }
 
-    /// Watches what there is to watch now; what changed in a place before it was watched is looked at.
+    /// Watches what there is to watch now; what changed in a place before it was watched is looked
+    /// at.
     async fn catch_up(&mut self) {
         while self.watch() {
             let _ = self.look(Why::Changed).await;
@@ -192,11 +188,11 @@ impl<F: Fetch> Follower<F> {
             // What validates and cannot be put in force is tried again.
             self.looked_at.clear();
             self.seen = None;
-            self.commit = None;
+            self.revision = None;
         })?;
         self.local = config.source.local();
         self.seen = seen;
-        self.commit.clone_from(&config.source.commit);
+        self.revision.clone_from(&config.source.revision);
         self.take_over(&config);
         if let (Some(repository), Some(snapshot)) = (&config.repository, snapshot) {
             kept::keep(repository, &snapshot);
@@ -240,7 +236,7 @@ impl<F: Fetch> Follower<F> {
             Failure::Unreachable(LoadError::Repository { git: repository.git.clone(), error }.to_string())
         })?;
         let Some((seen, snapshot)) = fetched else { return Ok(Found::Unchanged) };
-        if !anew && self.commit.as_ref() == Some(&snapshot.commit) {
+        if !anew && self.revision.as_ref() == Some(&snapshot.revision) {
             self.seen = Some(seen);
             return Ok(Found::Unchanged);
         }
@@ -250,14 +246,15 @@ impl<F: Fetch> Follower<F> {
             Err(failure) => {
                 // The same commit will not be better the next time.
                 self.seen = Some(seen);
-                self.commit = None;
+                self.revision = None;
                 Err(failure)
             }
         }
     }
 
-    /// Reads or checks on another thread, so that webhooks are answered meanwhile, and not for ever: a file may be a pipe, or lie on a server that is gone.
-    /// There is never more than one that does not end.
+    /// Reads or checks on another thread, so that webhooks are answered meanwhile, and not for
+    /// ever: a file may be a pipe, or lie on a server that is gone. There is never more than one
+    /// that does not end.
     async fn aside<T: Send + 'static>(&mut self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Failure> {
         if self.stuck.as_ref().is_some_and(|stuck| !stuck.is_finished()) {
             return Err(Failure::Broken("an earlier reading of the configuration has not ended yet".to_owned()));
@@ -291,7 +288,8 @@ impl<F: Fetch> Follower<F> {
         }
     }
 
-    /// Links may lead elsewhere by now, also to something wrong. Whether there is a folder that was not watched before.
+    /// Links may lead elsewhere by now, also to something wrong. Whether there is a folder that was
+    /// not watched before.
     fn watch(&mut self) -> bool {
         let Some(watcher) = &mut self.watcher else { return false };
         watcher.watch(&self.places.iter().flat_map(|place| watch::folders(place)).collect::<BTreeSet<_>>())
@@ -315,16 +313,11 @@ fn text(source: &Source) -> String {
     source.local_texts().map(|(path, text)| format!("{}\n{text}\n", path.display())).collect()
 }
 
-/// A tenth more or less, so that entrance nodes do not all ask at once. Chance needs no secrecy here: the standard library's keys will do.
+/// A tenth more or less, so that entrance nodes do not all ask at once. Chance needs no secrecy
+/// here: the standard library's keys will do.
 fn with_jitter(interval: Duration) -> Duration {
     let chance = RandomState::new().hash_one(0) % 1000;
     interval * 9 / 10 + interval / 5 * chance as u32 / 1000
-}
-
-fn notify(states: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
-        tracing::debug!(%error, "sd_notify");
-    }
 }
 
 #[cfg(test)]
@@ -365,7 +358,7 @@ mod tests {
                 return Ok(None);
             }
             let files = BTreeMap::from([("dataplane.toml".into(), text.into_bytes())]);
-            Ok(Some((commit.clone(), Snapshot { commit, files })))
+            Ok(Some((commit.clone(), Snapshot { revision: commit, files })))
         }
     }
 
@@ -392,7 +385,8 @@ mod tests {
             Self::start_with("", |_| {})
         }
 
-        /// The same, with these lines in front, and something that happens when the file has been read.
+        /// The same, with these lines in front, and something that happens when the file has been
+        /// read.
         fn start_with(lines: &str, meanwhile: impl FnOnce(&Path)) -> Self {
             let folder = tempfile::tempdir().unwrap();
             let file = folder.path().join("dataplane.toml");
@@ -404,7 +398,7 @@ mod tests {
             let local = config::read(&file).unwrap();
             let repository = config::repository(&local).unwrap().unwrap();
             let files = BTreeMap::from([("dataplane.toml".into(), GOOD.replace("HOST", "one.example").into_bytes())]);
-            let loaded = whole(local, Some((&repository, Snapshot { commit: "one".into(), files }))).unwrap();
+            let loaded = whole(local, Some((&repository, Snapshot { revision: "one".into(), files }))).unwrap();
             let (sender, news) = mpsc::channel(1);
             let (requests, inbox) = mpsc::channel(1);
             let pushed = Arc::new(Notify::new());
@@ -564,7 +558,8 @@ mod tests {
         std::fs::write(rig.folder.path().join("neighbour"), "").unwrap();
         assert_eq!(rig.next(Duration::from_millis(500)).await, "nothing");
         assert_eq!(rig.server.asked.load(Relaxed), asked);
-        // One that could not be put in force is in question until it is, even where it says again what is in force.
+        // One that could not be put in force is in question until it is, even where it says again
+        // what is in force.
         rig.refuse = true;
         rig.edit();
         assert_eq!(rig.next(LONG).await, "refused");

@@ -1,7 +1,9 @@
-//! Fetches the newest commit by the git program, as a child process with limits: of time, of size, of what it can see and ask.
+//! Fetches the newest commit by the git program, as a child process with limits: of time, of size,
+//! of what it can see and ask.
 //!
-//! Each fetch has a folder of its own that goes away with it: first a look at what the ref is, then, if that is new, this one commit.
-//! Symbolic links in a commit are never followed: what is read is what the commit holds.
+//! Each fetch has a folder of its own that goes away with it: first a look at what the ref is,
+//! then, if that is new, this one commit. Symbolic links in a commit are never followed: what is
+//! read is what the commit holds.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -16,11 +18,13 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, timeout_at};
 
-use super::{Snapshot, matching, secret};
+use super::follow::Fetch;
+use super::{Seen, Snapshot, matching, secret};
 use crate::config::{self, Repository, format_duration, format_size};
-use crate::sys;
+use crate::kernel::sys;
 
-/// Of the daemon's environment, what git and its helpers need to reach a server: proxies, and certificates of one's own.
+/// Of the daemon's environment, what git and its helpers need to reach a server: proxies, and
+/// certificates of one's own.
 const PASSED_ON: [&str; 13] = [
     "PATH",
     "http_proxy",
@@ -37,19 +41,26 @@ const PASSED_ON: [&str; 13] = [
     "GIT_SSL_CAPATH",
 ];
 
-/// Nothing of it runs a program, keeps running, or holds a large file in memory. One pack, so that one limit holds. A repository of another user
-/// is what a path may well name.
+/// Nothing of it runs a program, keeps running, or holds a large file in memory. One pack, so that
+/// one limit holds. A repository of another user is what a path may well name.
 const SETTINGS: &str = "[safe]\n\tdirectory = *\n[core]\n\thooksPath = /dev/null\n\tbigFileThreshold = 1m\n\
     [fetch]\n\tunpackLimit = 1\n\tfsckObjects = true\n[gc]\n\tauto = 0\n[maintenance]\n\tauto = false\n";
 
 /// Bytes of a message of git that are worth keeping.
 const MESSAGE: u64 = 4096;
 
-/// The user of HTTP's basic authentication: GitHub wants this one from its apps, others look at the token alone.
+/// The user of HTTP's basic authentication: GitHub wants this one from its apps, others look at the
+/// token alone.
 const TOKEN_USER: &str = "x-access-token";
 
-/// What the ref is, in git's words: compared with the next look.
-pub type Seen = String;
+/// Reaches repositories by the git program.
+pub struct Repositories;
+
+impl Fetch for Repositories {
+    async fn fetch(&self, repository: &Repository, seen: Option<&Seen>) -> Result<Option<(Seen, Snapshot)>, String> {
+        fetch(repository, seen).await
+    }
+}
 
 /// Fetches, unless the ref is still what was `seen` before.
 ///
@@ -70,10 +81,11 @@ pub async fn fetch(repository: &Repository, seen: Option<&Seen>) -> Result<Optio
     git.text(&["fetch", "--quiet", "--depth=1", "--no-tags", "--no-recurse-submodules", "--", url, &reference]).await?;
     let commit = git.text(&["rev-parse", "--verify", "--quiet", "FETCH_HEAD^{commit}"]).await?.trim().to_owned();
     let files = git.files(&commit).await?;
-    Ok(Some((now, Snapshot { commit, files })))
+    Ok(Some((now, Snapshot { revision: commit, files })))
 }
 
-/// The whole names that a short one may stand for. git itself would take a tag before the branch, and anything that ends in the name.
+/// The whole names that a short one may stand for. git itself would take a tag before the branch,
+/// and anything that ends in the name.
 fn candidates(reference: &str) -> Vec<String> {
     if reference == "HEAD" || reference.starts_with("refs/") {
         return vec![reference.to_owned()];
@@ -81,7 +93,8 @@ fn candidates(reference: &str) -> Vec<String> {
     ["heads", "tags"].iter().map(|kind| format!("refs/{kind}/{reference}")).collect()
 }
 
-/// Which of the candidates there is, by git-ls-remote(1), whose patterns match more than whole names; and what it is.
+/// Which of the candidates there is, by git-ls-remote(1), whose patterns match more than whole
+/// names; and what it is.
 fn resolve(reference: &str, candidates: &[String], listing: &str) -> Result<(Seen, String), String> {
     let there = |name: &&String| listing.lines().find(|line| line.split_once('\t').is_some_and(|(_, n)| n == *name));
     let mut found = candidates.iter().filter_map(|name| Some((there(&name)?.to_owned(), name.clone())));
@@ -264,13 +277,15 @@ impl<'r> Git<'r> {
             .env("HOME", home)
             .env("LC_ALL", "C")
             .env("GIT_CONFIG_NOSYSTEM", "1")
-            // The folder lies where others may write: no repository above it is one of ours, and its settings may run programs.
+            // The folder lies where others may write: no repository above it is one of ours, and
+            // its settings may run programs.
             .env("GIT_CEILING_DIRECTORIES", home.parent().unwrap_or(home))
             .env("GIT_TERMINAL_PROMPT", "0")
             .env("GIT_ALLOW_PROTOCOL", "http:https:ssh:file")
             .env("GIT_PROTOCOL_FROM_USER", "0");
         if let Some(header) = &self.authorization {
-            // In the environment: arguments can be read by every user of the machine. A header of one's own goes wherever a redirect leads.
+            // In the environment: arguments can be read by every user of the machine. A header of
+            // one's own goes wherever a redirect leads.
             command.env("GIT_CONFIG_COUNT", "2");
             command.env("GIT_CONFIG_KEY_0", "http.extraHeader").env("GIT_CONFIG_VALUE_0", header);
             command.env("GIT_CONFIG_KEY_1", "http.followRedirects").env("GIT_CONFIG_VALUE_1", "false");
@@ -279,7 +294,8 @@ impl<'r> Git<'r> {
             command.env("GIT_SSH_COMMAND", self.ssh(key)).env("GIT_SSH_VARIANT", "ssh");
         }
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
-        // Of its own, for it has children; without our privileges, and with a limit for the pack that it writes.
+        // Of its own, for it has children; without our privileges, and with a limit for the pack
+        // that it writes.
         command.process_group(0);
         sys::confine(command.as_std_mut(), self.repository.max_size);
         command
@@ -296,7 +312,8 @@ impl<'r> Git<'r> {
     }
 }
 
-/// A file as a child can read it that has none of our capabilities: what root alone could read of another user's is copied, for one fetch. It is never written back.
+/// A file as a child can read it that has none of our capabilities: what root alone could read of
+/// another user's is copied, for one fetch. It is never written back.
 fn lend(file: &Path, folder: &Path) -> std::io::Result<PathBuf> {
     use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 

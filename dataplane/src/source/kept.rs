@@ -1,4 +1,5 @@
-//! The last good commit, on disk: one file that is replaced as a whole, so that a node starts while its repository is away.
+//! The last good commit, on disk: one file that is replaced as a whole, so that a node starts while
+//! its repository is away.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -30,7 +31,7 @@ pub fn save(repository: &Repository, snapshot: &Snapshot) -> io::Result<()> {
         git: repository.git.clone(),
         r#ref: repository.reference.clone(),
         path: repository.path.clone(),
-        commit: snapshot.commit.clone(),
+        commit: snapshot.revision.clone(),
         files: snapshot.files.iter().map(|(path, bytes)| (path.clone(), text(bytes))).collect(),
     };
     let folder = &repository.state_directory;
@@ -60,10 +61,14 @@ pub fn load(repository: &Repository) -> Result<Snapshot, String> {
     let bytes = fs::read(&file).map_err(|error| why(&error))?;
     let document: Document = serde_json::from_slice(&bytes).map_err(|error| why(&error))?;
     let Document { git, r#ref, path, commit, files } = document;
-    if (&git, &r#ref, &path) != (&repository.git, &repository.reference, &repository.path) {
-        return Err(why(&format_args!("it is of {git}, {}, {}", r#ref, path.display())));
+    // Not quoted: an older version let a password through.
+    if git != repository.git {
+        return Err(why(&"it is of another repository"));
     }
-    Ok(Snapshot { commit, files: files.into_iter().map(|(path, text)| (path, text.into_bytes())).collect() })
+    if (&r#ref, &path) != (&repository.reference, &repository.path) {
+        return Err(why(&format_args!("it is of `ref` {}, `path` {}", r#ref, path.display())));
+    }
+    Ok(Snapshot { revision: commit, files: files.into_iter().map(|(path, text)| (path, text.into_bytes())).collect() })
 }
 
 #[cfg(test)]
@@ -78,14 +83,18 @@ mod tests {
         let repository = config::repository(&config::Source::new("x", text)).unwrap().unwrap();
         assert!(load(&repository).is_err());
         let files = BTreeMap::from([(PathBuf::from("dataplane.toml"), b"x = \"\xc3\xa9\"".to_vec())]);
-        let mut snapshot = Snapshot { commit: "0123".into(), files };
+        let mut snapshot = Snapshot { revision: "0123".into(), files };
         for commit in ["0123", "4567"] {
-            snapshot.commit = commit.into();
+            snapshot.revision = commit.into();
             save(&repository, &snapshot).unwrap();
             assert_eq!(load(&repository), Ok(snapshot.clone()));
         }
         assert_eq!(fs::read_dir(&repository.state_directory).unwrap().count(), 1);
-        let other = Repository { reference: "other".into(), ..repository };
-        assert!(load(&other).unwrap_err().contains("/srv/a.git"));
+        let other = Repository { reference: "other".into(), ..repository.clone() };
+        assert!(load(&other).unwrap_err().contains("`ref` HEAD"));
+        let old = Repository { git: "https://h/x.git?token=s3cret".into(), ..repository.clone() };
+        save(&old, &snapshot).unwrap();
+        let error = load(&repository).unwrap_err();
+        assert!(error.contains("another repository") && !error.contains("s3cret"), "{error}");
     }
 }

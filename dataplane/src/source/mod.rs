@@ -1,12 +1,15 @@
-//! Where the configuration's text comes from: files of this machine, and the newest commit of a repository that validates.
+//! Where the configuration's text comes from: files of this machine, and the newest commit of a
+//! repository that validates.
 //!
-//! It gives [`crate::config`] a set of named files and hands what validates to the control thread, from a thread of its own: neither a slow
-//! repository nor a large file keeps anybody waiting. What a configuration means, and what runs, is not known here.
+//! It gives [`crate::config`] a set of named files and hands what validates to the control thread,
+//! from a thread of its own: neither a slow repository nor a large file keeps anybody waiting. What
+//! a configuration means, and what runs, is not known here.
 
 pub mod folder;
 pub mod follow;
 pub mod git;
 pub mod kept;
+mod metrics;
 pub mod secret;
 pub mod watch;
 pub mod webhook;
@@ -18,14 +21,14 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use folder::Folder;
+pub use metrics::ConfigMetrics;
 
 use crate::config::{self, Config, Diagnostic, Files, LoadError, Repository, Source, TargetHost};
-use crate::socket;
+use crate::kernel::socket;
 
 /// A configuration that validates.
 #[derive(Debug)]
 pub struct Loaded {
-    /// What it says.
     pub config: Config,
     /// What its owner should know.
     pub warnings: Vec<Diagnostic>,
@@ -33,11 +36,14 @@ pub struct Loaded {
     pub snapshot: Option<Snapshot>,
 }
 
+/// What a source says of its newest revision, to be compared with the next look.
+pub type Seen = String;
+
 /// The files of a commit that make up the configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Snapshot {
     /// Its full id.
-    pub commit: String,
+    pub revision: String,
     /// By path from the top of the repository.
     pub files: BTreeMap<PathBuf, Vec<u8>>,
 }
@@ -83,8 +89,9 @@ pub fn kept(path: &Path) -> Result<Loaded, LoadError> {
     }
 }
 
-/// Loads the content of a repository that lies in a folder, without a network and without a file outside of it. `path` is that of its file, seen from the folder;
-/// `node` the own file of a node, whose fence it has to fit.
+/// Loads the content of a repository that lies in a folder, without a network and without a file
+/// outside of it. `path` is that of its file, seen from the folder; `node` the own file of a node,
+/// whose fence it has to fit.
 pub fn content(folder: &Path, path: &Path, node: Option<&Path>) -> Result<Loaded, LoadError> {
     let fence = node.map(|node| {
         let local = config::read(node)?;
@@ -114,20 +121,33 @@ pub fn newest(path: &Path, before: impl FnOnce(&Repository)) -> Result<Loaded, L
     }
 }
 
-/// Loads what is kept, so that a start does not wait for a repository; or else the newest commit. The text says why it is the latter.
-pub fn at_start(path: &Path) -> Result<(Loaded, Option<String>), LoadError> {
-    match kept(path) {
-        Ok(loaded) => Ok((loaded, None)),
-        Err(error) => {
-            let has_repository = config::read(path).is_ok_and(|local| repository(&local).is_ok_and(|r| r.is_some()));
-            if has_repository { Ok((newest(path, |_| ())?, Some(error.to_string()))) } else { Err(error) }
-        }
+/// Loads what is kept, so that a start does not wait for a repository; or else the newest commit.
+/// The text says why it is the latter.
+///
+/// # Errors
+/// Why there is neither: an outage does not hide what is wrong with what is kept.
+pub fn at_start(path: &Path) -> anyhow::Result<(Loaded, Option<String>)> {
+    let error = match kept(path) {
+        Ok(loaded) => return Ok((loaded, None)),
+        Err(error) => error,
+    };
+    let has_repository = config::read(path).is_ok_and(|local| repository(&local).is_ok_and(|r| r.is_some()));
+    if !has_repository {
+        return Err(error.into());
+    }
+    let why = error.to_string();
+    match newest(path, |_| ()) {
+        Ok(loaded) => Ok((loaded, Some(why))),
+        // It is the node's own file that is wrong, whatever the commit.
+        Err(newest) if newest.to_string() == why => Err(newest.into()),
+        Err(newest) => anyhow::bail!("the commit that is kept:\n{why}\nthe newest commit:\n{newest}"),
     }
 }
 
 fn repository(local: &Source) -> Result<Option<Repository>, LoadError> {
     config::repository(local).map_err(|diagnostics| {
-        // Everything else that is wrong with the file belongs to it; what is only in the repository does not.
+        // Everything else that is wrong with the file belongs to it; what is only in the repository
+        // does not.
         LoadError::Report { source: Arc::new(local.clone()), diagnostics }
     })
 }
@@ -136,7 +156,7 @@ fn repository(local: &Source) -> Result<Option<Repository>, LoadError> {
 fn whole(mut source: Source, fetched: Option<(&Repository, Snapshot)>) -> Result<Loaded, LoadError> {
     let mut snapshot = None;
     if let Some((repository, files)) = fetched {
-        config::add_repository(&mut source, &files.commit, &repository.path, &files)?;
+        config::add_repository(&mut source, &files.revision, &repository.path, &files)?;
         snapshot = Some(files);
     }
     let source = Arc::new(source);

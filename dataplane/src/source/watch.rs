@@ -1,7 +1,8 @@
-//! Notices that files have changed: by inotify(7) on the folders that lead to them, for what replaces a file is a new one.
+//! Notices that files have changed: by inotify(7) on the folders that lead to them, for what
+//! replaces a file is a new one.
 //!
-//! Symbolic links are followed step by step, each with its folder: Kubernetes swaps a link in the middle of the path. It does not know what
-//! the files hold.
+//! Symbolic links are followed step by step, each with its folder: Kubernetes swaps a link in the
+//! middle of the path. It does not know what the files hold.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -14,7 +15,7 @@ use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
 
-use crate::sys;
+use crate::kernel::sys;
 
 /// What ends in a file that can be read as a whole. A file that is being written is not there yet.
 const EVENTS: WatchFlags = WatchFlags::CLOSE_WRITE
@@ -32,7 +33,6 @@ const SETTLE: Duration = Duration::from_millis(100);
 /// More links in one path than the kernel would follow (path_resolution(7)).
 const MOST_LINKS: usize = 40;
 
-/// See the module.
 #[derive(Debug)]
 pub struct Watcher {
     inotify: AsyncFd<Arc<OwnedFd>>,
@@ -40,14 +40,13 @@ pub struct Watcher {
 }
 
 impl Watcher {
-    /// Watches nothing yet.
     pub fn new() -> io::Result<Self> {
         let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
         Ok(Self { inotify: sys::watch_readable(Arc::new(inotify))?, watched: BTreeMap::new() })
     }
 
-    /// Watches these folders and no others. One that is there again, but another one, is watched anew. Whether one was not watched before: what
-    /// changed there until now went unnoticed.
+    /// Watches these folders and no others. One that is there again, but another one, is watched
+    /// anew. Whether one was not watched before: what changed there until now went unnoticed.
     pub fn watch(&mut self, folders: &BTreeSet<PathBuf>) -> bool {
         let added =
             folders.iter().filter_map(|folder| match inotify::add_watch(self.inotify.get_ref(), folder, EVENTS) {

@@ -1,11 +1,14 @@
-//! `POST /hook`: a forge says that something was pushed, signed with a shared secret. It only has the repository looked at.
+//! `POST /hook`: a forge says that something was pushed, signed with a shared secret. It only has
+//! the repository looked at.
 //!
-//! Anybody may reach the address, so everything that it may cost is bounded: connections, their time and bytes, looks and log lines. Only signed requests
-//! count against their number.
+//! Anybody may reach the address, so everything that it may cost is bounded: connections, their
+//! time and bytes, looks and log lines. Only signed requests count against their number.
 //!
-//! Strangers do not keep a forge or an ingress from being heard that connects from this machine or the tailnet: these have places of their own. Elsewhere, when
-//! all places are taken, the address that has most of them gives up its oldest, so one address cannot crowd out another; many addresses together can, and then
-//! the repository is looked at when `interval` is over. An ingress that passes everybody's requests on is one address, whoever they are from: limit them there.
+//! Strangers do not keep a forge or an ingress from being heard that connects from this machine or
+//! the tailnet: these have places of their own. Elsewhere, when all places are taken, the address
+//! that has most of them gives up its oldest, so one address cannot crowd out another; many
+//! addresses together can, and then the repository is looked at when `interval` is over. An ingress
+//! that passes everybody's requests on is one address, whoever they are from: limit them there.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -28,7 +31,8 @@ use tokio::task::{AbortHandle, JoinSet};
 
 use super::secret;
 
-/// Bytes of a request's body. What a forge tells of a push is some KiB; of a push too large for this the next look learns.
+/// Bytes of a request's body. What a forge tells of a push is some KiB; of a push too large for
+/// this the next look learns.
 const MOST_BYTES: usize = 1 << 20;
 
 /// Bytes that are held of a request at a time.
@@ -46,17 +50,20 @@ const BACKLOG: i32 = 1024;
 /// For a request, from accept to its answer.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// Signed requests in a row, and how long each takes to be forgotten; the same for lines in the log that tell of others.
+/// Signed requests in a row, and how long each takes to be forgotten; the same for lines in the log
+/// that tell of others.
 const BURST: u32 = 20;
 const REFILL: Duration = Duration::from_millis(500);
 
 /// Pause when a connection could not be accepted.
 const BREATHER: Duration = Duration::from_millis(200);
 
-/// The headers in which GitHub, Forgejo, Gitea and Gogs send the HMAC-SHA256 of the body, in hex; GitHub's with a prefix, and the others send it too.
+/// The headers in which GitHub, Forgejo, Gitea and Gogs send the HMAC-SHA256 of the body, in hex;
+/// GitHub's with a prefix, and the others send it too.
 const SIGNATURES: [&str; 4] = ["x-hub-signature-256", "x-forgejo-signature", "x-gitea-signature", "x-gogs-signature"];
 
-/// What is served, and where. The listener is bound by who puts configurations in force: one whose address is taken is refused.
+/// What is served, and where. The listener is bound by who puts configurations in force: one whose
+/// address is taken is refused.
 #[derive(Debug)]
 pub struct Served {
     /// Speaks plain HTTP.
@@ -121,12 +128,14 @@ fn is_near(ip: IpAddr) -> bool {
     }
 }
 
-/// Connections in the order in which they came, with who they are from: an IPv4 address or an IPv6 /64.
+/// Connections in the order in which they came, with who they are from: an IPv4 address or an IPv6
+/// /64.
 #[derive(Default)]
 struct Places(VecDeque<(u64, AbortHandle)>);
 
 impl Places {
-    /// A place for one more: where all are taken, whoever has most of them gives up its oldest. A forge is done within milliseconds.
+    /// A place for one more: where all are taken, whoever has most of them gives up its oldest. A
+    /// forge is done within milliseconds.
     fn take(&mut self, from: IpAddr, connection: AbortHandle) {
         let of = match from {
             IpAddr::V4(ip) => u64::from(ip.to_bits()),

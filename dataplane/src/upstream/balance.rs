@@ -17,7 +17,8 @@ pub enum Standing {
     Relayed,
     /// Up, but a dial has waited for its answer longer than `hedge_delay`.
     Overdue,
-    /// Down by the word of connections that it reset, and by no other. A client can bring that about, so it comes before those of which nothing is known to answer.
+    /// Down by the word of connections that it reset, and by no other. A client can bring that
+    /// about, so it comes before those of which nothing is known to answer.
     Resetting,
     /// Down.
     Down,
@@ -56,8 +57,8 @@ pub enum Choice {
     Nothing,
 }
 
-/// Picks a target. Those that are down are tried when no other is left, because a wrong verdict must not make an outage; but none is tried because others are
-/// merely full.
+/// Picks a target. Those that are down are tried when no other is left, because a wrong verdict
+/// must not make an outage; but none is tried because others are merely full.
 pub fn choose(balance: Balance, turn: usize, candidates: &[Candidate]) -> Choice {
     let pick = |standing: Standing| {
         let eligible = candidates.iter().enumerate().filter(|(_, c)| c.allowed && !c.full && c.standing == standing);
@@ -87,8 +88,9 @@ fn in_turn<T>(turn: usize, mut eligible: impl Iterator<Item = T> + Clone) -> Opt
     eligible.nth(position)
 }
 
-/// Rendezvous hashing: each client ranks the targets; a target that leaves moves only its own clients. A fixed function, so that every entrance node with the
-/// same configuration agrees, whatever it was built with.
+/// Rendezvous hashing: each client ranks the targets; a target that leaves moves only its own
+/// clients. A fixed function, so that every entrance node with the same configuration agrees,
+/// whatever it was built with.
 pub fn weight(client: IpAddr, target: &str) -> u64 {
     let mut hash = Sha256::new();
     match client.to_canonical() {

@@ -1,142 +1,25 @@
-//! Connecting a client to a target: the next one when one fails, a second one beside the first when that is slow, and the queue where all have enough to do.
+//! Connecting a client to one of the targets: the next one when one fails, a second one beside the first when that is slow (a hedged dial), and a wait in the
+//! queue where all have enough to do.
 //!
 //! It must not know how a target's health comes about; it tells what it found.
 
-use std::fmt;
-use std::io;
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 use std::task::Poll;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use prometheus::IntGauge;
-use tokio::net::{TcpSocket, TcpStream};
-use tokio::sync::{Mutex, Notify};
-use tokio::time::{sleep, timeout, timeout_at};
+use tokio::time::{sleep, timeout};
 
 use super::balance::{Candidate, Choice, choose, weight};
+use super::connect::{Cause, Dial, Failure};
 use super::health::Event;
-use super::{Address, Dialled, Lease, Pool, Resolution, Target};
+use super::queue::LOOK_AGAIN;
+use super::{Dialled, Lease, Pool, Target};
 use crate::config::Balance;
+use crate::kernel::socket;
 use crate::reject::Reason;
 use crate::shortages::Shortage;
-use crate::socket;
-
-/// Connections that may wait for room at the targets of one upstream. With more, the rest would only wait to be refused.
-const QUEUE: usize = 1024;
-/// How often a connection that waits looks for room that came about otherwise than by the end of another.
-const LOOK_AGAIN: Duration = Duration::from_millis(100);
-
-/// A connect that was given up after less than this says nothing of the address.
-const LONG: Duration = Duration::from_millis(200);
-
-/// What a dial needs beside the pool.
-#[derive(Debug, Clone)]
-pub struct Dial {
-    /// The client, for its family and for `balance = "hash"`.
-    pub client: SocketAddr,
-    /// Where we listen: a target that turns out to be ourselves would make a loop.
-    pub own: Arc<[SocketAddr]>,
-    /// Another port of the targets than their own. How that one does says nothing of the target: it is not put aside for it, nor taken back.
-    pub port: Option<u16>,
-    /// Something is sent as soon as there is a connection.
-    pub speaks_first: bool,
-}
-
-/// Connections that wait for room, first come, first served.
-#[derive(Debug)]
-pub struct Queue {
-    /// Whoever holds it is next, and looks for room; the others wait for it in the order in which they came.
-    next: Mutex<()>,
-    released: Notify,
-    waiting: AtomicUsize,
-    gauge: IntGauge,
-}
-
-struct Place<'a>(&'a Queue);
-
-impl Queue {
-    pub(super) fn new(gauge: IntGauge) -> Self {
-        Self { next: Mutex::new(()), released: Notify::new(), waiting: AtomicUsize::new(0), gauge }
-    }
-
-    pub(super) fn released(&self) {
-        self.released.notify_one();
-    }
-
-    fn enter(&self) -> Option<Place<'_>> {
-        self.waiting.fetch_update(Relaxed, Relaxed, |n| (n < QUEUE).then_some(n + 1)).ok()?;
-        self.gauge.inc();
-        Some(Place(self))
-    }
-}
-
-impl Drop for Place<'_> {
-    fn drop(&mut self) {
-        self.0.waiting.fetch_sub(1, Relaxed);
-        self.0.gauge.dec();
-    }
-}
-
-/// Why a connect failed.
-#[derive(Debug)]
-pub struct Failure {
-    /// Label of the metric.
-    reason: &'static str,
-    detail: String,
-    blame: Blame,
-}
-
-#[derive(Debug, PartialEq, Eq)]
-enum Blame {
-    Target,
-    OurDescriptors,
-    OurPorts,
-}
-
-impl fmt::Display for Failure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.reason, self.detail)
-    }
-}
-
-impl Failure {
-    /// It says nothing of the target: what a connection needs was lacking here.
-    pub fn is_our_own(&self) -> bool {
-        self.blame != Blame::Target
-    }
-
-    fn new(reason: &'static str, detail: impl Into<String>) -> Self {
-        Self { reason, detail: detail.into(), blame: Blame::Target }
-    }
-}
-
-/// The metric's label for a connect that failed so.
-pub fn label(error: &io::Error) -> &'static str {
-    match error.raw_os_error() {
-        Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => "no_descriptor",
-        Some(libc::EADDRNOTAVAIL) => "no_local_port",
-        Some(libc::ECONNREFUSED) => "refused",
-        Some(libc::ETIMEDOUT) => "timeout",
-        Some(libc::ECONNRESET) => "reset",
-        Some(libc::EHOSTUNREACH | libc::ENETUNREACH | libc::EHOSTDOWN | libc::ENETDOWN) => "unreachable",
-        _ => "other",
-    }
-}
-
-impl From<io::Error> for Failure {
-    fn from(error: io::Error) -> Self {
-        let reason = label(&error);
-        let blame = match reason {
-            "no_descriptor" => Blame::OurDescriptors,
-            "no_local_port" => Blame::OurPorts,
-            _ => Blame::Target,
-        };
-        Self { reason, detail: error.to_string(), blame }
-    }
-}
 
 /// A dial under way.
 struct Attempt {
@@ -197,7 +80,7 @@ impl Pool {
                     attempts.into_iter().for_each(see_to_its_end);
                     return Ok(dialled);
                 }
-                Some(Err(failure)) if failure.blame == Blame::OurDescriptors && attempts.is_empty() => {
+                Some(Err(failure)) if failure.cause == Cause::NoDescriptor && attempts.is_empty() => {
                     return Err(Reason::TotalLimit);
                 }
                 Some(Err(_)) => {}
@@ -222,7 +105,7 @@ impl Pool {
         tried: &mut Vec<usize>,
     ) -> Result<(Arc<Target>, Lease), Reason> {
         // Whoever came earlier and waits goes first.
-        if self.config.max_connections_per_target == 0 || self.queue.waiting.load(Relaxed) == 0 {
+        if self.config.max_connections_per_target == 0 || self.queue.is_empty() {
             match self.choose(dial, turn, tried, true) {
                 Choice::Target(index) => {
                     if let Some(found) = self.take(index, tried) {
@@ -233,7 +116,7 @@ impl Pool {
                 Choice::Full => {}
             }
         }
-        let _place = self.queue.enter().ok_or(Reason::NoUpstream)?;
+        let _ticket = self.queue.enter().ok_or(Reason::NoUpstream)?;
         let wait = async {
             let _next = self.queue.next.lock().await;
             loop {
@@ -319,15 +202,14 @@ impl Pool {
                     Ok(Dialled { stream, lease: lease.connected() })
                 }
                 Err(failure) => {
-                    let labels = [&*pool.config.name, &*of.address.text, failure.reason];
+                    let labels = [&*pool.config.name, &*of.address.text, failure.cause.as_str()];
                     pool.connect_failures.with_label_values(&labels).inc();
-                    match failure.blame {
-                        Blame::OurPorts => pool.shortages.note(Shortage::LocalPorts),
-                        Blame::OurDescriptors => pool.shortages.note(Shortage::Descriptors),
-                        Blame::Target => {}
+                    match failure.cause {
+                        Cause::NoLocalPort => pool.shortages.note(Shortage::LocalPorts),
+                        Cause::NoDescriptor => pool.shortages.note(Shortage::Descriptors),
+                        _ => {}
                     }
-                    // The resolver's failures are told by who asks it.
-                    if !failure.is_our_own() && failure.reason != "resolve" && dial.port.is_none() {
+                    if !failure.cause.is_our_own() && !failure.cause.is_of_the_name() && dial.port.is_none() {
                         of.apply(Event::DialFailed { started, reason: failure.to_string() });
                     }
                     Err(failure)
@@ -361,131 +243,4 @@ fn see_to_its_end(attempt: Attempt) {
         }
         drop(overdue);
     });
-}
-
-/// A connect to one of several addresses.
-type UnderWay<'a> = Pin<Box<dyn Future<Output = Result<TcpStream, Failure>> + Send + 'a>>;
-
-impl Target {
-    /// Connects to one of the target's addresses within `patience`: one after the other, the next as soon as one has failed or has not answered for `stagger`. Without a
-    /// `stagger`, those that are left share the time that is left.
-    pub(super) async fn connect(
-        &self,
-        dial: &Dial,
-        stagger: Duration,
-        patience: Duration,
-    ) -> Result<TcpStream, Failure> {
-        let deadline = Instant::now() + patience;
-        let no_answer = |_| Failure::new("timeout", format!("no answer within {patience:?}"));
-        let addresses = self.addresses_by(dial, deadline).await?;
-        if let [address] = &addresses[..] {
-            return timeout_at(deadline.into(), self.connect_to(address, dial)).await.map_err(no_answer)?;
-        }
-        let mut last = Failure::new("resolve", "the name has no address");
-        let mut under_way: Vec<UnderWay<'_>> = Vec::new();
-        let mut left = addresses.iter();
-        loop {
-            if let Some(address) = left.next() {
-                under_way.push(Box::pin(self.connect_to(address, dial)));
-            } else if under_way.is_empty() {
-                return Err(last);
-            }
-            let more = left.len() as u32;
-            let remaining = deadline.saturating_duration_since(Instant::now());
-            let pause = if more == 0 {
-                remaining
-            } else if stagger.is_zero() {
-                remaining / (more + 1)
-            } else {
-                stagger.min(remaining)
-            };
-            let first = std::future::poll_fn(|context| {
-                for index in 0..under_way.len() {
-                    if let Poll::Ready(outcome) = under_way[index].as_mut().poll(context) {
-                        drop(under_way.remove(index));
-                        return Poll::Ready(outcome);
-                    }
-                }
-                Poll::Pending
-            });
-            match timeout(pause, first).await {
-                Ok(Ok(stream)) => return Ok(stream),
-                Ok(Err(failure)) => last = failure,
-                Err(late) if more == 0 => return Err(no_answer(late)),
-                Err(_) => {}
-            }
-        }
-    }
-
-    async fn connect_to(&self, address: &Address, dial: &Dial) -> Result<TcpStream, Failure> {
-        // Of another port nothing is remembered.
-        let remembers = dial.port.is_none();
-        let mut connect = Connect { target: self, address, begun: Instant::now(), answered: !remembers };
-        let mut at = address.at;
-        at.set_port(dial.port.unwrap_or(at.port()));
-        let prepared = if at.is_ipv6() { TcpSocket::new_v6() } else { TcpSocket::new_v4() }.and_then(|socket| {
-            socket::prepare(&socket)?;
-            if dial.speaks_first {
-                socket::save_an_acknowledgement(&socket)?;
-            }
-            Ok(socket)
-        });
-        let connected = prepared?.connect(at).await;
-        connect.answered = true;
-        if remembers {
-            address.failed_at.store(if connected.is_ok() { 0 } else { self.now() }, Relaxed);
-        }
-        let stream = connected?;
-        if is_own(&stream, at.port(), &dial.own) {
-            return Err(Failure::new("own_listener", format!("{at} is a listener of this daemon")));
-        }
-        Ok(stream)
-    }
-
-    /// The addresses. Waits for the resolver's first answer, if there was none yet, and for another one where it had none: this client has nowhere else to go.
-    async fn addresses_by(&self, dial: &Dial, deadline: Instant) -> Result<Vec<Arc<Address>>, Failure> {
-        let mut resolution = self.resolution.subscribe();
-        match &*resolution.borrow_and_update() {
-            Resolution::Known(known) => return Ok(self.in_turn(known, dial.client.is_ipv6())),
-            Resolution::Pending => {}
-            Resolution::Unknown(_) => self.wanted.notify_one(),
-        }
-        let _ = timeout_at(deadline.into(), resolution.changed()).await;
-        match &*resolution.borrow() {
-            Resolution::Known(known) => Ok(self.in_turn(known, dial.client.is_ipv6())),
-            Resolution::Pending => Err(Failure::new("resolve", "the resolver has not answered yet")),
-            Resolution::Unknown(reason) => Err(Failure::new("resolve", &**reason)),
-        }
-    }
-}
-
-/// A connect to one address. Given up after a while, it says that the others are to be preferred.
-struct Connect<'a> {
-    target: &'a Target,
-    address: &'a Address,
-    begun: Instant,
-    answered: bool,
-}
-
-impl Drop for Connect<'_> {
-    fn drop(&mut self) {
-        if !self.answered && self.begun.elapsed() >= LONG {
-            self.address.failed_at.store(self.target.now(), Relaxed);
-        }
-    }
-}
-
-/// Whether a connection of ours to this port arrived at one of our own listeners.
-fn is_own(stream: &TcpStream, port: u16, own: &[SocketAddr]) -> bool {
-    let mut own = own.iter().filter(|own| own.port() == port).peekable();
-    if own.peek().is_none() {
-        return false;
-    }
-    // Not the address that was dialled: 0.0.0.0 is this machine, and an IPv4 address may be written as one of IPv6.
-    let (Ok(local), Ok(peer)) = (stream.local_addr(), stream.peer_addr()) else { return false };
-    let (here, there) = (local.ip().to_canonical(), peer.ip().to_canonical());
-    let listens =
-        |own: &SocketAddr| own.is_ipv4() == there.is_ipv4() && (own.ip() == there || own.ip().is_unspecified());
-    // A host that connects to itself has that address at both ends.
-    own.any(listens) && (there.is_loopback() || there == here)
 }

@@ -1,21 +1,25 @@
-//! Whether a target is up: a state machine of events and time, without sockets and without a clock of its own.
+//! Whether a target is up: a state machine of events and time, without sockets and without a clock
+//! of its own.
 //!
-//! Four judges, and a target is up when none of them says otherwise: the configured check (`fall`, `rise`), the connections of clients (a failed one puts the
-//! target aside for a while that doubles each time), the tailnet, and the resolver. The operator's drain is no judgement, and is not kept here.
+//! Four judges, and a target is up when none of them says otherwise: the configured check (`fall`,
+//! `rise`), the connections of clients (a failed one puts the target out for a while that doubles
+//! each time), the tailnet, and the resolver. The operator's drain is no judgement, and is not kept
+//! here.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use serde::Serialize;
 
-/// How long a target is put aside the first time; doubles with each further one.
-const ASIDE_FIRST: Duration = Duration::from_secs(1);
-/// The longest that a target is put aside. One that has been up for longer than this since it came back begins with [`ASIDE_FIRST`] again.
-const ASIDE_MAX: Duration = Duration::from_secs(30);
+/// How long a target is ejected the first time; doubles with each further one.
+const EJECTION_FIRST: Duration = Duration::from_secs(1);
+/// The longest that a target is ejected. One that has been up for longer than this since it came
+/// back begins with [`EJECTION_FIRST`] again.
+const EJECTION_MAX: Duration = Duration::from_secs(30);
 /// Changes that are remembered for the operator.
 const HISTORY: usize = 16;
 
-/// What happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// The configured check passed; `rise` in a row bring a target back.
@@ -34,6 +38,14 @@ pub enum Event {
     },
     /// The configuration has no check any more.
     NoCheck,
+    /// What the check of another upstream says of the machine: why nothing answers there, or that
+    /// something does.
+    CheckedElsewhere {
+        /// The other upstream.
+        by: Arc<str>,
+        /// For people.
+        silent: Option<String>,
+    },
     /// A connection of a client could not be made.
     DialFailed {
         /// When its dial began: those that were under way together failed of one cause.
@@ -48,10 +60,10 @@ pub enum Event {
         /// When it was made.
         started: Instant,
     },
-    /// The attempt to reach a target that was put aside for long enough succeeded.
-    TrialPassed,
+    /// The attempt to reach a target that was ejected for long enough succeeded.
+    ProbePassed,
     /// That attempt failed.
-    TrialFailed {
+    ProbeFailed {
         /// For people.
         reason: String,
         /// It answered, if not as it should.
@@ -95,9 +107,11 @@ pub struct Change {
 #[derive(Debug, Default)]
 pub struct Health {
     check: Check,
-    aside: Option<Aside>,
-    /// Times that it was put aside without a long time in between.
-    times_aside: u32,
+    /// By upstream: why its check is not answered by the same machine.
+    elsewhere: BTreeMap<Arc<str>, String>,
+    ejection: Option<Ejection>,
+    /// Times that it was ejected without a long time in between.
+    times_ejected: u32,
     back_since: Option<Instant>,
     last_failure: Option<Instant>,
     offline: bool,
@@ -110,25 +124,29 @@ struct Check {
     passes: u32,
     failures: u32,
     down: Option<String>,
+    /// The last failure was that nothing answered.
+    silent: bool,
 }
 
 #[derive(Debug)]
-struct Aside {
+struct Ejection {
     until: Instant,
     reason: String,
     /// It answered, if only with a reset.
     answers: bool,
-    /// A second sign says the same: a trial, or the check. One failed dial may be a full accept queue, or an ingress that starts again.
+    /// A second sign says the same: a probe, or the check. One failed dial may be a full accept
+    /// queue, or an ingress that starts again.
     confirmed: bool,
     passes: u32,
 }
 
 impl Event {
-    /// What it tells of the machine, whatever upstream it was met in. What is answered depends on the PROXY header and the check, which are the upstream's.
+    /// What it tells of the machine, whatever upstream it was met in. What is answered depends on
+    /// the PROXY header and the check, which are the upstream's.
     pub fn of_the_machine(&self) -> Option<Self> {
         match self {
             Self::DialFailed { .. } => Some(self.clone()),
-            Self::DialPassed | Self::TrialPassed => Some(Self::DialPassed),
+            Self::DialPassed | Self::ProbePassed => Some(Self::DialPassed),
             _ => None,
         }
     }
@@ -145,15 +163,16 @@ impl Health {
                 if self.check.passes >= rise {
                     self.check.down = None;
                 }
-                if let Some(aside) = &mut self.aside {
-                    aside.passes += 1;
-                    if aside.passes >= rise && !aside.answers {
+                if let Some(ejection) = &mut self.ejection {
+                    ejection.passes += 1;
+                    if ejection.passes >= rise && !ejection.answers {
                         self.come_back(now);
                     }
                 }
             }
             Event::CheckFailed { fall, reason, answers } => {
                 self.check.passes = 0;
+                self.check.silent = !answers;
                 self.check.failures = self.check.failures.saturating_add(1);
                 if self.check.failures >= fall || self.check.down.is_some() {
                     self.check.down = Some(reason);
@@ -163,19 +182,25 @@ impl Health {
                 }
             }
             Event::NoCheck => self.check = Check::default(),
-            Event::DialFailed { started, reason } => self.put_aside(started, reason, false, now),
+            Event::CheckedElsewhere { by, silent: Some(reason) } => {
+                self.elsewhere.insert(by, reason);
+            }
+            Event::CheckedElsewhere { by, silent: None } => {
+                self.elsewhere.remove(&by);
+            }
+            Event::DialFailed { started, reason } => self.eject(started, reason, false, now),
             Event::ResetEarly { started } => {
-                self.put_aside(started, "reset: it resets connections before it sends a byte".to_owned(), true, now);
+                self.eject(started, "reset: it resets connections before it sends a byte".to_owned(), true, now);
             }
             Event::DialPassed => {
-                if self.aside.as_ref().is_some_and(|aside| !aside.answers) {
+                if self.ejection.as_ref().is_some_and(|ejection| !ejection.answers) {
                     self.come_back(now);
                 }
             }
-            Event::TrialPassed => self.come_back(now),
-            Event::TrialFailed { reason, answers } => {
-                if self.aside.is_some() {
-                    self.set_aside(reason, answers, now);
+            Event::ProbePassed => self.come_back(now),
+            Event::ProbeFailed { reason, answers } => {
+                if self.ejection.is_some() {
+                    self.set_ejection(reason, answers, now);
                     self.confirm();
                 }
             }
@@ -190,8 +215,9 @@ impl Health {
 
     /// It is down because it resets connections, and for no other reason.
     pub fn only_resets(&self) -> bool {
-        let others = self.offline || self.unresolved.is_some() || self.check.down.is_some();
-        !others && self.aside.as_ref().is_some_and(|aside| aside.answers)
+        let others =
+            self.offline || self.unresolved.is_some() || self.check.down.is_some() || !self.elsewhere.is_empty();
+        !others && self.ejection.as_ref().is_some_and(|ejection| ejection.answers)
     }
 
     /// Why it is down; `None`: it is up.
@@ -199,13 +225,14 @@ impl Health {
         if self.offline {
             return Some("offline: the tailnet says so");
         }
-        let aside = self.aside.as_ref().map(|aside| &aside.reason);
-        self.unresolved.as_ref().or(self.check.down.as_ref()).or(aside).map(String::as_str)
+        let ejection = self.ejection.as_ref().map(|ejection| &ejection.reason);
+        let elsewhere = self.elsewhere.values().next();
+        self.unresolved.as_ref().or(self.check.down.as_ref()).or(elsewhere).or(ejection).map(String::as_str)
     }
 
-    /// When it is time to try whether a target that was put aside answers again.
-    pub fn trial(&self) -> Option<Instant> {
-        self.aside.as_ref().map(|aside| aside.until)
+    /// When it is time to try whether a target that was ejected answers again.
+    pub fn probe_due(&self) -> Option<Instant> {
+        self.ejection.as_ref().map(|ejection| ejection.until)
     }
 
     /// Keeps a change for the operator.
@@ -223,46 +250,57 @@ impl Health {
     }
 
     fn is_lost(&self) -> bool {
-        self.offline || self.check.down.is_some() || self.aside.as_ref().is_some_and(|aside| aside.confirmed)
+        self.offline
+            || self.check.down.is_some()
+            || !self.elsewhere.is_empty()
+            || self.ejection.as_ref().is_some_and(|ejection| ejection.confirmed)
+    }
+
+    /// Why nothing answers there, by the word of the check; what answers is told apart by the
+    /// PROXY header and the server name, which are the upstream's.
+    pub fn silent(&self) -> Option<&str> {
+        self.check.down.as_deref().filter(|_| self.check.silent)
     }
 
     /// Why nothing answers there, by the word of connections.
     pub fn unreachable(&self) -> Option<&str> {
-        self.aside.as_ref().filter(|aside| !aside.answers).map(|aside| &*aside.reason)
+        self.ejection.as_ref().filter(|ejection| !ejection.answers).map(|ejection| &*ejection.reason)
     }
 
     fn confirm(&mut self) {
-        if let Some(aside) = &mut self.aside {
-            aside.confirmed = !aside.answers;
+        if let Some(ejection) = &mut self.ejection {
+            ejection.confirmed = !ejection.answers;
         }
     }
 
-    fn put_aside(&mut self, started: Instant, reason: String, answers: bool, now: Instant) {
-        // What began before the last failure is no further one, and what began before it was back is of before.
+    fn eject(&mut self, started: Instant, reason: String, answers: bool, now: Instant) {
+        // What began before the last failure is no further one, and what began before it was back
+        // is of before.
         if [self.last_failure, self.back_since].into_iter().flatten().any(|at| started <= at) {
             return;
         }
         self.last_failure = Some(now);
-        if let Some(aside) = &mut self.aside {
-            // It was tried because all others were down, too. That is no reason to keep it away longer.
-            (aside.reason, aside.answers) = (reason, answers);
-            aside.confirmed &= !answers;
+        if let Some(ejection) = &mut self.ejection {
+            // It was tried because all others were down, too. That is no reason to keep it away
+            // longer.
+            (ejection.reason, ejection.answers) = (reason, answers);
+            ejection.confirmed &= !answers;
             return;
         }
-        if self.back_since.is_some_and(|at| now.duration_since(at) > ASIDE_MAX) {
-            self.times_aside = 0;
+        if self.back_since.is_some_and(|at| now.duration_since(at) > EJECTION_MAX) {
+            self.times_ejected = 0;
         }
-        self.set_aside(reason, answers, now);
+        self.set_ejection(reason, answers, now);
     }
 
-    fn set_aside(&mut self, reason: String, answers: bool, now: Instant) {
-        let time = (ASIDE_FIRST * 2u32.saturating_pow(self.times_aside.min(10))).min(ASIDE_MAX);
-        self.times_aside += 1;
-        self.aside = Some(Aside { until: now + time, reason, answers, confirmed: false, passes: 0 });
+    fn set_ejection(&mut self, reason: String, answers: bool, now: Instant) {
+        let time = (EJECTION_FIRST * 2u32.saturating_pow(self.times_ejected.min(10))).min(EJECTION_MAX);
+        self.times_ejected += 1;
+        self.ejection = Some(Ejection { until: now + time, reason, answers, confirmed: false, passes: 0 });
     }
 
     fn come_back(&mut self, now: Instant) {
-        if self.aside.take().is_some() {
+        if self.ejection.take().is_some() {
             self.back_since = Some(now);
         }
     }
@@ -286,6 +324,26 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_no_check_elsewhere_is_answered_by_is_down_until_one_is() {
+        let (mut health, now) = (Health::default(), Instant::now());
+        let by = |name: &str, silent: Option<&str>| Event::CheckedElsewhere {
+            by: name.into(),
+            silent: silent.map(str::to_owned),
+        };
+        assert_eq!(health.apply(by("a", Some("check: timeout")), now), LOST);
+        assert_eq!(health.reason(), Some("check: timeout"));
+        assert_eq!(health.apply(Event::DialPassed, now), NOTHING, "a paused machine still accepts");
+        assert_eq!(health.apply(by("b", Some("check: timeout")), now), NOTHING);
+        assert_eq!(health.apply(by("a", None), now), NOTHING);
+        assert_eq!(health.apply(by("b", None), now), UP);
+        for answers in [false, true] {
+            let failed = || Event::CheckFailed { fall: 1, reason: "check".into(), answers };
+            health.apply(failed(), now);
+            assert_eq!(health.silent().is_some(), !answers, "what answers is told to nobody else");
+        }
+    }
+
     fn refused(started: Instant) -> Event {
         Event::DialFailed { started, reason: "refused".into() }
     }
@@ -306,24 +364,24 @@ mod tests {
     }
 
     #[test]
-    fn one_failed_dial_puts_it_aside_for_a_time_that_doubles_up_to_a_limit() {
+    fn one_failed_dial_ejects_it_for_a_time_that_doubles_up_to_a_limit() {
         let (mut health, mut now) = (Health::default(), Instant::now());
         assert_eq!(health.apply(refused(now), now), DOWN);
         for seconds in [1, 2, 4, 8, 16, 30, 30] {
-            assert_eq!(health.trial(), Some(now + SECOND * seconds));
+            assert_eq!(health.probe_due(), Some(now + SECOND * seconds));
             now += SECOND * seconds;
             let first = seconds == 1;
-            let outcome = health.apply(Event::TrialFailed { reason: "refused".into(), answers: false }, now);
+            let outcome = health.apply(Event::ProbeFailed { reason: "refused".into(), answers: false }, now);
             assert_eq!(outcome, Outcome { up: None, lost: first }, "the second sign counts, once");
         }
-        assert_eq!(health.apply(Event::TrialPassed, now), UP);
-        assert_eq!(health.trial(), None);
+        assert_eq!(health.apply(Event::ProbePassed, now), UP);
+        assert_eq!(health.probe_due(), None);
     }
 
     #[test]
     fn one_refused_dial_says_nothing_of_established_connections_until_a_second_sign_does() {
         let signs = [
-            Event::TrialFailed { reason: "refused".into(), answers: false },
+            Event::ProbeFailed { reason: "refused".into(), answers: false },
             check(false),
             Event::Tailnet { online: Some(false) },
         ];
@@ -340,24 +398,24 @@ mod tests {
     }
 
     #[test]
-    fn a_target_that_fails_again_soon_is_put_aside_for_longer_but_not_after_a_long_good_time() {
+    fn a_target_that_fails_again_soon_is_ejected_for_longer_but_not_after_a_long_good_time() {
         let (mut health, mut now) = (Health::default(), Instant::now());
         health.apply(refused(now), now);
-        health.apply(Event::TrialPassed, now + SECOND);
+        health.apply(Event::ProbePassed, now + SECOND);
         now += 2 * SECOND;
         health.apply(refused(now), now);
-        assert_eq!(health.trial(), Some(now + 2 * SECOND));
-        health.apply(Event::TrialPassed, now + 2 * SECOND);
+        assert_eq!(health.probe_due(), Some(now + 2 * SECOND));
+        health.apply(Event::ProbePassed, now + 2 * SECOND);
         now += 60 * SECOND;
         health.apply(refused(now), now);
-        assert_eq!(health.trial(), Some(now + SECOND));
+        assert_eq!(health.probe_due(), Some(now + SECOND));
     }
 
     #[test]
     fn dials_that_were_under_way_together_count_once() {
         let (mut health, now) = (Health::default(), Instant::now());
         health.apply(refused(now), now + SECOND);
-        health.apply(Event::TrialPassed, now + 2 * SECOND);
+        health.apply(Event::ProbePassed, now + 2 * SECOND);
         assert_eq!(health.apply(refused(now + SECOND / 2), now + 3 * SECOND), NOTHING);
         assert_eq!(health.apply(refused(now + 3 * SECOND), now + 3 * SECOND), DOWN);
     }
@@ -368,7 +426,7 @@ mod tests {
         health.apply(refused(now), now);
         // Made while it was tried because all others were down, too.
         let started = now + SECOND / 2;
-        health.apply(Event::TrialPassed, now + SECOND);
+        health.apply(Event::ProbePassed, now + SECOND);
         assert_eq!(health.apply(Event::ResetEarly { started }, now + 2 * SECOND), NOTHING);
         assert_eq!(health.apply(refused(started), now + 2 * SECOND), NOTHING);
     }
@@ -385,20 +443,20 @@ mod tests {
         health.apply(Event::Tailnet { online: Some(false) }, now);
         assert!(!health.only_resets(), "others speak against it, too");
         health.apply(Event::Tailnet { online: Some(true) }, now);
-        assert_eq!(health.apply(Event::TrialPassed, now + SECOND), UP);
+        assert_eq!(health.apply(Event::ProbePassed, now + SECOND), UP);
     }
 
     #[test]
     fn a_target_that_reset_connections_and_then_answers_no_more_is_lost() {
         let (mut health, now) = (Health::default(), Instant::now());
         health.apply(Event::ResetEarly { started: now }, now);
-        let trial = |answers: bool| Event::TrialFailed { reason: "trial".into(), answers };
-        assert_eq!(health.apply(trial(true), now + SECOND), NOTHING);
-        assert_eq!(health.apply(trial(false), now + 3 * SECOND), Outcome { up: None, lost: true });
+        let probe = |answers: bool| Event::ProbeFailed { reason: "probe".into(), answers };
+        assert_eq!(health.apply(probe(true), now + SECOND), NOTHING);
+        assert_eq!(health.apply(probe(false), now + 3 * SECOND), Outcome { up: None, lost: true });
     }
 
     #[test]
-    fn a_connection_of_a_client_or_the_check_brings_back_what_a_dial_put_aside() {
+    fn a_connection_of_a_client_or_the_check_brings_back_what_a_dial_ejected() {
         let (mut health, now) = (Health::default(), Instant::now());
         health.apply(refused(now), now);
         assert_eq!(health.apply(Event::DialPassed, now), UP);

@@ -1,4 +1,5 @@
-//! What outlives a reload and is common to all upstreams: the last good answer for each name, and which targets are one machine.
+//! What outlives a reload and is common to all upstreams: the last good answer for each name, and
+//! which targets are one machine.
 //!
 //! It must not know what is done with either.
 
@@ -17,7 +18,8 @@ pub struct Inventory {
     endpoints: Mutex<HashMap<(String, u16), Weak<Endpoint>>>,
 }
 
-/// A host and port. Targets of several upstreams may have it in common: what one learns of it, all know.
+/// A host and port. Targets of several upstreams may have it in common: what one learns of it, all
+/// know.
 #[derive(Debug, Default)]
 pub struct Endpoint {
     /// Dials that have waited for longer than `hedge_delay`.
@@ -80,7 +82,8 @@ fn host(host: &TargetHost) -> String {
     }
 }
 
-/// Names are equal whatever their case, and with or without the last dot (RFC 4343, RFC 1034 section 3.1).
+/// Names are equal whatever their case, and with or without the last dot (RFC 4343, RFC 1034
+/// section 3.1).
 fn normal(name: &str) -> String {
     name.trim_end_matches('.').to_ascii_lowercase()
 }

@@ -1,18 +1,21 @@
 //! Upstreams: which target a connection gets, and dialling it.
 //!
 //! In the order in which a connection meets them: [`balance`] chooses, [`dial`] connects, to the next target when one fails or is slow. What they go by is kept in a
-//! [`Target`]: [`health`] says whether it is up. [`upkeep`] keeps that true on a thread of its own: [`probe`] checks, [`names`] resolves, and the tailnet is
+//! [`Target`]: [`health`] says whether it is up. [`maintenance`] keeps that true on a thread of its own: [`probe`] checks, [`resolver`] resolves, and the tailnet is
 //! listened to. After the first byte went out there is no second try: the work here ends with the connected socket.
 
 pub mod balance;
+pub mod connect;
 pub mod dial;
 pub mod health;
 pub mod inventory;
-pub mod names;
+pub mod maintenance;
+mod metrics;
 pub mod probe;
+mod queue;
+pub mod resolver;
 #[cfg(test)]
 mod tests;
-pub mod upkeep;
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -26,15 +29,16 @@ use tokio::net::TcpStream;
 use tokio::sync::{Notify, watch};
 
 use crate::config::{self, OnDown, TargetHost};
+use crate::kernel::socket;
 use crate::logging::unix_seconds;
-use crate::metrics::Metrics;
 use crate::shortages::Shortages;
-use crate::socket;
 use crate::tailnet::{Peer, Way};
 use balance::Standing;
-use dial::Queue;
+use connect::Dial;
 use health::{Change, Event, Health};
 use inventory::{Endpoint, Inventory};
+pub use metrics::UpstreamMetrics;
+use queue::Queue;
 
 /// How long an address of several is tried last after a failed connect.
 const ADDRESS_ASIDE: Duration = Duration::from_secs(30);
@@ -69,6 +73,8 @@ pub struct Target {
     inventory: Arc<Inventory>,
     loops: Mutex<Option<(u64, SystemTime)>>,
     turn: AtomicUsize,
+    /// Of checks and probes, which take no turn of clients.
+    probe_turn: AtomicUsize,
     /// Somebody needs an answer of the resolver now.
     wanted: Notify,
     drained: AtomicBool,
@@ -76,8 +82,8 @@ pub struct Target {
     /// These two follow `health`, for the choice without a lock.
     is_up: AtomicBool,
     only_resets: AtomicBool,
-    /// When `health` was changed so that there is something to do: [`upkeep`] waits for it.
-    aside: Notify,
+    /// When `health` was changed so that there is something to do: [`maintenance`] waits for it.
+    ejected: Notify,
     /// Sends when nothing answers there any more.
     lost: watch::Sender<()>,
     resolution: watch::Sender<Resolution>,
@@ -97,6 +103,8 @@ enum Resolution {
     Known(Arc<[Arc<Address>]>),
     /// There never was a good answer; what the resolver said.
     Unknown(Arc<str>),
+    /// There is one, and the node's owner does not let a repository go there.
+    Forbidden(Arc<str>),
 }
 
 #[derive(Debug)]
@@ -168,7 +176,8 @@ impl Lease {
         &self.target
     }
 
-    /// The target has closed its side, so another connection may have the place. One that only half-closes and reads on cannot be told from that.
+    /// The target has closed its side, so another connection may have the place: what the client has not read yet waits here. One
+    /// that only half-closes and reads on cannot be told from that.
     pub fn give_up_place(&mut self) {
         if std::mem::take(&mut self.has_place) {
             self.target.active.fetch_sub(1, Relaxed);
@@ -198,6 +207,8 @@ impl Drop for Target {
         if !self.is_up.load(Relaxed) {
             self.endpoint.down.fetch_sub(1, Relaxed);
         }
+        // Nobody checks it on behalf of this upstream any more.
+        self.tell_others(&Event::CheckedElsewhere { by: self.upstream.clone(), silent: None });
     }
 }
 
@@ -230,7 +241,7 @@ impl Pool {
         config: &config::Upstream,
         previous: Option<&Self>,
         inventory: &Arc<Inventory>,
-        metrics: &Metrics,
+        metrics: &UpstreamMetrics,
     ) -> Self {
         let mut known: HashMap<&str, &Arc<Target>> =
             previous.iter().flat_map(|p| &p.targets).map(|t| (&**t.text(), t)).collect();
@@ -262,7 +273,12 @@ impl Pool {
 }
 
 impl Target {
-    fn new(upstream: &Arc<str>, address: &config::Target, inventory: &Arc<Inventory>, metrics: &Metrics) -> Arc<Self> {
+    fn new(
+        upstream: &Arc<str>,
+        address: &config::Target,
+        inventory: &Arc<Inventory>,
+        metrics: &UpstreamMetrics,
+    ) -> Arc<Self> {
         let up = metrics.target_up(upstream, &address.text);
         up.set(1);
         let known =
@@ -284,12 +300,13 @@ impl Target {
             inventory: inventory.clone(),
             loops: Mutex::default(),
             turn: AtomicUsize::new(0),
+            probe_turn: AtomicUsize::new(0),
             wanted: Notify::new(),
             drained: AtomicBool::new(false),
             health: Mutex::default(),
             is_up: AtomicBool::new(true),
             only_resets: AtomicBool::new(false),
-            aside: Notify::new(),
+            ejected: Notify::new(),
             lost: watch::Sender::new(()),
             resolution: watch::Sender::new(resolution),
             relayed: AtomicBool::new(false),
@@ -304,6 +321,12 @@ impl Target {
         target.endpoint.join(&target);
         if let Some(reason) = failure {
             target.note(Event::DialFailed { started: Instant::now(), reason });
+        }
+        for other in others {
+            let silent = other.health().silent().map(str::to_owned);
+            if silent.is_some() {
+                target.note(Event::CheckedElsewhere { by: other.upstream.clone(), silent });
+            }
         }
         target
     }
@@ -320,7 +343,7 @@ impl Target {
             tracing::warn!(
                 upstream = &*self.upstream,
                 target_name = &*self.address.text,
-                "connections to this target come back to this node: it is this node itself behind NAT, or another one that forwards them here; \
+                "connections to this target seem to come back to this node: it may be this node itself behind NAT, or another one that forwards them here; \
                  name the address where the service itself listens"
             );
         }
@@ -390,11 +413,21 @@ impl Target {
             return;
         }
         let of_the_machine = event.of_the_machine();
+        let silent = || self.health().silent().map(str::to_owned);
+        let before = silent();
         self.note(event);
         if let Some(event) = of_the_machine {
-            for other in self.endpoint.others(self) {
-                other.note(event.clone());
-            }
+            self.tell_others(&event);
+        }
+        let after = silent();
+        if before != after {
+            self.tell_others(&Event::CheckedElsewhere { by: self.upstream.clone(), silent: after });
+        }
+    }
+
+    fn tell_others(&self, event: &Event) {
+        for other in self.endpoint.others(self) {
+            other.note(event.clone());
         }
     }
 
@@ -425,7 +458,7 @@ impl Target {
             self.lost.send_replace(());
         }
         if outcome.up == Some(false) {
-            self.aside.notify_one();
+            self.ejected.notify_one();
         }
     }
 
@@ -458,9 +491,11 @@ impl Target {
         self.apply(Event::Tailnet { online: peer.map(|peer| peer.online) });
     }
 
-    /// What the resolver says of its name.
-    fn resolved(&self, answer: Result<Vec<IpAddr>, String>) {
+    /// What the resolver says of its name; whether that was of use.
+    fn resolved(&self, answer: Result<Vec<IpAddr>, String>) -> bool {
+        let has_answer = answer.is_ok();
         let answer = answer.and_then(|found| self.address.admit(found, socket::is_of_this_machine));
+        let is_of_use = answer.is_ok();
         let known = match (&*self.resolution.borrow(), &answer) {
             (Resolution::Known(known), _) => Some(known.clone()),
             _ => None,
@@ -490,22 +525,29 @@ impl Target {
             // The last good answer survives an outage of the resolver.
             (Err(reason), Some(_)) => {
                 tracing::debug!(target_name = &*self.address.text, reason, "resolver");
-                return;
+                return is_of_use;
             }
             (Err(reason), None) => {
-                self.resolution.send_replace(Resolution::Unknown(reason.as_str().into()));
+                let text = reason.as_str().into();
+                self.resolution.send_replace(if has_answer {
+                    Resolution::Forbidden(text)
+                } else {
+                    Resolution::Unknown(text)
+                });
                 Event::Unresolved { reason: format!("resolve: {reason}") }
             }
         };
         self.apply(event);
+        is_of_use
     }
 
     /// Where to connect: what has not failed lately first, then the client's address family, then in turn. Each call takes a turn.
-    fn in_turn(&self, known: &[Arc<Address>], ipv6_first: bool) -> Vec<Arc<Address>> {
+    fn in_turn(&self, known: &[Arc<Address>], dial: &Dial) -> Vec<Arc<Address>> {
         if known.len() < 2 {
             return known.to_vec();
         }
-        let now = self.now();
+        let (now, ipv6_first) = (self.now(), dial.client.is_ipv6());
+        let turn = if dial.is_probe { &self.probe_turn } else { &self.turn };
         // Others connect meanwhile: each is looked at once, and may have failed after `now`.
         let mut ranked: Vec<_> = known
             .iter()
@@ -519,7 +561,7 @@ impl Target {
         // Among those that are as good as the first: else the others' places would be the first one's, too.
         let first = ranked[0].0;
         let equals = ranked.iter().take_while(|(rank, _)| *rank == first).count();
-        ranked[..equals].rotate_left(self.turn.fetch_add(1, Relaxed) % equals);
+        ranked[..equals].rotate_left(turn.fetch_add(1, Relaxed) % equals);
         ranked.into_iter().map(|(_, address)| address).collect()
     }
 

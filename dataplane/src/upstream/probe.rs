@@ -11,15 +11,16 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::config::SendProxy;
+use crate::kernel::sys;
 use crate::proxy_protocol;
-use crate::sys;
 
-/// Content types of TLS records (RFC 8446 section 5.1), and the message that is waited for (section 4).
+/// Content types of TLS records (RFC 8446 section 5.1), and the message that is waited for (section
+/// 4).
 const ALERT: u8 = 21;
 const HANDSHAKE: u8 = 22;
 const SERVER_HELLO: u8 = 2;
-/// Zeros that make a hello as long as one with a share of X25519MLKEM768: some 1.8 KB, more than a packet
-/// takes. A smaller one would pass where a browser's is lost.
+/// Zeros that make a hello as long as one with a share of X25519MLKEM768: some 1.8 KB, more than a
+/// packet takes. A smaller one would pass where a browser's is lost.
 const PADDING: usize = 1550;
 
 /// Connects and [`speak`]s, within `patience`.
@@ -70,7 +71,8 @@ fn is_unacknowledged(stream: &TcpStream) -> bool {
     sys::unacknowledged(stream).is_ok_and(|bytes| bytes > 0)
 }
 
-/// Says that the connection is nobody's where `send_proxy` wants a header; with a server name sends a hello and waits for the answer.
+/// Says that the connection is nobody's where `send_proxy` wants a header; with a server name sends
+/// a hello and waits for the answer.
 ///
 /// # Errors
 /// What came instead of a ServerHello, for people.
@@ -156,7 +158,7 @@ pub async fn greeting(
 }
 
 fn in_words(error: &io::Error) -> String {
-    format!("{}: {error}", super::dial::label(error))
+    format!("{}: {error}", super::connect::Cause::from(error).as_str())
 }
 
 async fn server_hello(stream: &mut TcpStream) -> Result<(), String> {
@@ -175,9 +177,10 @@ async fn server_hello(stream: &mut TcpStream) -> Result<(), String> {
     }
 }
 
-/// A ClientHello that any TLS 1.2 or 1.3 server can answer (RFC 8446 section 4.1.2), with this server name. Nobody means to finish the handshake, so the key share
-/// is a number that everybody knows: the base point of X25519 (RFC 7748 section 4.1). `padding` zeros
-/// make it as long as a browser's, which has a share of ML-KEM.
+/// A ClientHello that any TLS 1.2 or 1.3 server can answer (RFC 8446 section 4.1.2), with this
+/// server name. Nobody means to finish the handshake, so the key share is a number that everybody
+/// knows: the base point of X25519 (RFC 7748 section 4.1). `padding` zeros make it as long as a
+/// browser's, which has a share of ML-KEM.
 fn client_hello(out: &mut Vec<u8>, name: &str, padding: usize) {
     const SUITES: [u16; 9] = [0x1301, 0x1302, 0x1303, 0xc02b, 0xc02f, 0xc02c, 0xc030, 0xcca9, 0xcca8];
     const GROUPS: [u16; 3] = [29, 23, 24];

@@ -2,10 +2,10 @@
 
 use std::net::{Ipv4Addr, TcpListener};
 
-use super::dial::Dial;
+use super::connect::Dial;
 use super::*;
 use crate::config::{Config, Source, parse};
-use upkeep::Upkeep;
+use maintenance::Maintenance;
 
 /// For what takes milliseconds where nobody takes the processor away.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -27,7 +27,7 @@ fn pool_of(config: &Config) -> Arc<Pool> {
 }
 
 fn pool_with(config: &Config, inventory: &Arc<Inventory>) -> Arc<Pool> {
-    Arc::new(Pool::new(&config.upstreams[0], None, inventory, &Metrics::new()))
+    Arc::new(Pool::new(&config.upstreams[0], None, inventory, &crate::metrics::Metrics::new().upstreams))
 }
 
 fn refused() -> Event {
@@ -36,7 +36,7 @@ fn refused() -> Event {
 
 /// The second sign.
 fn still_refused() -> Event {
-    Event::TrialFailed { reason: "refused".into(), answers: false }
+    Event::ProbeFailed { reason: "refused".into(), answers: false }
 }
 
 /// A server that accepts, and its address.
@@ -47,7 +47,7 @@ fn server() -> (TcpListener, SocketAddr) {
 }
 
 fn dial() -> Dial {
-    Dial { client: ([192, 0, 2, 9], 1).into(), own: [].into(), port: None, speaks_first: false }
+    Dial { client: ([192, 0, 2, 9], 1).into(), own: [].into(), port: None, speaks_first: false, is_probe: false }
 }
 
 async fn soon<T>(what: impl Future<Output = T>) -> T {
@@ -55,8 +55,8 @@ async fn soon<T>(what: impl Future<Output = T>) -> T {
 }
 
 async fn looked_after_until_up(config: &Config, pool: &Arc<Pool>) {
-    let upkeep = Upkeep::start().unwrap();
-    upkeep.follow(config, std::slice::from_ref(pool));
+    let maintenance = Maintenance::start().unwrap();
+    maintenance.follow(config, std::slice::from_ref(pool));
     soon(async {
         while !pool.targets[0].is_up.load(Relaxed) {
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -78,6 +78,35 @@ async fn a_name_that_leads_back_to_a_listener_of_ours_is_no_target() {
         }
     }
     assert!(soon(pool.dial(dial())).await.is_ok(), "but for another's service on this machine it is one");
+}
+
+#[tokio::test]
+async fn a_dial_to_another_port_is_judged_by_that_port() {
+    let (own, at) = server();
+    let (secret, elsewhere) = server();
+    secret.set_nonblocking(true).unwrap();
+    for host in ["laptop", "127.0.0.1"] {
+        let node = format!(
+            "[source]\ngit = \"/srv/x.git\"\nallow_listeners = [\"*:1\"]\nallow_targets = [\"*\", \"127.0.0.1:{}\"]\n",
+            at.port()
+        );
+        let fence = crate::config::repository(&Source::new("node.toml", node)).unwrap().unwrap().fence;
+        let text = format!(
+            "[listeners.a]\nmode = \"tcp\"\nbind = [\"192.0.2.1:1\"]\nupstream = \"u\"\n\
+             [upstreams.u]\ntargets = [\"{host}:{}\"]\n",
+            at.port()
+        );
+        let source = Arc::new(Source::of_repository("dataplane.toml", text));
+        let pool = pool_of(&crate::config::parse_within(source, Some(fence)).unwrap().0);
+        if host == "laptop" {
+            pool.targets[0].resolved(Ok(vec![at.ip()]));
+        }
+        assert!(soon(pool.dial(dial())).await.is_ok(), "{host}");
+        own.accept().unwrap();
+        let challenge = Dial { port: Some(elsewhere.port()), ..dial() };
+        assert!(soon(pool.dial(challenge)).await.is_err() && secret.accept().is_err(), "{host}");
+        assert!(pool.targets[0].is_up.load(Relaxed), "which says nothing of the target");
+    }
 }
 
 #[tokio::test]
@@ -206,6 +235,59 @@ async fn a_client_that_has_nowhere_else_to_go_has_the_name_looked_up() {
 }
 
 #[tokio::test]
+async fn an_answer_that_may_not_be_used_is_asked_for_again_and_nobody_waits_for_it() {
+    let node = "[source]\ngit = \"/srv/x.git\"\nallow_listeners = [\"*:1\"]\n";
+    let fence = crate::config::repository(&Source::new("node.toml", node.to_owned())).unwrap().unwrap().fence;
+    let text = "[listeners.a]\nmode = \"tcp\"\nbind = [\"192.0.2.1:1\"]\nupstream = \"u\"\n\
+                [upstreams.u]\ntargets = [\"localhost.example:443\"]\nconnect_timeout = \"60s\"\n";
+    let source = Arc::new(Source::of_repository("dataplane.toml", text.into()));
+    let pool = pool_of(&crate::config::parse_within(source, Some(fence)).unwrap().0);
+    let target = &pool.targets[0];
+    assert!(!target.resolved(Ok(vec![Ipv4Addr::LOCALHOST.into()])), "it is of no use");
+    assert!(soon(pool.dial(dial())).await.is_err());
+    assert!(soon(pool.dial(dial())).await.is_err(), "nobody waits, however many come");
+    soon(target.wanted.notified()).await;
+    assert!(target.resolved(Ok(vec![[192, 0, 2, 1].into()])));
+    assert!(target.is_up.load(Relaxed));
+    assert!(!target.resolved(Ok(vec![Ipv4Addr::LOCALHOST.into()])), "nor is it when there was a good one");
+}
+
+#[tokio::test]
+async fn checks_and_probes_take_no_turn_of_clients() {
+    let pool = pool(&["laptop.example:443"], "");
+    let target = &pool.targets[0];
+    target.resolved(Ok(vec![[192, 0, 2, 1].into(), [192, 0, 2, 2].into()]));
+    let addresses = match &*target.resolution.borrow() {
+        Resolution::Known(known) => known.clone(),
+        other => panic!("{other:?}"),
+    };
+    let first = |dial: &Dial| target.in_turn(&addresses, dial)[0].at;
+    let client = first(&dial());
+    first(&Dial { is_probe: true, ..dial() });
+    assert_ne!(first(&dial()), client, "the other address has its turn");
+}
+
+#[tokio::test]
+async fn a_machine_that_answers_no_check_is_down_in_every_upstream_until_it_does() {
+    let text = "[listeners.a]\nmode = \"tcp\"\nbind = [\"192.0.2.1:1\"]\nupstream = \"u\"\n\
+                [upstreams.u]\ntargets = [\"192.0.2.9:1\"]\n[upstreams.v]\ntargets = [\"192.0.2.9:1\"]\n";
+    let config = parse(Arc::new(Source::new("test.toml", text.to_owned()))).unwrap().0;
+    let inventory = Arc::default();
+    let metrics = crate::metrics::Metrics::new();
+    let pool = |index: usize| Pool::new(&config.upstreams[index], None, &inventory, &metrics.upstreams);
+    let (checking, other) = (pool(0), pool(1));
+    let failed = || Event::CheckFailed { fall: 1, reason: "check: timeout".into(), answers: false };
+    checking.targets[0].apply(failed());
+    assert_eq!(other.targets[0].health().reason(), Some("check: timeout"));
+    assert_eq!(pool(1).targets[0].health().reason(), Some("check: timeout"), "who comes later learns it, too");
+    checking.targets[0].apply(Event::CheckPassed { rise: 1 });
+    assert!(other.targets[0].is_up.load(Relaxed));
+    checking.targets[0].apply(failed());
+    drop(checking);
+    assert!(other.targets[0].is_up.load(Relaxed), "nobody checks it any more");
+}
+
+#[tokio::test]
 async fn who_waits_for_room_is_served_in_turn() {
     let (_server, at) = server();
     let pool = pool(&[&at.to_string()], "max_connections_per_target = 1\nconnect_timeout = \"60s\"");
@@ -234,7 +316,7 @@ async fn addresses_that_fail_while_they_are_put_in_order_do_no_harm() {
     let Resolution::Known(all) = &*target.resolution.borrow() else { unreachable!("it was told") };
     // Another thread's clock is read after ours.
     all[3].failed_at.store(target.now() + 1000, Relaxed);
-    assert_eq!(target.in_turn(all, false).last().unwrap().at, all[3].at);
+    assert_eq!(target.in_turn(all, &dial()).last().unwrap().at, all[3].at);
 }
 
 #[tokio::test]

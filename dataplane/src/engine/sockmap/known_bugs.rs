@@ -1,23 +1,35 @@
-//! What is known to be wrong with sockmaps in kernels that people run: panics, use after free, deadlocks, bytes that come twice or to the wrong side.
+//! What is known to be wrong with sockmaps in kernels that people run: panics, use after free,
+//! deadlocks, bytes that come twice or to the wrong side.
 //!
-//! The self-test tries out what can be tried. These bugs need a race, or memory that is short, or an skb that only a network card makes: no test at start finds
-//! them, and a client or a peer can bring them about. So the kernel's own version says whether it has the fix. A kernel of which that is not known counts as one
-//! without: the number of a distribution's kernel often stays at `.0` whatever was mended in it.
+//! The self-test tries out what can be tried. These bugs need a race, or memory that is short, or
+//! an skb that only a network card makes: no test at start finds them, and a client or a peer can
+//! bring them about. So the kernel's own version says whether it has the fix. A kernel of which
+//! that is not known counts as one without: the number of a distribution's kernel often stays at
+//! `.0` whatever was mended in it.
 //!
-//! Only bugs that our use can reach are rows: TCP sockets, an `sk_skb` verdict that redirects to egress, passes or drops; no `sk_msg` program, no strparser, no
-//! kTLS, no redirect to ingress, no other protocol, no listener in the map, no helper that updates or deletes from a program. Looked at and left out:
+//! Only bugs that our use can reach are rows: TCP sockets, an `sk_skb` verdict that redirects to
+//! egress, passes or drops; no `sk_msg` program, no strparser, no kTLS, no redirect to ingress, no
+//! other protocol, no listener in the map, no helper that updates or deletes from a program. Looked
+//! at and left out:
 //!
-//! - CVE-2022-50536, CVE-2024-56633, CVE-2024-56720, CVE-2025-39913, CVE-2026-63926, CVE-2026-64548, CVE-2026-68284, CVE-2026-74256, CVE-2026-74589: in the send
-//!   path of `sk_msg` programs.
+//! - CVE-2022-50536, CVE-2024-56633, CVE-2024-56720, CVE-2025-39913, CVE-2026-63926,
+//!   CVE-2026-64548, CVE-2026-68284, CVE-2026-74256, CVE-2026-74589: in the send path of `sk_msg`
+//!   programs.
 //! - CVE-2025-38166, CVE-2026-64025: kTLS on a socket of the map.
-//! - CVE-2026-43016, CVE-2026-53033: `AF_UNIX`. CVE-2023-52523: redirects of `sk_msg` to other protocols than TCP.
+//! - CVE-2026-43016, CVE-2026-53033: `AF_UNIX`. CVE-2023-52523: redirects of `sk_msg` to other
+//!   protocols than TCP.
 //! - CVE-2024-35895: a program that deletes from a map while it holds an interrupt's lock.
-//! - CVE-2024-56664: an element is replaced while its socket closes. A key of ours is used again only after its socket was closed or taken out (`table::Place`).
-//! - 76be5fae32fe (bpf, sockmap: Fix psock incorrectly pointing to sk): a socket is taken out and put back while the kernel's worker still has something to
-//!   send for it. We take one out when all was sent, and put it back a second later at the earliest (`engine::promotion`).
+//! - CVE-2024-56694: a verdict that passes takes a lock which its caller holds already. Only the
+//!   strparser is such a caller.
+//! - CVE-2024-56664: an element is replaced while its socket closes. A key of ours is used again
+//!   only after its socket was closed or taken out (`table::Slot`).
+//! - 76be5fae32fe (bpf, sockmap: Fix psock incorrectly pointing to sk): a socket is taken out and
+//!   put back while the kernel's worker still has something to send for it. We take one out when
+//!   all was sent, and put it back a second later at the earliest (`engine::promotion`).
 //!
-//! Sources: the records of the kernel's own CVE authority (cve/published in git.kernel.org's vulns.git), and for rows without a CVE the announcements of the
-//! stable releases, which list their commits. No row names a distribution's package: none was verified.
+//! Sources: the records of the kernel's own CVE authority (cve/published in git.kernel.org's
+//! vulns.git), and for rows without a CVE the announcements of the stable releases, which list
+//! their commits. No row names a distribution's package: none was verified.
 
 use std::fmt;
 
@@ -41,7 +53,6 @@ impl Version {
     }
 }
 
-/// One bug.
 struct Bug {
     /// Continues "a bug by which …".
     what: &'static str,
@@ -49,7 +60,8 @@ struct Bug {
     name: &'static str,
     /// The first release of mainline with the fix: it and all later branches have it.
     mainline: Version,
-    /// The first release of each older branch that got it. A branch that is not here is not known to have it.
+    /// The first release of each older branch that got it. A branch that is not here is not known
+    /// to have it.
     stable: &'static [Version],
     /// Older branches that never had the bug.
     spared: &'static [Version],
@@ -82,7 +94,8 @@ const BUGS: &[Bug] = &[
         spared: &[],
     },
     Bug {
-        // What is passed and cannot be queued at once, for want of memory, is redirected at the second attempt.
+        // What is passed and cannot be queued at once, for want of memory, is redirected at the
+        // second attempt.
         what: "bytes can go back to their sender when memory is short",
         // bpf, sockmap: Fix data lost during EAGAIN retries.
         name: "7683167196bd",
@@ -108,7 +121,8 @@ const BUGS: &[Bug] = &[
     },
     Bug {
         what: "data that arrives for a socket that leaves the map can make the kernel follow a null pointer",
-        // 4cd12c6065df (bpf, sockmap: Fix NULL pointer dereference in sk_psock_verdict_data_ready()).
+        // 4cd12c6065df (bpf, sockmap: Fix NULL pointer dereference in
+        // sk_psock_verdict_data_ready()).
         name: "CVE-2024-26731",
         mainline: Version(6, 8, 0),
         stable: &[Version(6, 1, 80), Version(6, 6, 19), Version(6, 7, 7)],
@@ -128,7 +142,7 @@ const BUGS: &[Bug] = &[
         name: "CVE-2023-52735",
         mainline: Version(6, 2, 0),
         stable: &[Version(5, 15, 95), Version(6, 1, 13)],
-        spared: &[Version(5, 10, 0)],
+        spared: &[],
     },
     Bug {
         what: "the end of the process can make the kernel use memory that was freed",
@@ -161,7 +175,8 @@ struct Kernel {
 impl Kernel {
     /// Of uname(2)'s fields `release` and `version`; `None` where the first is no number.
     ///
-    /// Debian's release may be the name of an interface (`6.1.0-37-amd64`), and its true version stands in the other field (`#1 SMP … Debian 6.1.140-1 (2025-05-22)`).
+    /// Debian's release may be the name of an interface (`6.1.0-37-amd64`), and its true version
+    /// stands in the other field (`#1 SMP … Debian 6.1.140-1 (2025-05-22)`).
     fn read(release: &str, version: &str) -> Option<Self> {
         let named = Self::parse(release)?;
         let mut words = version.split_whitespace();
@@ -207,7 +222,8 @@ pub fn judge(release: &str, version: &str) -> Result<(), String> {
     ))
 }
 
-/// The first release without any of the bugs, of each branch that has one, oldest first; the last is mainline's.
+/// The first release without any of the bugs, of each branch that has one, oldest first; the last
+/// is mainline's.
 fn needed() -> Vec<Version> {
     let mut releases: Vec<_> = BUGS.iter().flat_map(|bug| bug.stable.iter().chain([&bug.mainline])).copied().collect();
     releases.sort_unstable();
@@ -341,6 +357,9 @@ mod tests {
             assert!(bug.stable.iter().all(|fixed| *fixed < bug.mainline), "{}", bug.name);
             assert!(!bug.is_fixed_in(Kernel { version: Version(4, 20, 0), candidate: false }), "{}", bug.name);
         }
+        // Its record knows of no release before the bug, and of no fix in this branch.
+        let stack = BUGS.iter().find(|bug| bug.name == "CVE-2023-52735").expect("a row");
+        assert!(!stack.is_fixed_in(Kernel { version: Version(5, 10, 250), candidate: false }));
         let readme = include_str!("../../../../README.md");
         for version in needed() {
             assert_eq!(of(&version.to_string()), Ok(()), "a remedy that is obeyed must do: {version}");

@@ -1,11 +1,18 @@
-//! The sockmap engine: an sk_skb program redirects bytes between both sockets inside the kernel, and userspace sleeps.
+//! The sockmap engine: an sk_skb program redirects bytes between both sockets inside the kernel,
+//! and userspace sleeps.
 //!
-//! In the order of a connection's life: `table` gives it a place, `flow` puts its sockets into the map and drives it, `stream` decides for each direction
-//! who forwards, `reactor` wakes it. The program's half of the rules is [`common::governor`]. Whether this kernel can be trusted with it, [`known_bugs`] says by its
-//! version and [`self_test`] by its behaviour.
+//! In the order of a connection's life: `table` gives it a slot, `flow` puts its sockets into the
+//! map and drives it, `stream` decides for each direction who forwards, `reactor` wakes it,
+//! `leaving` says how it gets out. The program's half of the rules is
+//! [`common::sockmap::governor`]. Whether this kernel can be trusted with it, [`known_bugs`] says
+//! by its version and [`self_test`] by its behaviour. README.md beside this file has the states,
+//! the rules and what makes them safe.
 
+mod engaged;
 mod flow;
 pub mod known_bugs;
+mod leaving;
+pub mod programs;
 mod reactor;
 pub mod self_test;
 mod stream;
@@ -14,5 +21,30 @@ mod table;
 #[cfg(test)]
 mod model;
 
-pub use flow::{Engaged, Left, Outcome, forward};
+use std::sync::Arc;
+
 pub use table::Table;
+
+use super::in_kernel::{Forwarding, InKernel};
+use super::pair::{Kind, Legs, Timeouts};
+use super::traffic::Traffic;
+
+impl InKernel for Table {
+    fn kind(&self) -> Kind {
+        Kind::Sockmap
+    }
+
+    fn set_memory(&self, bytes: u64) {
+        Table::set_memory(self, bytes);
+    }
+
+    fn forward(
+        self: Arc<Self>,
+        legs: Legs,
+        leave_on_bulk: bool,
+        timeouts: Timeouts,
+        traffic: &Traffic,
+    ) -> Forwarding<'_> {
+        Box::pin(flow::forward(self, legs, leave_on_bulk, timeouts, traffic))
+    }
+}

@@ -1,31 +1,32 @@
-//! The program's rules and the daemon's against each other: the real [`governor`] and the real [`Stream`]s of both directions, over a kernel that is played
-//! here and whose every choice is random. It makes its steps between any two calls of the daemon, as if on another CPU.
+//! The program's rules and the daemon's against each other: the real [`governor`] and the real
+//! [`Stream`]s of both directions, over a kernel that is played here and whose every choice is
+//! random. It makes its steps between any two calls of the daemon, as if on another CPU.
 //!
-//! What must hold, whatever the schedule: the sinks accept exactly what the sources' peers sent, in order; what waits in the kernel is bounded; a direction is
-//! complete only when its sink has accepted all of it; and nobody sleeps for ever. The last tests break one rule each, and see that it is noticed.
+//! What must hold, whatever the schedule: the sinks accept exactly what the sources' peers sent, in
+//! order; what waits in the kernel is bounded; a direction is complete only when its sink has
+//! accepted all of it; and nobody sleeps for ever. The last tests break one rule each, and see that
+//! it is noticed.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io;
 use std::time::Duration;
 
-use common::governor::{self, Action, BASE_KNOWN, SEGMENT_COST, Sink};
-use common::{Budget, Row};
+use common::sockmap::governor::{self, Action, BASE_KNOWN, SEGMENT_COST, Sink};
+use common::sockmap::{Budget, Row};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
 use tokio::time::Instant;
 
+use super::leaving::{Leaving, Step, View};
 use super::stream::{Broken, Next, Phase, Ports, Received, Stream, Want};
 use super::table::Signal;
 use crate::engine::copy;
+use crate::engine::in_kernel::Left;
 
 /// Steps in which a connection whose parties are all willing must come to its end.
 const PATIENCE: u32 = 200_000;
-
-/// As in `flow`: how long data is kept away from sockets that are to leave the map, and how soon the next attempt is.
-const QUIET: Duration = Duration::from_millis(100);
-const LEAVE_AGAIN: Duration = Duration::from_secs(1);
 
 /// What is wrong on purpose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -186,7 +187,8 @@ struct Socket {
     fin: bool,
     /// Received, without a verdict.
     receive_queue: VecDeque<Span>,
-    /// Something was received just now, and the socket is locked until there is a verdict on all of `receive_queue`.
+    /// Something was received just now, and the socket is locked until there is a verdict on all of
+    /// `receive_queue`.
     locked: bool,
     verdict: Option<Verdict>,
     /// What recv(2) gives.
@@ -327,7 +329,8 @@ impl Kernel {
         }
     }
 
-    /// Something before the bytes for this sink was lost by the kernel, which is not the rules' fault.
+    /// Something before the bytes for this sink was lost by the kernel, which is not the rules'
+    /// fault.
     fn has_gap(&self, sink: usize) -> bool {
         self.fault == Fault::LosesSegment && self.lost[1 - sink]
     }
@@ -669,7 +672,8 @@ impl Ports for Direction<'_> {
         self.world.meanwhile();
         let mut kernel = self.world.kernel.borrow_mut();
         self.world.lock(&mut kernel, self.from);
-        // What came before the socket was in the map has its verdict now (net/ipv4/tcp_bpf.c, `tcp_bpf_recvmsg_parser`).
+        // What came before the socket was in the map has its verdict now (net/ipv4/tcp_bpf.c,
+        // `tcp_bpf_recvmsg_parser`).
         while self.world.verdict(&mut kernel, self.from) {}
         let Some(head) = kernel.sides[self.from].readable.front().copied() else {
             if kernel.sides[self.from].fin {
@@ -732,9 +736,7 @@ struct Daemon<'a> {
     now: Instant,
     next: Next,
     want: Want,
-    leaving: bool,
-    not_before: Instant,
-    quiet_until: Option<Instant>,
+    leaving: Leaving,
     ended: Ended,
 }
 
@@ -747,9 +749,7 @@ impl<'a> Daemon<'a> {
             now,
             next: Next::Turn,
             want: Want::Kernel,
-            leaving: false,
-            not_before: now,
-            quiet_until: None,
+            leaving: Leaving::new(now, None),
             ended: Ended::default(),
         }
     }
@@ -770,7 +770,7 @@ impl<'a> Daemon<'a> {
     fn run(&mut self, case: &Case) -> Result<(), String> {
         self.hear();
         let fickle = case.fickle && self.world.kernel.borrow_mut().dice.one_in(8);
-        self.want = if self.leaving || fickle { Want::Userspace } else { Want::Kernel };
+        self.want = if fickle { Want::Userspace } else { self.leaving.want() };
         self.next = Next::Event;
         for from in 0..2 {
             let was = self.streams[from].phase;
@@ -791,11 +791,11 @@ impl<'a> Daemon<'a> {
                 self.all_accepted(from, "complete")?;
             }
             if self.streams[from].left_for() == Some(governor::Reason::Bulk) {
-                self.leave_soon();
+                self.leave_soon(Left::Bulk);
             }
         }
         if self.ended.complete != [false; 2] {
-            self.leave_soon();
+            self.leave_soon(Left::Ending);
         }
         if case.leaves {
             self.leave()?;
@@ -837,27 +837,21 @@ impl<'a> Daemon<'a> {
         }
     }
 
-    fn leave_soon(&mut self) {
-        if !self.leaving {
-            self.leaving = true;
+    fn leave_soon(&mut self, why: Left) {
+        if self.leaving.note(Some(why)) {
             self.next = Next::Turn;
         }
     }
 
-    /// Keeps data away, and takes the sockets out of the map once nothing is left to forward.
+    /// Does the steps of the real [`Leaving`] to the kernel that is played.
     fn leave(&mut self) -> Result<(), String> {
-        let open = |daemon: &Self| (0..2).filter(|side| !daemon.ended.complete[*side]).collect::<Vec<_>>();
-        let Some(until) = self.quiet_until else {
-            let may_leave = self.streams.iter().all(|stream| match stream.phase {
-                Phase::Complete => true,
-                Phase::Userspace => !stream.is_blocked(),
-                Phase::Kernel | Phase::Proving => false,
-            });
-            if self.leaving && may_leave {
-                if self.now < self.not_before {
-                    self.next = sooner(self.next, Next::At(self.not_before));
-                    return Ok(());
-                }
+        let view = View::of(self.streams.iter(), false);
+        let (streams, rows) = (&self.streams, &self.world.rows);
+        let is_drained = || streams.iter().zip(rows).all(|(stream, row)| stream.is_drained(row));
+        match self.leaving.step(self.now, view, is_drained) {
+            Step::Wait(None) => {}
+            Step::Wait(Some(at)) => self.next = sooner(self.next, Next::At(at)),
+            Step::KeepDataAway => {
                 let mut kernel = self.world.kernel.borrow_mut();
                 kernel.quiet = true;
                 // What had begun is waited for.
@@ -865,28 +859,24 @@ impl<'a> Daemon<'a> {
                     self.world.lock(&mut kernel, side);
                 }
                 drop(kernel);
-                for side in open(self) {
+                for side in (0..2).filter(|side| !self.ended.complete[*side]) {
                     self.streams[side].readable = true;
                 }
-                self.quiet_until = Some(self.now + QUIET);
+                self.leaving.kept_away(self.now);
                 self.next = Next::Turn;
             }
-            return Ok(());
-        };
-        if open(self).iter().all(|side| self.streams[*side].is_drained(&self.world.rows[*side])) {
-            self.world.meanwhile();
-            self.ended.left = true;
-            (0..2).try_for_each(|side| self.all_accepted(side, "drained"))
-        } else if self.now >= until {
-            self.world.kernel.borrow_mut().quiet = false;
-            self.quiet_until = None;
-            self.not_before = self.now + LEAVE_AGAIN;
-            self.next = Next::Turn;
-            Ok(())
-        } else {
-            self.next = sooner(self.next, Next::At(self.now + Duration::from_millis(1)));
-            Ok(())
+            Step::LetDataIn => {
+                self.world.kernel.borrow_mut().quiet = false;
+                self.next = Next::Turn;
+            }
+            Step::TakeOut(_) => {
+                self.world.meanwhile();
+                self.ended.left = true;
+                return (0..2).try_for_each(|side| self.all_accepted(side, "drained"));
+            }
+            Step::Finish => return Err("a FIN that nobody owes".to_owned()),
         }
+        Ok(())
     }
 
     /// Nothing of this direction is anywhere but in the sink.

@@ -1,7 +1,10 @@
-//! Readiness of sockets in the sockmap: one epoll instance a worker, itself registered with the worker's runtime.
+//! Readiness of sockets in the sockmap: one epoll instance a worker, itself registered with the
+//! worker's runtime.
 //!
-//! tokio registers sockets for EPOLLIN. The kernel wakes such a waiter for every segment, also for one that it has redirected already: 100,000 wake-ups in a
-//! transfer of 4 GB. So a socket in the map is registered here, for nothing but the end of the stream and errors, until userspace has something to do with it.
+//! tokio registers sockets for EPOLLIN. The kernel wakes such a waiter for every segment, also for
+//! one that it has redirected already: 100,000 wake-ups in a transfer of 4 GB. So a socket in the
+//! map is registered here, for nothing but the end of the stream and errors, until userspace has
+//! something to do with it.
 
 use std::cell::OnceCell;
 use std::io;
@@ -15,9 +18,9 @@ use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
 
-use super::table::{Place, Signal, Table};
-use crate::engine::Side;
-use crate::sys;
+use super::table::{Signal, Slot, Table};
+use crate::engine::pair::Side;
+use crate::kernel::sys;
 
 /// Events fetched at once.
 const BATCH: usize = 64;
@@ -30,7 +33,7 @@ thread_local! {
 #[derive(Debug)]
 pub struct Registration {
     epoll: Arc<OwnedFd>,
-    /// Place and side.
+    /// Slot and side.
     data: u64,
     flags: EventFlags,
 }
@@ -42,14 +45,15 @@ fn always() -> EventFlags {
 }
 
 impl Registration {
-    /// Registers a socket of this place with its worker's epoll instance.
-    pub fn new(epoll: Arc<OwnedFd>, place: &Place, side: Side, socket: &TcpStream) -> io::Result<Self> {
-        let data = u64::from(place.index()) * 2 + side as u64;
+    /// Registers a socket of this slot with its worker's epoll instance.
+    pub fn new(epoll: Arc<OwnedFd>, slot: &Slot, side: Side, socket: &TcpStream) -> io::Result<Self> {
+        let data = u64::from(slot.index()) * 2 + side as u64;
         epoll::add(&epoll, socket, EventData::new_u64(data), always())?;
         Ok(Self { epoll, data, flags: always() })
     }
 
-    /// Says whether it matters that the socket can be read or written. What is ready already is told at once.
+    /// Says whether it matters that the socket can be read or written. What is ready already is
+    /// told at once.
     pub fn want(&mut self, socket: &TcpStream, readable: bool, writable: bool) -> io::Result<()> {
         let mut flags = always();
         flags.set(EventFlags::IN, readable);

@@ -1,6 +1,8 @@
-//! Whether this kernel can be trusted with connections: its behaviour is tried out, since version numbers do not tell what a distribution has mended.
+//! Whether this kernel can be trusted with connections: its behaviour is tried out, since version
+//! numbers do not tell what a distribution has mended.
 //!
-//! Real connections over a loopback interface, through the whole engine, in a network namespace of its own where that is allowed. Well under a second.
+//! Real connections over a loopback interface, through the whole engine, in a network namespace of
+//! its own where that is allowed. Well under a second.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream as StdStream};
@@ -13,9 +15,10 @@ use socket2::SockRef;
 use tokio::net::TcpStream;
 
 use super::table::Table;
-use crate::config::EngineChoice;
-use crate::engine::{self, Effective, End, First, Kind, Pair, Side, Timeouts, Traffic};
-use crate::{socket, sys};
+use crate::engine::driver::{self, Plan};
+use crate::engine::pair::{End, First, Kind, Pair, Side, Timeouts};
+use crate::engine::traffic::Traffic;
+use crate::kernel::{socket, sys};
 
 /// A test that takes longer hangs.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -57,22 +60,16 @@ fn all(table: &Arc<Table>) -> Result<(), String> {
         .enable_all()
         .build()
         .map_err(|error| format!("the self-test cannot start: {error}"))?;
-    let engine = Arc::new(Effective {
-        configured: EngineChoice::Sockmap,
-        relay: Kind::Copy,
-        sockmap: Some(table.clone()),
-        reasons: Vec::new(),
-        warnings: Vec::new(),
-    });
+    let plan = Arc::new(Plan { relay: Kind::Copy, in_kernel: Some(table.clone()), must_earn: false });
     runtime.block_on(async {
         for (what, check, expected) in CHECKS {
             let failed = |error: io::Error| format!("the self-test failed: {what}: {error}");
-            let traffic = Arc::new(Traffic::new(&engine));
+            let traffic = Arc::new(Traffic::by(plan.relay));
             let (circuit, pair) = Circuit::new(table, &traffic).map_err(failed)?;
             let timeouts = Timeouts { idle: LIMIT, half_closed: LIMIT, dead_peer: LIMIT };
             let forwarding = {
-                let engine = engine.clone();
-                tokio::spawn(async move { engine::forward(&engine, pair, timeouts, &traffic).await })
+                let plan = plan.clone();
+                tokio::spawn(async move { driver::forward(&plan, pair, timeouts, &traffic).await })
             };
             let checked = tokio::task::spawn_blocking(move || check(circuit)).await;
             checked.map_err(io::Error::other).and_then(|checked| checked).map_err(failed)?;

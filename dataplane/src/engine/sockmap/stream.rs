@@ -1,13 +1,15 @@
-//! One direction of a connection in the sockmap, on the daemon's side: asleep while the kernel forwards, forwarding itself while it must.
+//! One direction of a connection in the sockmap, on the daemon's side: asleep while the kernel
+//! forwards, forwarding itself while it must.
 //!
-//! The counterpart of [`common::governor`]; ARCHITECTURE.md tells the protocol between both. No sockets here: what has to be done to them is asked of [`Ports`],
-//! so that a test can play the kernel, and the clock is an argument.
+//! The counterpart of [`common::sockmap::governor`]; ARCHITECTURE.md tells the protocol between
+//! both. No sockets here: what has to be done to them is asked of [`Ports`], so that a test can
+//! play the kernel, and the clock is an argument.
 
 use std::io;
 use std::time::Duration;
 
-use common::Row;
-use common::governor::{HOLD, RUN, Reason};
+use common::sockmap::Row;
+use common::sockmap::governor::{HOLD, RUN, Reason};
 use tokio::time::Instant;
 
 use crate::engine::copy;
@@ -15,24 +17,28 @@ use crate::engine::copy;
 /// Reads before others get their turn.
 const READS_PER_TURN: usize = 4;
 
-/// Nothing tells when the sink has taken what was redirected to it: how soon to look again, doubling.
+/// Nothing tells when the sink has taken what was redirected to it: how soon to look again,
+/// doubling.
 const FIRST_POLL: Duration = Duration::from_millis(1);
 const LAST_POLL: Duration = Duration::from_millis(50);
 
-/// How long userspace keeps a direction after it left the kernel's path, at least. It doubles each time the direction comes back within [`FLAP`] of its
-/// return, so that a reader that is just too slow does not cost an event for each segment.
+/// How long userspace keeps a direction after it left the kernel's path, at least. It doubles each
+/// time the direction comes back within [`FLAP`] of its return, so that a reader that is just too
+/// slow does not cost an event for each segment.
 const STAY: Duration = Duration::from_millis(10);
 const LONGEST_STAY: Duration = Duration::from_secs(5);
 const FLAP: Duration = Duration::from_secs(1);
 
-/// Bytes that do not turn up for so long after the end of the stream are lost; so is the connection then.
+/// Bytes that do not turn up for so long after the end of the stream are lost; so is the connection
+/// then.
 const LOST_AFTER: Duration = Duration::from_secs(10);
 
 /// What a direction asks of its sockets.
 pub trait Ports {
     /// What it shares with the verdict program.
     fn row(&self) -> &Row;
-    /// Takes the source's lock and gives it back: a verdict that was running has ended. Then says what the source has received.
+    /// Takes the source's lock and gives it back: a verdict that was running has ended. Then says
+    /// what the source has received.
     fn barrier(&mut self) -> io::Result<Received>;
     /// Bytes of this direction that the sink's send queue has accepted, at least.
     fn accepted(&mut self) -> io::Result<u64>;
@@ -40,7 +46,6 @@ pub trait Ports {
     fn source_has_backlog(&mut self) -> io::Result<bool>;
     /// Reads once from the source and writes to the sink what it takes.
     fn step(&mut self) -> io::Result<copy::Step>;
-    /// Writes to the sink.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize>;
 }
 
@@ -78,7 +83,6 @@ pub enum Want {
 /// What a direction waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {
-    /// An event.
     Event,
     /// This time, or an event.
     At(Instant),
@@ -89,18 +93,14 @@ pub enum Next {
 /// Why a direction cannot go on.
 #[derive(Debug)]
 pub enum Broken {
-    /// The source failed.
     Source(io::Error),
-    /// The sink failed.
     Sink(io::Error),
     /// Bytes are missing, or more came than the receive window allows.
     Unproven(&'static str),
 }
 
-/// See the module.
 #[derive(Debug)]
 pub struct Stream {
-    /// Where it is.
     pub phase: Phase,
     /// The source may have something to read.
     pub readable: bool,
@@ -169,7 +169,8 @@ impl Stream {
         self.sent < self.rest.len()
     }
 
-    /// Whether userspace forwards, has forwarded all that there is, and nothing is left behind in the source.
+    /// Whether userspace forwards, has forwarded all that there is, and nothing is left behind in
+    /// the source.
     pub fn is_drained(&self, row: &Row) -> bool {
         match self.phase {
             Phase::Complete => true,
@@ -282,7 +283,8 @@ impl Stream {
     /// There is nothing to read.
     fn rest_or_return(&mut self, ports: &mut impl Ports, now: Instant, want: Want) -> Result<Option<Next>, Broken> {
         if ports.row().passed.get() != self.written {
-            // Passed bytes queue behind what the other direction sent to this socket. An event tells when they can be read; to look is cheap, and leans on nothing.
+            // Passed bytes queue behind what the other direction sent to this socket. An event
+            // tells when they can be read; to look is cheap, and leans on nothing.
             self.readable = true;
             return Ok(Some(self.look_again(now)));
         }
@@ -297,7 +299,8 @@ impl Stream {
         ports.row().mode.set(RUN);
         self.phase = Phase::Kernel;
         self.returned = Some(now);
-        // A verdict that still saw HOLD has passed its bytes and told nobody; behind the barrier `advance` sees them.
+        // A verdict that still saw HOLD has passed its bytes and told nobody; behind the barrier
+        // `advance` sees them.
         not_reset(ports.barrier().map_err(Broken::Source)?)?;
         Ok(None)
     }
@@ -326,7 +329,8 @@ impl Stream {
     }
 }
 
-/// A socket tells of a RST once, to whichever call comes first, and then reads like one that ended well.
+/// A socket tells of a RST once, to whichever call comes first, and then reads like one that ended
+/// well.
 fn not_reset(received: Received) -> Result<(), Broken> {
     if received.reset { Err(Broken::Source(io::ErrorKind::ConnectionReset.into())) } else { Ok(()) }
 }

@@ -1,4 +1,5 @@
-//! Places in the sockmap: which rows are whose, how much each may queue, and who is woken for a row.
+//! Places in the sockmap: which rows are whose, how much each may queue, and who is woken for a
+//! row.
 //!
 //! Knows no connection.
 
@@ -12,27 +13,30 @@ use std::time::{Duration, Instant};
 
 use atomic_waker::AtomicWaker;
 use aya::maps::{MapData, RingBuf};
-use common::{Budget, Row};
+use common::sockmap::{Budget, Row};
 use prometheus::IntCounter;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::oneshot;
 
-use crate::ebpf::{LoadError, Programs, load};
-use crate::engine::Side;
-use crate::sys;
+use super::programs::{Programs, load};
+use crate::engine::pair::Side;
+use crate::kernel::ebpf::LoadError;
+use crate::kernel::sys;
 
-/// Connections that the map has room for at most. A row is 128 bytes, and the kernel allocates them when the map is made.
+/// Connections that the map has room for at most. A row is 128 bytes, and the kernel allocates them
+/// when the map is made.
 const MOST: u32 = 16 * 1024;
 
-/// What one direction may queue in the kernel, whatever the budget allows: more than a segment of GRO, or bulk never stays in the kernel at all.
+/// What one direction may queue in the kernel, whatever the budget allows: more than a segment of
+/// GRO, or bulk never stays in the kernel at all.
 const LARGEST_QUEUE: u64 = 256 * 1024;
-/// Less is not worth a place: one message of 2 KiB and its overhead.
+/// Less is not worth a slot: one message of 2 KiB and its overhead.
 const SMALLEST_QUEUE: u64 = 4 * 1024;
 
-/// Space above the largest receive buffer: segments of GRO, and what is in flight when the window closes.
+/// Space above the largest receive buffer: segments of GRO, and what is in flight when the window
+/// closes.
 const UNREAD_MARGIN: u32 = 1 << 20;
 
-/// See the module.
 #[derive(Debug)]
 pub struct Table {
     /// What is in the kernel.
@@ -41,7 +45,7 @@ pub struct Table {
     pub spills: [IntCounter; 2],
     signals: Box<[Signal]>,
     free: Mutex<Vec<u32>>,
-    places: u32,
+    slots: u32,
     /// Bytes that all queues together may hold.
     memory: AtomicU64,
     /// TCP has so much of the machine's memory that nothing may be queued in the kernel.
@@ -93,20 +97,21 @@ impl Signal {
 }
 
 impl Table {
-    /// Loads the programs, with room for so many connections, and starts to listen to them. Spills are counted in `spills`.
+    /// Loads the programs, with room for so many connections, and starts to listen to them. Spills
+    /// are counted in `spills`.
     pub fn load(connections: usize, spills: [IntCounter; 2]) -> Result<Arc<Self>, LoadError> {
-        let places = MOST.min(connections as u32).max(1);
-        let mut programs = load(places)?;
+        let slots = MOST.min(connections as u32).max(1);
+        let mut programs = load(slots)?;
         bound_unread(&programs.budget[0]);
         let events = programs.events.take().expect("nobody took it before");
         let (grace, requests) = mpsc::channel();
         let table = Arc::new(Self {
             programs,
             spills,
-            signals: (0..places).map(|_| Signal::default()).collect(),
+            signals: (0..slots).map(|_| Signal::default()).collect(),
             // The last is taken first: rows that were never used cost no memory of ours.
-            free: Mutex::new((0..places).rev().collect()),
-            places,
+            free: Mutex::new((0..slots).rev().collect()),
+            slots,
             memory: AtomicU64::new(0),
             pressed: AtomicBool::new(false),
             grace,
@@ -125,8 +130,9 @@ impl Table {
         self.share_out(&self.free());
     }
 
-    /// A place for a connection; `None` when all are taken or the budget has nothing left for one more.
-    pub fn take(self: &Arc<Self>) -> Option<Place> {
+    /// A slot for a connection; `None` when all are taken or the budget has nothing left for one
+    /// more.
+    pub fn take(self: &Arc<Self>) -> Option<Slot> {
         let mut free = self.free();
         if self.share(&free, 1) < SMALLEST_QUEUE {
             return None;
@@ -135,30 +141,32 @@ impl Table {
         self.share_out(&free);
         drop(free);
         self.signals[index as usize].take();
-        let place = Place { table: self.clone(), index, cookies: [None; 2] };
+        let slot = Slot { table: self.clone(), index, cookies: [None; 2] };
         for side in [Side::Client, Side::Upstream] {
-            clear(place.row(side));
+            clear(slot.row(side));
         }
-        Some(place)
+        Some(slot)
     }
 
-    /// Waits until whatever in the kernel looked at something before this call has ended. Those who ask at the same time wait together.
+    /// Waits until whatever in the kernel looked at something before this call has ended. Those who
+    /// ask at the same time wait together.
     pub async fn grace_period(&self) -> io::Result<()> {
         let (answer, answered) = oneshot::channel();
         self.grace.send(answer).map_err(io::Error::other)?;
         answered.await.map_err(io::Error::other)?
     }
 
-    /// Whether the budget still has a share for each connection that is in the map: a reload may have taken it.
+    /// Whether the budget still has a share for each connection that is in the map: a reload may
+    /// have taken it.
     pub fn has_room(&self) -> bool {
         u64::from(self.programs.budget[0].queue.get()) >= SMALLEST_QUEUE
     }
 
     fn is_in_use(&self) -> bool {
-        self.free().len() < self.places as usize
+        self.free().len() < self.slots as usize
     }
 
-    /// The signal of a place.
+    /// The signal of a slot.
     pub fn signal(&self, index: u32) -> Option<&Signal> {
         self.signals.get(index as usize)
     }
@@ -177,14 +185,15 @@ impl Table {
         if self.pressed.load(Relaxed) {
             return 0;
         }
-        let connections = u64::from(self.places) - free.len() as u64 + more;
+        let connections = u64::from(self.slots) - free.len() as u64 + more;
         (self.memory.load(Relaxed) / (2 * connections.max(1))).min(LARGEST_QUEUE)
     }
 
     /// Gives the kernel's path up while TCP is short of memory, and takes it again later.
     ///
-    /// Then send buffers shrink, and what was redirected to a socket whose peer does not read may have to wait. Passed bytes queue behind it, charged to nobody:
-    /// with both directions of many connections stalled that would be much.
+    /// Then send buffers shrink, and what was redirected to a socket whose peer does not read may
+    /// have to wait. Passed bytes queue behind it, charged to nobody: with both directions of many
+    /// connections stalled that would be much.
     fn watch_memory(&self, pressure: u64) {
         let Some(used) = tcp_memory() else { return };
         // Leave early, come back late.
@@ -201,7 +210,8 @@ fn bound_unread(budget: &Budget) {
     let (receive, send) = (largest_buffer("tcp_rmem"), largest_buffer("tcp_wmem"));
     let unread = receive.saturating_add(UNREAD_MARGIN);
     budget.unread.set(unread);
-    // What may be past the filter already: a queue of segments that came out of order, and the backlog of a socket in use (net/ipv4/tcp_ipv4.c, `tcp_add_backlog`).
+    // What may be past the filter already: a queue of segments that came out of order, and the
+    // backlog of a socket in use (net/ipv4/tcp_ipv4.c, `tcp_add_backlog`).
     budget.flood.set(unread.saturating_add(receive).saturating_add(receive).saturating_add(send));
 }
 
@@ -214,7 +224,7 @@ fn largest_buffer(sysctl: &str) -> u32 {
 }
 
 fn clear(row: &Row) {
-    row.mode.set(common::governor::HOLD);
+    row.mode.set(common::sockmap::governor::HOLD);
     for long in [&row.passed, &row.redirected, &row.consumed] {
         long.set(0);
     }
@@ -237,21 +247,20 @@ fn clear(row: &Row) {
     }
 }
 
-/// The place of one connection: two keys, two rows, a signal. It must outlive the sockets that were put there, or they must have been taken out.
+/// The slot of one connection: two keys, two rows, a signal. It must outlive the sockets that were
+/// put there, or they must have been taken out.
 #[derive(Debug)]
-pub struct Place {
+pub struct Slot {
     table: Arc<Table>,
     index: u32,
     cookies: [Option<u64>; 2],
 }
 
-impl Place {
-    /// The table.
+impl Slot {
     pub fn table(&self) -> &Arc<Table> {
         &self.table
     }
 
-    /// Its number.
     pub fn index(&self) -> u32 {
         self.index
     }
@@ -266,7 +275,6 @@ impl Place {
         &self.table.programs.rows[self.key(side) as usize]
     }
 
-    /// Its signal.
     pub fn signal(&self) -> &Signal {
         &self.table.signals[self.index as usize]
     }
@@ -296,7 +304,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for Slot {
     fn drop(&mut self) {
         for side in [Side::Client, Side::Upstream] {
             self.forget(side);
@@ -322,7 +330,8 @@ impl Listener {
     }
 
     fn listen(mut self) {
-        // Often enough to end soon after the table; and often enough that TCP's memory does not grow by much between two looks.
+        // Often enough to end soon after the table; and often enough that TCP's memory does not
+        // grow by much between two looks.
         const RELAXED: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
         const ATTENTIVE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
         let pressure = tcp_memory_pressure();
@@ -367,7 +376,8 @@ fn tcp_memory() -> Option<u64> {
     Some(pages * rustix::param::page_size() as u64)
 }
 
-/// From how many bytes on the kernel is sparing with them (kernel: Documentation/networking/ip-sysctl.rst, tcp_mem). Network namespaces other than the first do not
+/// From how many bytes on the kernel is sparing with them (kernel:
+/// Documentation/networking/ip-sysctl.rst, tcp_mem). Network namespaces other than the first do not
 /// show it: there it is taken to be the default, a sixteenth of all memory.
 fn tcp_memory_pressure() -> u64 {
     let text = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_mem").unwrap_or_default();

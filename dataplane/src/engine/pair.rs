@@ -1,0 +1,222 @@
+//! The words of this folder: two sides, the pair of their sockets, how it ends.
+
+use std::io;
+use std::ops::{Index, IndexMut};
+use std::time::Duration;
+
+use tokio::net::TcpStream;
+
+/// What carries the bytes of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// Through a buffer in userspace: the reference, runs anywhere.
+    Copy,
+    /// Bulk through pipes with splice(2), small messages through a buffer.
+    Splice,
+    /// Redirected inside the kernel.
+    Sockmap,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Copy, Self::Splice, Self::Sockmap];
+
+    /// As in the configuration and in metrics.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Copy => "copy",
+            Self::Splice => "splice",
+            Self::Sockmap => "sockmap",
+        }
+    }
+}
+
+/// The two sides of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// Who came to our listener.
+    Client,
+    /// Whom we dialled.
+    Upstream,
+}
+
+impl Side {
+    /// The peer.
+    #[must_use]
+    pub const fn other(self) -> Self {
+        match self {
+            Self::Client => Self::Upstream,
+            Self::Upstream => Self::Client,
+        }
+    }
+}
+
+/// Both.
+pub const SIDES: [Side; 2] = [Side::Client, Side::Upstream];
+
+/// One of each side. Of a direction it is the side of its source, where nothing else is said.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PerSide<T> {
+    /// Of [`Side::Client`].
+    pub client: T,
+    /// Of [`Side::Upstream`].
+    pub upstream: T,
+}
+
+impl<T> PerSide<T> {
+    /// What this says of each side.
+    pub fn new(mut of: impl FnMut(Side) -> T) -> Self {
+        Self { client: of(Side::Client), upstream: of(Side::Upstream) }
+    }
+
+    /// As [`new`](Self::new), unless one of them fails.
+    pub fn try_new<E>(mut of: impl FnMut(Side) -> Result<T, E>) -> Result<Self, E> {
+        Ok(Self { client: of(Side::Client)?, upstream: of(Side::Upstream)? })
+    }
+
+    /// Both.
+    pub fn iter(&self) -> impl Iterator<Item = &T> {
+        [&self.client, &self.upstream].into_iter()
+    }
+}
+
+impl<T> Index<Side> for PerSide<T> {
+    type Output = T;
+
+    fn index(&self, side: Side) -> &T {
+        match side {
+            Side::Client => &self.client,
+            Side::Upstream => &self.upstream,
+        }
+    }
+}
+
+impl<T> IndexMut<Side> for PerSide<T> {
+    fn index_mut(&mut self, side: Side) -> &mut T {
+        match side {
+            Side::Client => &mut self.client,
+            Side::Upstream => &mut self.upstream,
+        }
+    }
+}
+
+/// A client and an upstream, both connected, with SO_LINGER {on, 0} set: dropping it resets both.
+#[derive(Debug)]
+pub struct Pair {
+    /// The accepted socket.
+    pub client: TcpStream,
+    /// The dialled socket.
+    pub upstream: TcpStream,
+    /// To be sent to the upstream before anything else.
+    pub first: First,
+}
+
+/// Bytes for the upstream that the engine did not read from the client itself.
+#[derive(Debug, Default)]
+pub struct First {
+    /// A header of ours, then what was already read of the client.
+    pub bytes: Vec<u8>,
+    /// Length of the header in front, which is not the client's payload.
+    pub header: usize,
+}
+
+/// The sockets of a connection between two engines: all that was read was also sent.
+#[derive(Debug)]
+pub struct Legs {
+    /// The accepted socket.
+    pub client: TcpStream,
+    /// The dialled socket.
+    pub upstream: TcpStream,
+    /// By side of the source.
+    pub streams: PerSide<StreamState>,
+}
+
+/// How far a direction of a connection between two engines is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StreamState {
+    /// Bytes may come.
+    Open,
+    /// Its source has sent FIN, and all before it was sent on.
+    Ended,
+    /// FIN was sent on, too.
+    Finished,
+}
+
+/// Deadlines of an established connection.
+#[derive(Debug, Clone, Copy)]
+pub struct Timeouts {
+    /// No byte either way for so long: [`End::Idle`].
+    pub idle: Duration,
+    /// The same, once one side has sent FIN: also no byte that a slow reader has taken.
+    pub half_closed: Duration,
+    /// A peer that acknowledges nothing for so long: [`End::Vanished`].
+    pub dead_peer: Duration,
+}
+
+/// How a connection ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// Both sides sent FIN, after every byte before it was passed on.
+    Done,
+    /// This side sent RST.
+    Reset(Side),
+    /// This side stopped answering.
+    Vanished(Side),
+    /// Silent for `idle_timeout`.
+    Idle,
+    /// The daemon stopped before the connection did.
+    Drained,
+    /// The target went down, and its connections with it (`on_down = "reset"`).
+    TargetDown,
+    /// A reload removed its route.
+    RouteRemoved,
+    /// The kernel refused a call; see the log.
+    Error,
+}
+
+impl End {
+    /// All of them.
+    pub const ALL: [Self; 10] = [
+        Self::Done,
+        Self::Reset(Side::Client),
+        Self::Reset(Side::Upstream),
+        Self::Vanished(Side::Client),
+        Self::Vanished(Side::Upstream),
+        Self::Idle,
+        Self::Drained,
+        Self::TargetDown,
+        Self::RouteRemoved,
+        Self::Error,
+    ];
+
+    /// The label of `dataplane_connections_closed_total`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Done => "done",
+            Self::Reset(Side::Client) => "client_reset",
+            Self::Reset(Side::Upstream) => "upstream_reset",
+            Self::Vanished(Side::Client) => "client_vanished",
+            Self::Vanished(Side::Upstream) => "upstream_vanished",
+            Self::Idle => "idle",
+            Self::Drained => "drained",
+            Self::TargetDown => "target_down",
+            Self::RouteRemoved => "route_removed",
+            Self::Error => "error",
+        }
+    }
+}
+
+/// How a connection ends of which this side's socket has this error.
+pub(super) fn ended_by(side: Side, error: io::Result<Option<io::Error>>) -> End {
+    let Ok(Some(error)) = error else { return End::Reset(side) };
+    match error.kind() {
+        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe | io::ErrorKind::NotConnected => End::Reset(side),
+        io::ErrorKind::TimedOut | io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => {
+            End::Vanished(side)
+        }
+        _ => {
+            tracing::warn!(?side, %error, "a system call failed in mid-connection");
+            End::Error
+        }
+    }
+}
