@@ -1,6 +1,8 @@
-//! What README.md and the other pages say, as far as a test can hold them to it: their code blocks, and the commands that they name.
+//! What README.md and the other pages say, as far as a test can hold them to it: their code blocks,
+//! and the commands that they name.
 //!
-//! Knows Markdown no further than these pages use it: fenced blocks, and code between backquotes within a line.
+//! Knows Markdown no further than these pages use it: fenced blocks, and code between backquotes
+//! within a line.
 
 use std::path::{Path, PathBuf};
 
@@ -57,7 +59,8 @@ impl Document {
         self.split().0.into_iter().filter(|(l, _)| l == language).map(|(_, text)| text).collect()
     }
 
-    /// The commands that begin with these words, in ```` ```sh ```` blocks and in code within the text.
+    /// The commands that begin with these words, in ```` ```sh ```` blocks and in code within the
+    /// text.
     pub fn commands(&self, program: &[&str]) -> Vec<Command> {
         let (blocks, rest) = self.split();
         let blocks = blocks.iter().filter(|(language, _)| language == "sh").flat_map(|(_, text)| text.lines());
@@ -93,7 +96,8 @@ impl Document {
     }
 }
 
-/// A line of shell as its commands, in words: without comment, sudo, variables in front, redirections, and the brackets of a synopsis.
+/// A line of shell as its commands, in words: without comment, sudo, variables in front,
+/// redirections, and the brackets of a synopsis.
 fn simple_commands(line: &str) -> Vec<Vec<String>> {
     let line = if line.starts_with('#') { "" } else { line.split(" #").next().unwrap_or_default() };
     let line = line.replace(['[', ']'], " ");

@@ -1,4 +1,5 @@
-//! The whole in a few seconds, for `cargo xtask test --fast`: each promise is proven at length elsewhere.
+//! The whole in a few seconds, for `cargo xtask test --fast`: each promise is proven at length
+//! elsewhere.
 
 use std::io::Write;
 use std::time::Duration;

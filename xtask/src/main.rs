@@ -1,6 +1,7 @@
 //! The project's own commands: `cargo xtask --help`.
 //!
-//! Each brings what it needs where it can (rustup, apt as root on Debian, `cargo install` into `target/tools`), and otherwise says in one line what to install.
+//! Each brings what it needs where it can (rustup, apt as root on Debian, `cargo install` into
+//! `target/tools`), and otherwise says in one line what to install.
 
 mod bench;
 mod demo;
@@ -72,7 +73,8 @@ mod tests {
 
     use super::*;
 
-    /// What README.md has its reader run and `.ci/run` leaves out: one writes to /etc, and the other measures.
+    /// What README.md has its reader run and `.ci/run` leaves out: one writes to /etc, and the
+    /// other measures.
     const NOT_IN_CI: [&str; 2] = ["install", "bench"];
 
     #[test]

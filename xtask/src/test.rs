@@ -14,7 +14,8 @@ use anyhow::{Context, Result, bail};
 use crate::run::{self, step};
 use crate::{ebpf, matrix, packages};
 
-/// Programs that the end-to-end tests run, and the Debian packages that bring them. nginx and HAProxy come as newer builds from PyPI.
+/// Programs that the end-to-end tests run, and the Debian packages that bring them. nginx and
+/// HAProxy come as newer builds from PyPI.
 pub const PROGRAMS: &[(&str, &str)] = &[
     ("curl", "curl"),
     ("dnsmasq", "dnsmasq-base"),
@@ -47,7 +48,8 @@ pub struct Options {
     kernel: Option<matrix::Kernel>,
 }
 
-/// The test targets of `--fast`, beside the unit tests: one end to end, and what the documents promise.
+/// The test targets of `--fast`, beside the unit tests: one end to end, and what the documents
+/// promise.
 const FAST: [&str; 6] = ["--lib", "--bins", "--test", "smoke", "--test", "documents"];
 
 pub fn run(options: &Options) -> Result<()> {

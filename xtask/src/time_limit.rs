@@ -1,5 +1,5 @@
-//! `xtask test-binary`: runs one test binary for cargo, notes how long it took, and kills it with all
-//! that it has started when it takes too long. Cargo sees an exit code, as it would without.
+//! `xtask test-binary`: runs one test binary for cargo, notes how long it took, and kills it with
+//! all that it has started when it takes too long. Cargo sees an exit code, as it would without.
 
 use std::ffi::OsString;
 use std::fs;
@@ -89,8 +89,8 @@ fn ends_within(child: &mut Child, limit: Duration) -> Result<Option<ExitStatus>>
     }
 }
 
-/// The tests that run just now: libtest names their threads after them. The kernel keeps 15 bytes of a
-/// thread's name, so a test whose name begins alike may be among them.
+/// The tests that run just now: libtest names their threads after them. The kernel keeps 15 bytes
+/// of a thread's name, so a test whose name begins alike may be among them.
 fn under_way(child: &Child, program: &Path) -> Vec<String> {
     let list = output(Command::new(program).args(["--list", "--format", "terse"])).unwrap_or_default();
     let threads = fs::read_dir(format!("/proc/{}/task", child.id())).into_iter().flatten();
@@ -128,7 +128,8 @@ fn children() -> Vec<Pid> {
     let child = |process: std::io::Result<fs::DirEntry>| {
         let process = process.ok()?;
         let pid = process.file_name().to_str()?.parse().ok()?;
-        // proc_pid_stat(5): the name, which may contain anything, is in brackets; state and parent follow.
+        // proc_pid_stat(5): the name, which may contain anything, is in brackets; state and parent
+        // follow.
         let stat = fs::read_to_string(process.path().join("stat")).ok()?;
         let parent = stat.rsplit_once(") ")?.1.split(' ').nth(1)?;
         if parent == own { Pid::from_raw(pid) } else { None }
