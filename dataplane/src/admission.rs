@@ -1,4 +1,5 @@
-//! How many connections may exist: in all, for one client, and of those that have not said yet what they want.
+//! How many connections may exist: in all, for one client, and of those that have not said yet what
+//! they want.
 //!
 //! Counts only; what happens to a connection that is one too many is decided by who asks.
 
@@ -76,8 +77,9 @@ impl Admission {
         self.max.store(max, SeqCst);
     }
 
-    /// Lets a connection in that has not sent its hello. Those may be half of all, and of one client a sixteenth of that; where there are more, the oldest
-    /// gives way: a client that means it sends its hello at once. `None`: who the client is comes later, in a PROXY header.
+    /// Lets a connection in that has not sent its hello. Those may be half of all, and of one
+    /// client a sixteenth of that; where there are more, the oldest gives way: a client that means
+    /// it sends its hello at once. `None`: who the client is comes later, in a PROXY header.
     pub fn enter_lobby(self: &Arc<Self>, client: Option<IpAddr>) -> Guest {
         let client = client.map(client_key);
         let (most, most_of_client) = ((self.max() / 2).max(FEWEST), self.share_of_client());

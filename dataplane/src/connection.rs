@@ -1,7 +1,8 @@
 //! The life of one connection: hello (or HTTP request), route, upstream, PROXY header, engine.
 //!
-//! The steps are in the modules of those names; here they follow each other, and every way out that is not forwarding is a [`Reason`].
-//! Up to the last step no byte reaches an upstream, and all of it happens before `hello_timeout` and `connect_timeout`.
+//! The steps are in the modules of those names; here they follow each other, and every way out that
+//! is not forwarding is a [`Reason`]. Up to the last step no byte reaches an upstream, and all of
+//! it happens before `hello_timeout` and `connect_timeout`.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -34,12 +35,14 @@ use crate::upstream::{Dialled, Lease, Pool, Target};
 /// Room for a PROXY header and the usual hello behind it.
 const FIRST_READ: usize = 2048;
 
-/// How long a hello of which bytes are there may take to be read when its connection has to give way.
+/// How long a hello of which bytes are there may take to be read when its connection has to give
+/// way.
 const LATE: Duration = Duration::from_secs(2);
 
-/// Connections of one client on a listener of mode `tcp` that may wait for their first byte before they are taken for a loop: a
-/// client's share of what has come to nothing yet, within these bounds. Where it has the address of a target, which makes a loop
-/// likely, the lower one. See [`loops`].
+/// Connections of one client on a listener of mode `tcp` that may wait for their first byte before
+/// they are taken for a loop: a client's share of what has come to nothing yet, within these
+/// bounds. Where it has the address of a target, which makes a loop likely, the lower one. See
+/// [`loops`].
 const UNANSWERED: std::ops::RangeInclusive<usize> = 64..=1024;
 
 /// What of the offered protocols is kept and logged, bytes: browsers offer `h2,http/1.1`.
@@ -47,7 +50,6 @@ const ALPN_TEXT: usize = 100;
 
 /// A connection as it comes from the listener. SO_LINGER {on, 0} is set on it, inherited.
 pub struct Accepted {
-    /// The client's socket.
     pub stream: TcpStream,
     /// Who it seems to be.
     pub peer: SocketAddr,
@@ -74,7 +76,8 @@ impl Start {
 
 /// Serves one connection to its end.
 pub async fn serve(shared: Arc<Shared>, generation: Arc<Generation>, accepted: Accepted) {
-    // In a box of its own: what is needed only to get here is freed before the connection's long life begins.
+    // In a box of its own: what is needed only to get here is freed before the connection's long
+    // life begins.
     let established = Box::pin(establish(shared, generation, accepted)).await;
     let Some(Established { engine, pair, timeouts, entry, permits, mut lease }) = established else { return };
     let traffic = entry.record.traffic.clone();
@@ -216,7 +219,8 @@ impl Arrival {
         self.start.at + self.generation.config.limits.hello_timeout
     }
 
-    /// Reads what tells where the connection wants to go, before the deadline and for as long as no newer one needs its place.
+    /// Reads what tells where the connection wants to go, before the deadline and for as long as no
+    /// newer one needs its place.
     async fn preread(&mut self) -> Result<Preread, Reason> {
         let deadline = self.deadline().into();
         let is_proxied = contains(&self.config().accept_proxy, self.peer.ip());
@@ -276,7 +280,8 @@ impl Arrival {
                 if self.shared.rejections.admits(None) {
                     log_redirect(self.config(), &self.client, self.start);
                 }
-                // Whether the client takes its answer is its own affair; it has as long as it had for its request.
+                // Whether the client takes its answer is its own affair; it has as long as it had
+                // for its request.
                 let _ = timeout_at(self.deadline().into(), redirect(&self.stream, &answer)).await;
                 return None;
             }
@@ -365,9 +370,9 @@ fn came_back(target: &Target) -> Reason {
     Reason::Loop
 }
 
-/// Refuses a connection without a hello that may be one of our own which came back: it comes from the very address that we have
-/// dialled and the port that we have dialled it from, as 1:1 NAT leaves both; or it is one too many of its client that wait for
-/// their first byte.
+/// Refuses a connection without a hello that may be one of our own which came back: it comes from
+/// the very address that we have dialled and the port that we have dialled it from, as 1:1 NAT
+/// leaves both; or it is one too many of its client that wait for their first byte.
 fn refuse_own(
     shared: &Shared,
     pool: &Pool,
@@ -417,7 +422,8 @@ async fn proxy_header(stream: &TcpStream, client: &mut Client) -> Result<(), Rea
     }
 }
 
-/// Reads the hello; what was read, the hello and perhaps more, stays in `client.read`. The index of the route, and by which of its patterns it was found.
+/// Reads the hello; what was read, the hello and perhaps more, stays in `client.read`. The index of
+/// the route, and by which of its patterns it was found.
 async fn hello_route(
     stream: &TcpStream,
     client: &mut Client,
@@ -454,7 +460,8 @@ async fn hello_route(
     Ok(route)
 }
 
-/// Reads one request head and decides what it gets. What is to be sent for it is in `client.read`: nothing of what the client says goes further as it is.
+/// Reads one request head and decides what it gets. What is to be sent for it is in `client.read`:
+/// nothing of what the client says goes further as it is.
 async fn http_request(
     stream: &TcpStream,
     client: &mut Client,
@@ -502,7 +509,8 @@ async fn redirect(stream: &TcpStream, mut answer: &[u8]) -> io::Result<()> {
     socket::discard(stream).await
 }
 
-/// Waits for bytes, then reads them; 0 is the end of the stream. Memory for them is taken by `read`, when they are there.
+/// Waits for bytes, then reads them; 0 is the end of the stream. Memory for them is taken by
+/// `read`, when they are there.
 async fn read_some(stream: &TcpStream, mut read: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
     loop {
         stream.readable().await?;
@@ -526,7 +534,8 @@ fn first_bytes(shared: &Shared, send_proxy: SendProxy, client: &Client) -> First
                 client: client.address,
                 server: client.server,
                 authority: client.server_name.as_deref(),
-                // The header has room for one protocol. What the ends will agree on is not known yet: this is what the client prefers.
+                // The header has room for one protocol. What the ends will agree on is not known
+                // yet: this is what the client prefers.
                 alpn: client.alpn.as_deref(),
                 unique_id: client.unique_id.as_deref().unwrap_or(&own_id),
             };
@@ -598,10 +607,12 @@ fn reject(
 /// Closes with a FIN where possible, after the alert if there is one.
 fn close_rejected(stream: &TcpStream, alert: Option<u8>) {
     if let Some(description) = alert {
-        // Content type alert, version TLS 1.2 as all records have it (RFC 8446 section 5.1), length 2, fatal.
+        // Content type alert, version TLS 1.2 as all records have it (RFC 8446 section 5.1), length
+        // 2, fatal.
         let _ = stream.try_write(&[21, 3, 3, 0, 2, 2, description]);
     }
-    // Unread bytes would turn the FIN into a RST, which can overtake the alert. What comes later is not waited for.
+    // Unread bytes would turn the FIN into a RST, which can overtake the alert. What comes later is
+    // not waited for.
     let mut rest = [0; 16 * 1024];
     for _ in 0..16 {
         if !matches!(stream.try_read(&mut rest), Ok(n) if n > 0) {

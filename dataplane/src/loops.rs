@@ -1,12 +1,15 @@
-//! Whether a connection is one of our own that came back: a target that is this machine behind NAT, or another entrance node that sends it here again.
+//! Whether a connection is one of our own that came back: a target that is this machine behind NAT,
+//! or another entrance node that sends it here again.
 //!
-//! Addresses do not tell. A hello does: its random is 32 bytes that no two clients choose (RFC 8446 section 4.1.2). One that was sent to a target, which has
-//! answered nothing yet, and that comes in again, has gone in a circle. Of an ACME challenge the token is as unique; but an authority asks for it from several
-//! places at once, so that only their number tells.
+//! Addresses do not tell. A hello does: its random is 32 bytes that no two clients choose (RFC 8446
+//! section 4.1.2). One that was sent to a target, which has answered nothing yet, and that comes in
+//! again, has gone in a circle. Of an ACME challenge the token is as unique; but an authority asks
+//! for it from several places at once, so that only their number tells.
 //!
-//! On a forwarded port there is nothing to recognise. What tells there is that a loop never gets a byte: how many connections of
-//! one client still wait for their first one. Clients that a service leaves without a word look the same, so many are let through
-//! before that, and each address has its own count: a loop comes from the few addresses that its nodes dial from.
+//! On a forwarded port there is nothing to recognise. What tells there is that a loop never gets a
+//! byte: how many connections of one client still wait for their first one. Clients that a service
+//! leaves without a word look the same, so many are let through before that, and each address has
+//! its own count: a loop comes from the few addresses that its nodes dial from.
 //!
 //! It must not know how bytes move. What is remembered of a connection goes with it.
 
@@ -23,7 +26,8 @@ use crate::upstream::Target;
 /// What tells a request from all others: a hello's random, or a digest of a challenge.
 pub type Mark = [u8; 32];
 
-/// Requests for one challenge that may be under way: authorities ask from five to ten places (RFC 8555 section 11.2 says why).
+/// Requests for one challenge that may be under way: authorities ask from five to ten places (RFC
+/// 8555 section 11.2 says why).
 const CHALLENGED: usize = 32;
 
 /// Locks, so that workers seldom wait for each other.
@@ -67,8 +71,8 @@ impl InFlight {
         self.enter(Sha256::digest(request).into(), id, CHALLENGED)
     }
 
-    /// The same of a connection that nothing is known of but where it came from: it is a loop beyond `most` that wait for their
-    /// first byte.
+    /// The same of a connection that nothing is known of but where it came from: it is a loop
+    /// beyond `most` that wait for their first byte.
     ///
     /// # Errors
     /// As for a hello.
@@ -86,7 +90,8 @@ impl InFlight {
     /// `most`: how often the mark may be under way.
     fn enter(self: &Arc<Self>, mark: Mark, id: u64, most: usize) -> Result<Guard, Arc<Target>> {
         if let Some(flights) = self.shard(&mark).get_mut(&mark) {
-            // What was answered once is no loop ever after: the list stays short however many connections there are.
+            // What was answered once is no loop ever after: the list stays short however many
+            // connections there are.
             flights.retain(Flight::is_unanswered);
             if let Some(flight) = flights.get(most - 1) {
                 return Err(flight.target.clone());

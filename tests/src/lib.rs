@@ -1,10 +1,12 @@
 //! Hosts made of network namespaces, real peers, and streams that verify themselves.
 //!
-//! A test makes a [`netns::Net`] (three hosts), starts a [`daemon::Daemon`] on the middle one and talks through it, either with plain sockets and a
-//! self-verifying [`stream::Pattern`], or with the real programs of [`peers`]. The daemon is known only by what it promises in public:
-//! its command line, configuration, metrics and sockets; nothing here may use the `dataplane` library.
+//! A test makes a [`netns::Net`] (three hosts), starts a [`daemon::Daemon`] on the middle one and
+//! talks through it, either with plain sockets and a self-verifying [`stream::Pattern`], or with
+//! the real programs of [`peers`]. The daemon is known only by what it promises in public: its
+//! command line, configuration, metrics and sockets; nothing here may use the `dataplane` library.
 //!
-//! What a test needs and cannot have (root, a peer program, a built daemon) is a failure that says what to do, never a skip.
+//! What a test needs and cannot have (root, a peer program, a built daemon) is a failure that says
+//! what to do, never a skip.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -22,14 +24,17 @@ pub mod stream;
 pub mod systemd;
 pub mod tailnet;
 
-/// Has this thread, and the programs that it starts from now on, see the kernel as a 2.6: uname(2) says so to what has this personality(2).
+/// Has this thread, and the programs that it starts from now on, see the kernel as a 2.6: uname(2)
+/// says so to what has this personality(2).
 pub fn see_an_old_kernel() {
-    // SAFETY: a bare system call that changes what uname(2) says to this thread, and to threads and processes that it begins.
+    // SAFETY: a bare system call that changes what uname(2) says to this thread, and to threads and
+    // processes that it begins.
     let before = unsafe { libc::personality(libc::UNAME26 as libc::c_ulong) };
     assert!(before >= 0, "personality(2): {}", std::io::Error::last_os_error());
 }
 
-/// How long what is healthy may take on a busy machine: a connection to show up, a counter to be counted.
+/// How long what is healthy may take on a busy machine: a connection to show up, a counter to be
+/// counted.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Polls `probe` every 10 ms until it gives something; panics with `what` after `limit`.
@@ -71,7 +76,8 @@ pub fn beside_others() -> Turn {
     turn(rustix::fs::FlockOperation::LockShared)
 }
 
-/// This test measures the machine or fills it: no other test of this workspace runs meanwhile, in this process or another.
+/// This test measures the machine or fills it: no other test of this workspace runs meanwhile, in
+/// this process or another.
 pub fn alone() -> Turn {
     turn(rustix::fs::FlockOperation::LockExclusive)
 }

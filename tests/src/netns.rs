@@ -1,7 +1,8 @@
 //! Three hosts in a row, each a network namespace: `client` ── `entrance` ── `cluster`.
 //!
-//! The links are veth pairs with an MTU of 1500, because loopback hides segmentation. Names carry the process id, so tests run beside one another, and a
-//! later run sweeps away what a killed one left behind. Knows nothing of the daemon.
+//! The links are veth pairs with an MTU of 1500, because loopback hides segmentation. Names carry
+//! the process id, so tests run beside one another, and a later run sweeps away what a killed one
+//! left behind. Knows nothing of the daemon.
 
 use std::fmt::Write as _;
 use std::fs::File;
@@ -22,7 +23,8 @@ use crate::PATIENCE;
 pub const ENTRANCE: [&str; 2] = ["198.51.100.1", "2001:db8:1::1"];
 /// The client's addresses; the first of each family is the one that it connects from by default.
 pub const CLIENT: [&str; 2] = ["198.51.100.2", "2001:db8:1::2"];
-/// More addresses of the client host, for proxies in front of the entrance node and for visitors of those.
+/// More addresses of the client host, for proxies in front of the entrance node and for visitors of
+/// those.
 pub const CLIENT_MORE: [&str; 4] = ["198.51.100.3", "198.51.100.4", "2001:db8:1::3", "2001:db8:1::4"];
 /// The entrance node's address in the cluster's network.
 pub const ENTRANCE_INSIDE: [&str; 2] = ["100.64.0.1", "fd7a:115c:a1e0::1"];
@@ -48,7 +50,8 @@ pub struct Host {
 }
 
 impl Host {
-    /// Runs `f` on a thread that is on this host: sockets made there, and processes started there, stay on the host.
+    /// Runs `f` on a thread that is on this host: sockets made there, and processes started there,
+    /// stay on the host.
     pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
         std::thread::scope(|s| {
             s.spawn(|| {
@@ -66,7 +69,8 @@ impl Host {
         self.run(|| command.spawn()).map(|child| Process { child })
     }
 
-    /// Runs a program on this host to its end and returns its standard output; panics, with what it said, when it fails.
+    /// Runs a program on this host to its end and returns its standard output; panics, with what it
+    /// said, when it fails.
     #[track_caller]
     pub fn output(&self, command: &mut Command) -> String {
         let out = self.run(|| command.stdin(Stdio::null()).output()).unwrap_or_else(|e| panic!("{command:?}: {e}"));
@@ -125,7 +129,8 @@ impl Host {
         })
     }
 
-    /// TCP sockets of this host that are neither listening nor in TIME_WAIT, one line each as in /proc/net/tcp.
+    /// TCP sockets of this host that are neither listening nor in TIME_WAIT, one line each as in
+    /// /proc/net/tcp.
     pub fn tcp_sockets(&self) -> Vec<String> {
         self.run(|| {
             ["tcp", "tcp6"]
@@ -149,8 +154,8 @@ impl Host {
         values.split(' ').nth(at).and_then(|v| v.parse().ok()).expect("a number")
     }
 
-    /// Kernel memory that this host's TCP sockets are charged with, bytes (`skmem` of ss(8): receive queue, write queue, forward allocation,
-    /// backlog).
+    /// Kernel memory that this host's TCP sockets are charged with, bytes (`skmem` of ss(8):
+    /// receive queue, write queue, forward allocation, backlog).
     pub fn socket_memory(&self) -> u64 {
         let text = self.output(Command::new("ss").args(["-tamnH"]));
         text.split("skmem:(")
@@ -168,7 +173,8 @@ impl Host {
             .max(0) as u64
     }
 
-    /// Bytes in the receive and send queues of this host's connections (`Recv-Q`, `Send-Q` of ss(8)): received and not read, sent and not acknowledged.
+    /// Bytes in the receive and send queues of this host's connections (`Recv-Q`, `Send-Q` of
+    /// ss(8)): received and not read, sent and not acknowledged.
     pub fn queued_bytes(&self) -> u64 {
         let text = self.output(Command::new("ss").args(["-tnH"]));
         text.lines()
@@ -204,7 +210,6 @@ pub struct Process {
 }
 
 impl Process {
-    /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -261,7 +266,8 @@ impl Net {
         Self::make(&format!("{PREFIX}-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed)))
     }
 
-    /// Makes hosts that are called `dp-NAME-client` and so on, and that no later run sweeps away; panics without root.
+    /// Makes hosts that are called `dp-NAME-client` and so on, and that no later run sweeps away;
+    /// panics without root.
     #[track_caller]
     pub fn called(name: &str) -> Self {
         Self::make(&format!("dp-{name}"))
@@ -321,7 +327,8 @@ impl Net {
         Self { client, entrance, cluster, pods: Vec::new(), dir }
     }
 
-    /// Adds a host behind the cluster host, as pods are behind their node: on a bridge of it, with that as the way out. Addresses are in [`PODS`].
+    /// Adds a host behind the cluster host, as pods are behind their node: on a bridge of it, with
+    /// that as the way out. Addresses are in [`PODS`].
     #[track_caller]
     pub fn pod(&mut self, name: &str, address: &str) -> Host {
         if self.pods.is_empty() {
@@ -354,7 +361,8 @@ impl Net {
         path
     }
 
-    /// The peer on the far side of a link vanishes: the link stays up and swallows every packet, either way.
+    /// The peer on the far side of a link vanishes: the link stays up and swallows every packet,
+    /// either way.
     pub fn vanish(&self, link: Link) {
         let (far, dev, near_addresses, far_addresses) = match link {
             Link::Public => (&self.client, "public", ENTRANCE, CLIENT),
@@ -372,7 +380,8 @@ impl Net {
         [&self.client, &self.entrance, &self.cluster].iter().map(|h| h.socket_memory()).sum()
     }
 
-    /// Bytes in all TCP queues on the three hosts. Each byte is in one of them only, once nothing is in flight.
+    /// Bytes in all TCP queues on the three hosts. Each byte is in one of them only, once nothing
+    /// is in flight.
     pub fn queued_bytes(&self) -> u64 {
         [&self.client, &self.entrance, &self.cluster].iter().map(|h| h.queued_bytes()).sum()
     }
@@ -386,7 +395,8 @@ impl Drop for Net {
     }
 }
 
-/// Kills what still runs in a namespace and removes it. Errors do not matter: another run may be sweeping too.
+/// Kills what still runs in a namespace and removes it. Errors do not matter: another run may be
+/// sweeping too.
 fn remove(name: &str) {
     if let Ok(out) = Command::new("ip").args(["netns", "pids", name]).output() {
         for pid in String::from_utf8_lossy(&out.stdout).split_whitespace().filter_map(|p| p.parse().ok()) {

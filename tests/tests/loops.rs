@@ -1,4 +1,5 @@
-//! Connections that come back: a target that NAT leads to this machine again. One client costs a bounded number of connections, and the target is named.
+//! Connections that come back: a target that NAT leads to this machine again. One client costs a
+//! bounded number of connections, and the target is named.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -9,10 +10,12 @@ use tests::rig::{PATIENCE, accept_within, hello, public};
 use tests::stream::{End, read_to_end};
 use tests::{beside_others, eventually};
 
-/// An address of nobody, which the entrance node's own NAT leads back to its public one, as a provider's 1:1 NAT does.
+/// An address of nobody, which the entrance node's own NAT leads back to its public one, as a
+/// provider's 1:1 NAT does.
 const ELSEWHERE: &str = "203.0.113.7";
 
-/// Leads connections of the entrance node to that address back to it; `source`: what they seem to come from.
+/// Leads connections of the entrance node to that address back to it; `source`: what they seem to
+/// come from.
 fn hairpin(net: &Net, port: u16, source: &str) {
     net.entrance.ip(&format!("route replace {ELSEWHERE}/32 via {}\n", CLIENT[0]));
     net.entrance.iptables(&format!(
@@ -71,7 +74,8 @@ fn a_challenge_that_comes_back_is_refused() {
 #[test]
 fn a_forwarded_port_that_leads_back_to_itself_ends_by_what_can_be_known() {
     let _turn = beside_others();
-    // 1:1 NAT leaves the port as it is. Where a port is changed, too, only the number of connections from there tells.
+    // 1:1 NAT leaves the port as it is. Where a port is changed, too, only the number of
+    // connections from there tells.
     for (source, most) in [(ELSEWHERE.to_owned(), 8.0), (format!("{ELSEWHERE}:20000-30000"), 80.0)] {
         let net = Net::new();
         hairpin(&net, 2222, &source);
@@ -137,7 +141,8 @@ fn clients_that_a_service_leaves_without_a_word_are_no_loop() {
     let daemon = forwarding(&net.entrance, &net, &[ENTRANCE[0]], CLUSTER[0], "max_connections = 3000");
     let at = format!("{}:2222", ENTRANCE[0]).parse().expect("an address");
     let mut open = Vec::new();
-    // The service that never speaks, with many clients; then one that does, with many more of one address.
+    // The service that never speaks, with many clients; then one that does, with many more of one
+    // address.
     for address in [CLIENT[0], CLIENT_MORE[0], CLIENT_MORE[1]] {
         for _ in 0..90 {
             let client = net.client.connect_from(address.parse().expect("an address"), at).expect("accepted");

@@ -123,7 +123,8 @@ fn a_changed_address_moves_new_connections_within_the_ttl_and_leaves_established
     for signal in [Signal::STOP, Signal::KILL] {
         dns.signal(signal);
         std::thread::sleep(Duration::from_secs(TTL + 1));
-        // The best of several: another program may have the processors. The resolver would be waited for for 2 s each time.
+        // The best of several: another program may have the processors. The resolver would be
+        // waited for for 2 s each time.
         let asked = |_| {
             let start = Instant::now();
             assert_eq!(ask(&net).0, second, "the last good answer survives");

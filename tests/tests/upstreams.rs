@@ -172,8 +172,9 @@ fn a_target_that_has_closed_gives_its_place_to_the_next_connection() {
     }
 }
 
-/// A client that does not read, and whose target has sent all of its 150 KB and closed: more than both sockets of the client's side
-/// take, and no more than the daemon and its own socket to the target do.
+/// A client that does not read, and whose target has sent all of its 150 KB and closed: more than
+/// both sockets of the client's side take, and no more than the daemon and its own socket to the
+/// target do.
 fn unread(rig: &Rig) -> TcpStream {
     let client = rig.net.client.run(|| {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
@@ -233,7 +234,8 @@ fn a_half_closed_connection_has_its_whole_deadline_from_the_fin_on() {
     for engine in ["splice", "sockmap"] {
         let rig = Rig::new(&Config::new(engine).limits("half_closed_timeout = \"4s\""));
         let (client, mut server) = rig.pair();
-        // Nothing moves for longer than that, which is no reason to end it; then it ends on one side.
+        // Nothing moves for longer than that, which is no reason to end it; then it ends on one
+        // side.
         std::thread::sleep(Duration::from_secs(5));
         client.shutdown(std::net::Shutdown::Write).expect("sent");
         assert_eq!(read_to_end(&server, PATIENCE), (Vec::new(), End::Fin), "{engine}");

@@ -1,8 +1,10 @@
-//! What the node's owner lets a repository decide: `allow_hosts`, `allow_listeners` and `allow_targets` of `[source]`.
+//! What the node's owner lets a repository decide: `allow_hosts`, `allow_listeners` and
+//! `allow_targets` of `[source]`.
 //!
-//! What stands in the node's own files is never fenced in. Names of targets are judged twice: as they are written, and by [`Target::admit`] each time that
-//! they have been resolved, because whoever answers for a name chooses its addresses. A dial to another port of a target than its own,
-//! for a challenge, is judged by [`Target::admits`] with that port.
+//! What stands in the node's own files is never fenced in. Names of targets are judged twice: as
+//! they are written, and by [`Target::admit`] each time that they have been resolved, because
+//! whoever answers for a name chooses its addresses. A dial to another port of a target than its
+//! own, for a challenge, is judged by [`Target::admits`] with that port.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -16,7 +18,8 @@ use super::reader::{Reader, Section, quoted};
 use super::values::{Refused, parse_net, refuse};
 use super::{Config, Diagnostic, HostPattern, Mode, Span, Target, TargetHost};
 
-/// Where clouds tell machines their secrets, outside of link-local networks; and MagicDNS, which no connection of a client needs.
+/// Where clouds tell machines their secrets, outside of link-local networks; and MagicDNS, which no
+/// connection of a client needs.
 const METADATA: [IpAddr; 10] = [
     // Almost all; the others have it, too.
     IpAddr::V4(Ipv4Addr::new(169, 254, 169, 254)),
@@ -167,7 +170,8 @@ impl Fence {
     /// May a target be there? `is_own`: it is an address of this machine.
     fn allows_address(&self, name: Option<&str>, ip: IpAddr, port: u16, is_own: bool) -> bool {
         let ip = ip.to_canonical();
-        // Where a translator would take it to this machine, it is this machine that has to be allowed.
+        // Where a translator would take it to this machine, it is this machine that has to be
+        // allowed.
         let ip = embedded(ip).filter(Ipv4Addr::is_loopback).map_or(ip, IpAddr::V4);
         let is_own = is_own || ip.is_loopback();
         !is_nowhere(ip)
@@ -203,7 +207,8 @@ impl Fence {
 }
 
 impl Target {
-    /// Those of the addresses of its name that the node's owner lets it lead to; `is_own` says which are of this machine.
+    /// Those of the addresses of its name that the node's owner lets it lead to; `is_own` says
+    /// which are of this machine.
     ///
     /// # Errors
     /// None of them; for people.
@@ -219,7 +224,8 @@ impl Target {
         }
     }
 
-    /// Whether the node's owner lets it lead to this address and port of its host; `is_own` says which are of this machine.
+    /// Whether the node's owner lets it lead to this address and port of its host; `is_own` says
+    /// which are of this machine.
     pub fn admits(&self, at: SocketAddr, is_own: impl Fn(IpAddr) -> bool) -> bool {
         let Some(fence) = &self.fence else { return true };
         let name = match &self.host {
@@ -263,7 +269,8 @@ pub(super) fn violations(
     found
 }
 
-/// Targets that are these addresses of this machine, where they are not listed: `parse` cannot know them.
+/// Targets that are these addresses of this machine, where they are not listed: `parse` cannot know
+/// them.
 pub fn own_targets(config: &Config, local: &[IpAddr]) -> Vec<Diagnostic> {
     let mut found = Vec::new();
     for (index, upstream) in config.upstreams.iter().enumerate() {
@@ -287,7 +294,8 @@ pub fn own_targets(config: &Config, local: &[IpAddr]) -> Vec<Diagnostic> {
     found
 }
 
-/// The targets of the repository's upstreams, and those of the node's own that its routes and listeners lead to.
+/// The targets of the repository's upstreams, and those of the node's own that its routes and
+/// listeners lead to.
 fn targets(
     config: &Config,
     places: &Places,
@@ -328,7 +336,8 @@ fn targets(
 struct Lead {
     /// Of the first of its routes or listeners that does.
     span: Option<Span>,
-    /// Ports of the targets that listeners of mode `http` name, and whether one of the repository's does.
+    /// Ports of the targets that listeners of mode `http` name, and whether one of the repository's
+    /// does.
     acme_ports: Vec<(u16, bool)>,
 }
 
@@ -380,7 +389,8 @@ fn at_port(target: &Target, port: u16) -> String {
     format!("{host}:{port}")
 }
 
-/// A dial to the port of a listener that the node's owner wrote is refused all the same; but that is no fault of the repository's.
+/// A dial to the port of a listener that the node's owner wrote is refused all the same; but that
+/// is no fault of the repository's.
 fn no_challenges(span: &Span, to: &str) -> Diagnostic {
     Diagnostic::warning(
         span.clone(),
@@ -416,8 +426,9 @@ fn is_link_local_or_metadata(ip: IpAddr) -> bool {
         }
 }
 
-/// The IPv4 address that a translator or a tunnel on the way makes of an IPv6 one: NAT64 (RFC 6052 section 2.1, and RFC 8215 with the
-/// address at its end), SIIT (RFC 2765 section 2.1), 6to4 (RFC 3056 section 2).
+/// The IPv4 address that a translator or a tunnel on the way makes of an IPv6 one: NAT64 (RFC 6052
+/// section 2.1, and RFC 8215 with the address at its end), SIIT (RFC 2765 section 2.1), 6to4 (RFC
+/// 3056 section 2).
 fn embedded(ip: IpAddr) -> Option<Ipv4Addr> {
     let IpAddr::V6(ip) = ip else { return None };
     let ([0x64, 0xff9b, 0, 0, 0, 0, high, low]
@@ -505,7 +516,8 @@ fn network(text: &str, examples: &str) -> Result<IpNet, Refused> {
     Ok(net)
 }
 
-/// `HOST`, `HOST:PORT`, `[HOST]:PORT`; an IPv6 address or network needs brackets where a port follows.
+/// `HOST`, `HOST:PORT`, `[HOST]:PORT`; an IPv6 address or network needs brackets where a port
+/// follows.
 fn split(text: &str) -> Option<(&str, Option<&str>)> {
     if let Some(rest) = text.strip_prefix('[') {
         let (host, rest) = rest.split_once(']')?;
@@ -803,7 +815,8 @@ mod tests {
         let by_tcp = "[listeners.t]\nmode = \"tcp\"\nbind = [\"0.0.0.0:443\"]\nupstream = \"a\"\n";
         let said = both(&own, by_tcp).unwrap_err();
         assert!(said.contains("0123:x.toml:1:12: error: the repository may not lead to"), "{said}");
-        // The port for challenges is a port of the targets, whoever names it; the owner's own listener refuses no commit.
+        // The port for challenges is a port of the targets, whoever names it; the owner's own
+        // listener refuses no commit.
         let by_owner = "[listeners.w]\nmode = \"http\"\nbind = [\"0.0.0.0:80\"]\nacme_port = 22\n";
         let to = |target: &str| content("a.example.com", "0.0.0.0:443", target);
         let warnings = |own: &str, shared: &str| {

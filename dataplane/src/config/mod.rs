@@ -1,7 +1,8 @@
 //! The configuration: what the owner wrote, checked, in the form that the rest of the program uses.
 //!
-//! A [`Config`] exists only after it has validated as a whole: every name in it refers to something, every address parses.
-//! This module must not open a socket, resolve a name or look at the running daemon.
+//! A [`Config`] exists only after it has validated as a whole: every name in it refers to
+//! something, every address parses. This module must not open a socket, resolve a name or look at
+//! the running daemon.
 
 mod check;
 mod diagnostic;
@@ -78,8 +79,9 @@ pub struct Config {
     pub repository: Option<Repository>,
     /// The files that it came from.
     pub source: Arc<Source>,
-    /// First 16 hex digits of the SHA-256 of the bytes of the repository's files, or of all files where there is no repository, one after the other:
-    /// equal on entrance nodes that run the same files.
+    /// First 16 hex digits of the SHA-256 of the bytes of the repository's files, or of all files
+    /// where there is no repository, one after the other: equal on entrance nodes that run the same
+    /// files.
     pub hash: String,
 }
 
@@ -193,7 +195,8 @@ pub enum Mode {
         /// Index into [`Config::upstreams`].
         upstream: usize,
     },
-    /// By the Host of an HTTP/1 request: ACME challenges go to this port of the route's upstream, the rest is sent to https.
+    /// By the Host of an HTTP/1 request: ACME challenges go to this port of the route's upstream,
+    /// the rest is sent to https.
     Http {
         /// Instead of that of the targets.
         acme_port: u16,
@@ -233,7 +236,8 @@ pub struct Upstream {
     pub connect_timeout: Duration,
     /// 0: no limit.
     pub max_connections_per_target: u32,
-    /// After this time without an answer the next target is dialled beside the first; zero: only when the first has failed.
+    /// After this time without an answer the next target is dialled beside the first; zero: only
+    /// when the first has failed.
     pub hedge_delay: Duration,
     /// What becomes of the connections of a target that went down.
     pub on_down: OnDown,
@@ -252,7 +256,8 @@ pub struct HealthCheck {
     pub fall: u32,
     /// So many passes in a row: up again.
     pub rise: u32,
-    /// The server name of a ClientHello that must be answered with a ServerHello; `None`: a TCP connection is enough.
+    /// The server name of a ClientHello that must be answered with a ServerHello; `None`: a TCP
+    /// connection is enough.
     pub tls: Option<String>,
 }
 
@@ -290,9 +295,7 @@ pub struct Tailnet {
 pub struct Target {
     /// As written: label of metrics, argument of `drain`.
     pub text: Arc<str>,
-    /// Address or name.
     pub host: TargetHost,
-    /// TCP port.
     pub port: u16,
     /// Where the file says so.
     pub span: Span,
@@ -311,7 +314,6 @@ impl Eq for Target {}
 /// The host part of a target.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum TargetHost {
-    /// A literal address.
     Ip(IpAddr),
     /// A name for the resolver.
     Name(String),

@@ -1,4 +1,5 @@
-//! `dataplane doctor --upstreams`: what each target answers to a hello with and without the PROXY header, and what to change when the configured way is not the one that works.
+//! `dataplane doctor --upstreams`: what each target answers to a hello with and without the PROXY
+//! header, and what to change when the configured way is not the one that works.
 //!
 //! It dials from this process; no daemon need run.
 
@@ -68,7 +69,8 @@ pub fn ask(config: &Config) -> Result<Vec<Answers>> {
     })
 }
 
-/// A host that routes send to the upstream; `None` when only listeners of mode `tcp` do, which forward anything.
+/// A host that routes send to the upstream; `None` when only listeners of mode `tcp` do, which
+/// forward anything.
 fn host_of(config: &Config, upstream: usize) -> Option<String> {
     let hosts = config.routes.iter().filter(|route| route.upstream == upstream).flat_map(|route| &route.hosts);
     let mut hosts: Vec<&HostPattern> = hosts.collect();

@@ -1,7 +1,9 @@
-//! One answer: what is to be sent first goes to the upstream, what it says until its FIN goes to the client, and nothing else goes anywhere.
+//! One answer: what is to be sent first goes to the upstream, what it says until its FIN goes to
+//! the client, and nothing else goes anywhere.
 //!
-//! For a request that was read and checked before: whatever the client says after it is thrown away. Through a buffer, for an answer is small. Ends as the
-//! other engines do: [`End::Done`] with FIN on both sides, after the last byte; anything else with RST.
+//! For a request that was read and checked before: whatever the client says after it is thrown
+//! away. Through a buffer, for an answer is small. Ends as the other engines do: [`End::Done`] with
+//! FIN on both sides, after the last byte; anything else with RST.
 
 use std::io;
 use std::time::Duration;
@@ -18,10 +20,12 @@ use super::relay::{all_sent, prove_fin};
 use super::traffic::{Counter, Path, Traffic};
 use crate::kernel::socket;
 
-/// The longest from the request to the client's FIN. Let's Encrypt waits 10 s for the answer to a challenge.
+/// The longest from the request to the client's FIN. Let's Encrypt waits 10 s for the answer to a
+/// challenge.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// Forwards the answer. [`End::Idle`]: it was not over after 30 s, or after the idle timeout if that is shorter.
+/// Forwards the answer. [`End::Idle`]: it was not over after 30 s, or after the idle timeout if
+/// that is shorter.
 pub async fn run(pair: Pair, timeouts: Timeouts, traffic: &Traffic) -> End {
     let Pair { client, upstream, first } = pair;
     let end = match timeout(LIMIT.min(timeouts.idle), exchange(&client, &upstream, first, traffic)).await {
@@ -56,7 +60,8 @@ async fn exchange(client: &TcpStream, upstream: &TcpStream, first: First, traffi
     if !client_ended {
         left.await.map_err(|e| ended_by(Side::Client, Ok(Some(e))))?;
     }
-    // A client that closed its side early may still be reading: the kernel gives up soon on a closed socket whose reader is slow.
+    // A client that closed its side early may still be reading: the kernel gives up soon on a
+    // closed socket whose reader is slow.
     while !all_sent(client) {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }

@@ -1,4 +1,5 @@
-//! When to look at a connection that nothing woke: idle timeout and vanished peers, with one timer that rests while nothing moves.
+//! When to look at a connection that nothing woke: idle timeout and vanished peers, with one timer
+//! that rests while nothing moves.
 //!
 //! Knows neither how bytes move nor who forwards them.
 
@@ -11,10 +12,10 @@ use super::dead_peer::{self, Finding, Leg};
 use super::pair::{End, Side, Timeouts};
 use crate::kernel::{socket, sys};
 
-/// How often to see whether a slow reader has taken the last bytes of a connection that has ended otherwise.
+/// How often to see whether a slow reader has taken the last bytes of a connection that has ended
+/// otherwise.
 const TAIL_TICK: Duration = Duration::from_millis(500);
 
-/// See the module.
 pub struct IdleTimer {
     timeouts: Timeouts,
     last_bytes: Instant,
@@ -23,7 +24,8 @@ pub struct IdleTimer {
     legs: [Leg; 2],
     /// What each peer had acknowledged when it was last looked at.
     acknowledged: [Option<u64>; 2],
-    /// Keepalive is on. Most connections end before the first look, and are spared the system calls.
+    /// Keepalive is on. Most connections end before the first look, and are spared the system
+    /// calls.
     keep_alive: bool,
     /// Nobody tells when bytes move: look all the time.
     unattended: bool,
@@ -95,13 +97,15 @@ impl IdleTimer {
         let now = Instant::now();
         let sockets = [(Side::Client, client.as_fd()), (Side::Upstream, upstream.as_fd())];
         let infos = sockets.map(|(_, socket)| sys::tcp_info(socket).ok());
-        // A slow reader takes what was sent long ago: nobody is woken up for that, and a reset would cut it off.
+        // A slow reader takes what was sent long ago: nobody is woken up for that, and a reset
+        // would cut it off.
         for (info, acknowledged) in infos.iter().zip(&mut self.acknowledged) {
             let Some(info) = info else { continue };
             let before = acknowledged.replace(info.bytes_acked);
             let waits = info.unacked > 0 || info.notsent_bytes > 0;
             let moved = match before {
-                // The last bytes may have been taken since the last look; the short deadline must not overlook that.
+                // The last bytes may have been taken since the last look; the short deadline must
+                // not overlook that.
                 Some(before) => before != info.bytes_acked && (waits || self.half_closed.is_some()),
                 None => waits,
             };

@@ -18,7 +18,6 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// All of them.
     pub const ALL: [Self; 3] = [Self::Copy, Self::Splice, Self::Sockmap];
 
     /// As in the configuration and in metrics.
@@ -41,7 +40,6 @@ pub enum Side {
 }
 
 impl Side {
-    /// The peer.
     #[must_use]
     pub const fn other(self) -> Self {
         match self {
@@ -51,15 +49,12 @@ impl Side {
     }
 }
 
-/// Both.
 pub const SIDES: [Side; 2] = [Side::Client, Side::Upstream];
 
 /// One of each side. Of a direction it is the side of its source, where nothing else is said.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PerSide<T> {
-    /// Of [`Side::Client`].
     pub client: T,
-    /// Of [`Side::Upstream`].
     pub upstream: T,
 }
 
@@ -74,7 +69,6 @@ impl<T> PerSide<T> {
         Ok(Self { client: of(Side::Client)?, upstream: of(Side::Upstream)? })
     }
 
-    /// Both.
     pub fn iter(&self) -> impl Iterator<Item = &T> {
         [&self.client, &self.upstream].into_iter()
     }
@@ -175,7 +169,6 @@ pub enum End {
 }
 
 impl End {
-    /// All of them.
     pub const ALL: [Self; 10] = [
         Self::Done,
         Self::Reset(Side::Client),

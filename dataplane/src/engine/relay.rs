@@ -1,7 +1,8 @@
 //! The loop that `copy` and `splice` share: both directions of one connection, until it ends.
 //!
-//! Each direction is a small state machine that sends what it holds before it reads on, so backpressure is the kernel's: a slow reader
-//! leaves the sender's bytes in the sender's socket buffers. Waiting is tokio's; moving bytes is [`copy`] and [`super::splice`].
+//! Each direction is a small state machine that sends what it holds before it reads on, so
+//! backpressure is the kernel's: a slow reader leaves the sender's bytes in the sender's socket
+//! buffers. Waiting is tokio's; moving bytes is [`copy`] and [`super::splice`].
 
 use std::future::poll_fn;
 use std::io;
@@ -20,26 +21,30 @@ use super::splice::Pipe;
 use super::traffic::{Counter, Path, Traffic};
 use crate::kernel::{socket, sys};
 
-/// Reads of one direction before other connections of the worker get their turn. With [`crate::daemon::worker::EVENT_INTERVAL`]: an echo beside four bulk transfers
-/// on one worker had a p99 of 36 to 59 ms, against 181 to 339 ms with 8 reads and tokio's interval, at the same throughput.
+/// Reads of one direction before other connections of the worker get their turn. With
+/// [`crate::daemon::worker::EVENT_INTERVAL`]: an echo beside four bulk transfers on one worker had
+/// a p99 of 36 to 59 ms, against 181 to 339 ms with 8 reads and tokio's interval, at the same
+/// throughput.
 const READS_PER_TURN: usize = 4;
 
-/// A splice that moved less is not bulk. Exchanges of 200 and of 2,000 bytes over 16 connections on loopback cost the process 3 to 16 % less CPU
-/// copied than spliced, those of 8,000 and more cost the same either way (three rounds, a noisy machine).
+/// A splice that moved less is not bulk. Exchanges of 200 and of 2,000 bytes over 16 connections on
+/// loopback cost the process 3 to 16 % less CPU copied than spliced, those of 8,000 and more cost
+/// the same either way (three rounds, a noisy machine).
 const SMALL: usize = 4 * 1024;
 
-/// What is waited for beside bytes: errors, and the peer's FIN, which comes with this interest alone also while nobody reads.
+/// What is waited for beside bytes: errors, and the peer's FIN, which comes with this interest
+/// alone also while nobody reads.
 const NEWS: Interest = Interest::ERROR.add(Interest::PRIORITY);
 
 /// What became of a connection.
 pub enum Relayed {
-    /// It has ended.
     Ended(End),
     /// It is to move to the sockmap: nothing is held.
     Promoted(Legs),
 }
 
-/// Forwards until the connection ends, or moves; sends `first` to the upstream before anything else.
+/// Forwards until the connection ends, or moves; sends `first` to the upstream before anything
+/// else.
 pub async fn run(
     kind: Kind,
     legs: Legs,
@@ -75,14 +80,16 @@ async fn forward(
     let mut timer = pin!(sleep_until(idle.deadline()));
     let mut has_closed = PerSide::<bool>::default();
     let mut target_closed = false;
-    // A side that resets or closes while nothing is read from it or written to it, because the other side is stalled, is noticed here.
+    // A side that resets or closes while nothing is read from it or written to it, because the
+    // other side is stalled, is noticed here.
     let mut client_news = pin!(client.ready(NEWS));
     let mut upstream_news = pin!(upstream.ready(NEWS));
 
     poll_fn(|cx| {
         let before = (up.moved, down.moved);
         let up_done = up.poll(cx, client, upstream, &traffic.to_upstream, &mut promotion, down.is_finished());
-        // A write that failed has taken the error off the socket: read now, it would look like a clean end of stream.
+        // A write that failed has taken the error off the socket: read now, it would look like a
+        // clean end of stream.
         if let Poll::Ready(Err(broken)) = up_done {
             return Poll::Ready(Some(broken.end(Side::Client, Side::Upstream)));
         }
@@ -90,7 +97,8 @@ async fn forward(
         if let Poll::Ready(Err(broken)) = down_done {
             return Poll::Ready(Some(broken.end(Side::Upstream, Side::Client)));
         }
-        // The kernel gives up soon on a closed socket whose reader is slow, so it is kept until the last byte could be sent.
+        // The kernel gives up soon on a closed socket whose reader is slow, so it is kept until the
+        // last byte could be sent.
         let finished = up.is_finished() && down.is_finished();
         if finished {
             if all_sent(client) && all_sent(upstream) {
@@ -140,7 +148,8 @@ async fn forward(
     .await
 }
 
-/// Whether nothing waits for the peer's window. What is in flight the kernel delivers also after close().
+/// Whether nothing waits for the peer's window. What is in flight the kernel delivers also after
+/// close().
 pub(super) fn all_sent(socket: &TcpStream) -> bool {
     sys::tcp_info(socket).map_or(true, |info| info.notsent_bytes == 0)
 }
@@ -195,9 +204,11 @@ impl Broken {
     }
 }
 
-/// The end of a stream must have come with a FIN. A socket tells of a RST once, to whichever call comes first, and then reads like one that ended well.
+/// The end of a stream must have come with a FIN. A socket tells of a RST once, to whichever call
+/// comes first, and then reads like one that ended well.
 pub(super) fn prove_fin(from: &TcpStream, has_our_fin: bool) -> io::Result<()> {
-    // After both FINs the kernel may have closed it too (TIME_WAIT); but then nothing was written to it that could have taken the error.
+    // After both FINs the kernel may have closed it too (TIME_WAIT); but then nothing was written
+    // to it that could have taken the error.
     if has_our_fin || sys::tcp_info(from)?.state != sys::TCP_CLOSE {
         Ok(())
     } else {
@@ -225,7 +236,8 @@ impl Direction {
         self.flow == Flow::Finished
     }
 
-    /// Moves bytes until one side has to be waited for; ready when FIN was passed on. `from_has_our_fin`: the other direction is finished.
+    /// Moves bytes until one side has to be waited for; ready when FIN was passed on.
+    /// `from_has_our_fin`: the other direction is finished.
     fn poll(
         &mut self,
         cx: &mut Context<'_>,
@@ -263,7 +275,8 @@ impl Direction {
         Poll::Ready(Ok(()))
     }
 
-    /// Sends what is held; ready when nothing is, and the receiver takes more: nothing is read that could not be sent.
+    /// Sends what is held; ready when nothing is, and the receiver takes more: nothing is read that
+    /// could not be sent.
     fn poll_send(&mut self, cx: &mut Context<'_>, to: &TcpStream, counter: &Counter) -> Poll<Result<(), Broken>> {
         loop {
             let sent = to.try_io(Interest::WRITABLE, || match &mut self.held {
@@ -296,7 +309,8 @@ impl Direction {
         }
     }
 
-    /// One read; what the receiver does not take at once is held. The number of bytes, 0 at the end of the stream.
+    /// One read; what the receiver does not take at once is held. The number of bytes, 0 at the end
+    /// of the stream.
     fn receive(&mut self, from: &TcpStream, to: &TcpStream, counter: &Counter) -> io::Result<usize> {
         if self.bulk
             && let Some(mut pipe) = Pipe::take()
@@ -307,7 +321,8 @@ impl Direction {
                     self.held = Held::Pipe(pipe);
                     return Ok(n);
                 }
-                // Told once: recv would find the socket without error, and take it for the end of the stream.
+                // Told once: recv would find the socket without error, and take it for the end of
+                // the stream.
                 Err(e) if e.kind() != io::ErrorKind::WouldBlock => {
                     pipe.put_back();
                     return Err(e);

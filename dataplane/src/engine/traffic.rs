@@ -44,7 +44,8 @@ pub struct Traffic {
     offload: Mutex<Option<Arc<dyn Offload>>>,
     /// What forwarded it in the kernel, if it ever was there.
     promoted: OnceLock<Kind>,
-    /// The target's FIN has come: it has nothing left of the connection, whatever of it still waits here for the client.
+    /// The target's FIN has come: it has nothing left of the connection, whatever of it still waits
+    /// here for the client.
     target_closed: Notify,
 }
 
@@ -92,7 +93,6 @@ impl Traffic {
         self.target_closed.notified().await;
     }
 
-    /// What is known now.
     pub fn look(&self) -> Look {
         let offload = self.offload();
         let bytes = |from: Side| {
@@ -141,13 +141,13 @@ impl Traffic {
 
 /// A connection that an engine forwards inside the kernel, for whoever looks at it meanwhile.
 pub trait Offload: fmt::Debug + Send + Sync {
-    /// The engine.
     fn kind(&self) -> Kind;
 
     /// Bytes that the kernel has sent on, of the direction from this side.
     fn redirected(&self, from: Side) -> u64;
 
-    /// Bytes that are queued in the kernel on our behalf: redirected, and not yet accepted by the sink.
+    /// Bytes that are queued in the kernel on our behalf: redirected, and not yet accepted by the
+    /// sink.
     fn backlog(&self) -> u64;
 
     /// Since when no byte came.
@@ -166,7 +166,6 @@ pub struct Look {
     pub asleep: bool,
     /// Bytes by path: kernel, userspace.
     pub to_upstream: [u64; 2],
-    /// The same.
     pub to_client: [u64; 2],
     /// Since when no byte moved.
     pub idle: Duration,

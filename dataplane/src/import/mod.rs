@@ -1,6 +1,7 @@
 //! Configurations of other programs, written as ours.
 //!
-//! What has no counterpart is never guessed at: it becomes a [`Note`] with its place. Knows nothing of the running daemon.
+//! What has no counterpart is never guessed at: it becomes a [`Note`] with its place. Knows nothing
+//! of the running daemon.
 
 mod nginx;
 mod syntax;
@@ -46,7 +47,8 @@ impl fmt::Display for Note {
     }
 }
 
-/// Reads the `stream` blocks of nginx's main configuration file, or of a file that is included in one.
+/// Reads the `stream` blocks of nginx's main configuration file, or of a file that is included in
+/// one.
 ///
 /// # Errors
 /// A file that cannot be read or is no configuration, or of which nothing could be carried over.

@@ -1,6 +1,7 @@
 //! What the directives of nginx's `stream` module mean, in our terms.
 //!
-//! Names are let through as nginx lets them through and never more: what is matched by a regular expression, or by nothing, is told and left out.
+//! Names are let through as nginx lets them through and never more: what is matched by a regular
+//! expression, or by nothing, is told and left out.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -301,7 +302,8 @@ impl<'a> Translation<'a> {
         }
     }
 
-    /// Hosts and upstreams of what a server tells apart by name; the default comes last, for all else has to be known by then.
+    /// Hosts and upstreams of what a server tells apart by name; the default comes last, for all
+    /// else has to be known by then.
     fn routes_of(&mut self, cases: Vec<Case>, mut lost: bool, how: &Use) -> Vec<(Vec<String>, String)> {
         let mut routes: Vec<(Vec<String>, String)> = Vec::new();
         let exact: Vec<String> =
@@ -363,7 +365,8 @@ impl<'a> Translation<'a> {
         }
     }
 
-    /// Where a server's connections go: by name, or all to one place. `None`: that could not be carried over.
+    /// Where a server's connections go: by name, or all to one place. `None`: that could not be
+    /// carried over.
     fn destinations(&mut self, server: &Directive, pass: &Directive) -> Option<Destinations> {
         let template = pass.text();
         let Some(variable) = variable_in(&template) else {
@@ -711,7 +714,8 @@ impl<'a> Translation<'a> {
         networks
     }
 
-    /// `allow` and `deny`, where their order says what ours say: nginx takes the first that fits, here `deny` comes first.
+    /// `allow` and `deny`, where their order says what ours say: nginx takes the first that fits,
+    /// here `deny` comes first.
     fn access(&mut self, server: &Directive, listener: &mut Listener) {
         let own: Vec<&Directive> = server.inside().iter().filter(|d| matches!(&*d.name, "allow" | "deny")).collect();
         let all = self.stream.iter().copied().filter(|d| matches!(&*d.name, "allow" | "deny"));

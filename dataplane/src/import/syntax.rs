@@ -1,6 +1,8 @@
-//! The syntax of nginx's configuration: directives of words, ended by a semicolon or followed by a block. Includes are put in their place.
+//! The syntax of nginx's configuration: directives of words, ended by a semicolon or followed by a
+//! block. Includes are put in their place.
 //!
-//! Knows no directive's meaning but `include`'s. There is no crate for this that is kept up, and the syntax is small.
+//! Knows no directive's meaning but `include`'s. There is no crate for this that is kept up, and
+//! the syntax is small.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -55,7 +57,8 @@ impl Directive {
     }
 }
 
-/// Reads a file with all that it includes. Paths that are not absolute are looked for beside it, as nginx does.
+/// Reads a file with all that it includes. Paths that are not absolute are looked for beside it, as
+/// nginx does.
 pub fn read(path: &Path, notes: &mut Vec<Note>) -> Result<Vec<Directive>> {
     let home = path.parent().unwrap_or(Path::new(""));
     expand(parse_file(path)?, home, 0, notes)
@@ -235,7 +238,8 @@ impl Lexer<'_> {
                 (_, '\\') => {
                     self.take();
                     match self.take() {
-                        // What else is escaped is a regular expression's, which keeps its backslash.
+                        // What else is escaped is a regular expression's, which keeps its
+                        // backslash.
                         Some(c @ ('"' | '\'' | '\\' | ' ' | ';' | '{' | '}')) => word.push(c),
                         Some(c) => word.extend(['\\', c]),
                         None => word.push('\\'),

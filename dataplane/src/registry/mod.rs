@@ -1,7 +1,8 @@
-//! The connections that are being forwarded now: what `connections` lists, and where byte metrics come from.
+//! The connections that are being forwarded now: what `connections` lists, and where byte metrics
+//! come from.
 //!
-//! A connection costs the lock twice, when it begins and when it ends; its bytes are counted in its own [`Traffic`] and collected when
-//! somebody asks. Nothing here knows how bytes move.
+//! A connection costs the lock twice, when it begins and when it ends; its bytes are counted in its
+//! own [`Traffic`] and collected when somebody asks. Nothing here knows how bytes move.
 
 pub mod metrics;
 
@@ -48,7 +49,6 @@ pub struct Record {
     pub accepted: Instant,
     /// As a PROXY header said, or as seen.
     pub client: SocketAddr,
-    /// Name of the listener.
     pub listener: Arc<str>,
     /// Of the hello.
     pub server_name: Option<Box<str>>,
@@ -56,7 +56,6 @@ pub struct Record {
     pub alpn: Option<Box<str>>,
     /// Name of the route, or of the listener in mode `tcp`.
     pub route: Arc<str>,
-    /// Name of the upstream.
     pub upstream: Arc<str>,
     /// The target as written in the configuration.
     pub target: Arc<str>,
@@ -157,7 +156,8 @@ impl Record {
         }
     }
 
-    /// Compares it with a configuration that is in force from now on; whether its route was removed.
+    /// Compares it with a configuration that is in force from now on; whether its route was
+    /// removed.
     pub fn judge(&self, generation: &Generation) -> bool {
         let removed = !generation.lists(&self.listener, self.server_name.as_deref(), self.listed);
         let grace = match generation.config.on_removed_route {
@@ -203,7 +203,8 @@ impl Registry {
         Entry { id, record, metrics, registry: self.clone(), end: End::Drained }
     }
 
-    /// Brings `dataplane_bytes_total` and `dataplane_connections_active` up to date. Bytes queued in the kernel on our behalf.
+    /// Brings `dataplane_bytes_total` and `dataplane_connections_active` up to date. Bytes queued
+    /// in the kernel on our behalf.
     pub fn collect(&self) -> u64 {
         let mut records = Vec::new();
         for live in self.live().values_mut() {
@@ -216,7 +217,8 @@ impl Registry {
         records.iter().map(|record| record.traffic.backlog()).sum()
     }
 
-    /// Whether a connection that was dialled from this port to this address still waits for its first byte.
+    /// Whether a connection that was dialled from this port to this address still waits for its
+    /// first byte.
     pub fn awaits(&self, dialled: (u16, IpAddr)) -> bool {
         let live = self.live();
         let mut records = live.values().map(|live| &live.record);

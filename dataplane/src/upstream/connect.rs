@@ -27,7 +27,8 @@ pub struct Dial {
     pub client: SocketAddr,
     /// Where we listen: a target that turns out to be ourselves would make a loop.
     pub own: Arc<[SocketAddr]>,
-    /// Another port of the targets than their own. How that one does says nothing of the target: it is not put aside for it, nor taken back.
+    /// Another port of the targets than their own. How that one does says nothing of the target: it
+    /// is not put aside for it, nor taken back.
     pub port: Option<u16>,
     /// Something is sent as soon as there is a connection.
     pub speaks_first: bool,
@@ -132,8 +133,9 @@ impl From<io::Error> for Failure {
 type UnderWay<'a> = Pin<Box<dyn Future<Output = Result<TcpStream, Failure>> + Send + 'a>>;
 
 impl Target {
-    /// Connects to one of the target's addresses within `patience`: one after the other, the next as soon as one has failed or has not answered for `stagger`. Without a
-    /// `stagger`, those that are left share the time that is left.
+    /// Connects to one of the target's addresses within `patience`: one after the other, the next
+    /// as soon as one has failed or has not answered for `stagger`. Without a `stagger`, those that
+    /// are left share the time that is left.
     pub(super) async fn connect(
         &self,
         dial: &Dial,
@@ -215,8 +217,9 @@ impl Target {
         Ok(stream)
     }
 
-    /// The addresses. Waits for the resolver's first answer, if there was none yet, and for another one where it had none: this client has nowhere else to go.
-    /// An answer that may not be used is no reason to wait, but one to ask again.
+    /// The addresses. Waits for the resolver's first answer, if there was none yet, and for another
+    /// one where it had none: this client has nowhere else to go. An answer that may not be used is
+    /// no reason to wait, but one to ask again.
     async fn addresses_by(&self, dial: &Dial, deadline: Instant) -> Result<Vec<Arc<Address>>, Failure> {
         let mut resolution = self.resolution.subscribe();
         match &*resolution.borrow_and_update() {
@@ -260,7 +263,8 @@ fn is_own(stream: &TcpStream, port: u16, own: &[SocketAddr]) -> bool {
     if own.peek().is_none() {
         return false;
     }
-    // Not the address that was dialled: 0.0.0.0 is this machine, and an IPv4 address may be written as one of IPv6.
+    // Not the address that was dialled: 0.0.0.0 is this machine, and an IPv4 address may be written
+    // as one of IPv6.
     let (Ok(local), Ok(peer)) = (stream.local_addr(), stream.peer_addr()) else { return false };
     let (here, there) = (local.ip().to_canonical(), peer.ip().to_canonical());
     let listens =

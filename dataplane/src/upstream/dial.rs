@@ -1,5 +1,5 @@
-//! Connecting a client to one of the targets: the next one when one fails, a second one beside the first when that is slow (a hedged dial), and a wait in the
-//! queue where all have enough to do.
+//! Connecting a client to one of the targets: the next one when one fails, a second one beside the
+//! first when that is slow (a hedged dial), and a wait in the queue where all have enough to do.
 //!
 //! It must not know how a target's health comes about; it tells what it found.
 
@@ -46,11 +46,12 @@ impl Drop for Overdue {
 }
 
 impl Pool {
-    /// Connects to a target. Another one is dialled when one has failed, and beside it when it has not answered for `hedge_delay`; whichever answers first is
-    /// taken.
+    /// Connects to a target. Another one is dialled when one has failed, and beside it when it has
+    /// not answered for `hedge_delay`; whichever answers first is taken.
     ///
     /// # Errors
-    /// `NoUpstream` when all failed or none had room in time, `TotalLimit` when this process has no file descriptor left.
+    /// `NoUpstream` when all failed or none had room in time, `TotalLimit` when this process has no
+    /// file descriptor left.
     pub async fn dial(self: &Arc<Self>, dial: Dial) -> Result<Dialled, Reason> {
         let hedge_delay = self.config.hedge_delay;
         let turn = self.turn.fetch_add(1, Relaxed);
@@ -138,7 +139,8 @@ impl Pool {
         timeout(self.config.connect_timeout, wait).await.unwrap_or(Err(Reason::NoUpstream))
     }
 
-    /// Another target to dial beside those that are being dialled. One that is down is no better than one that is slow.
+    /// Another target to dial beside those that are being dialled. One that is down is no better
+    /// than one that is slow.
     fn pick(
         &self,
         dial: &Dial,

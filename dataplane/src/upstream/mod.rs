@@ -1,8 +1,10 @@
 //! Upstreams: which target a connection gets, and dialling it.
 //!
-//! In the order in which a connection meets them: [`balance`] chooses, [`dial`] connects, to the next target when one fails or is slow. What they go by is kept in a
-//! [`Target`]: [`health`] says whether it is up. [`maintenance`] keeps that true on a thread of its own: [`probe`] checks, [`resolver`] resolves, and the tailnet is
-//! listened to. After the first byte went out there is no second try: the work here ends with the connected socket.
+//! In the order in which a connection meets them: [`balance`] chooses, [`dial`] connects, to the
+//! next target when one fails or is slow. What they go by is kept in a [`Target`]: [`health`] says
+//! whether it is up. [`maintenance`] keeps that true on a thread of its own: [`probe`] checks,
+//! [`resolver`] resolves, and the tailnet is listened to. After the first byte went out there is no
+//! second try: the work here ends with the connected socket.
 
 pub mod balance;
 pub mod connect;
@@ -46,7 +48,8 @@ const ADDRESS_ASIDE: Duration = Duration::from_secs(30);
 const LOOP_TOLD: Duration = Duration::from_secs(60);
 /// More addresses of one name are not used: each of them is another connect where none answers.
 const MOST_ADDRESSES: usize = 16;
-/// How long a target counts as relayed after the last packet that proved it: without traffic the tailnet cannot tell, and without a time limit there would be none.
+/// How long a target counts as relayed after the last packet that proved it: without traffic the
+/// tailnet cannot tell, and without a time limit there would be none.
 const RELAYED_FOR: Duration = Duration::from_secs(300);
 
 /// An upstream in use.
@@ -176,8 +179,9 @@ impl Lease {
         &self.target
     }
 
-    /// The target has closed its side, so another connection may have the place: what the client has not read yet waits here. One
-    /// that only half-closes and reads on cannot be told from that.
+    /// The target has closed its side, so another connection may have the place: what the client
+    /// has not read yet waits here. One that only half-closes and reads on cannot be told from
+    /// that.
     pub fn give_up_place(&mut self) {
         if std::mem::take(&mut self.has_place) {
             self.target.active.fetch_sub(1, Relaxed);
@@ -187,7 +191,8 @@ impl Lease {
         }
     }
 
-    /// Ends when the connection is to be reset because its target went down; never where the configuration keeps such connections.
+    /// Ends when the connection is to be reset because its target went down; never where the
+    /// configuration keeps such connections.
     pub async fn lost(&mut self) {
         if let Some(lost) = &mut self.lost {
             let _ = lost.changed().await;
@@ -331,7 +336,8 @@ impl Target {
         target
     }
 
-    /// A connection to it came back to us. That is no verdict: whoever knows a client's hello could bring it about.
+    /// A connection to it came back to us. That is no verdict: whoever knows a client's hello could
+    /// bring it about.
     pub fn note_loop(&self) {
         let now = SystemTime::now();
         let mut loops = self.loops.lock().expect("no panic while held");
@@ -406,7 +412,8 @@ impl Target {
         }
     }
 
-    /// Tells the target's health of something that happened just now, and everybody of what that changed.
+    /// Tells the target's health of something that happened just now, and everybody of what that
+    /// changed.
     fn apply(&self, event: Event) {
         // Almost every connection: nothing changes, and no lock is needed to know.
         if event == Event::DialPassed && self.is_up.load(Relaxed) && self.endpoint.down.load(Relaxed) == 0 {
@@ -541,7 +548,8 @@ impl Target {
         is_of_use
     }
 
-    /// Where to connect: what has not failed lately first, then the client's address family, then in turn. Each call takes a turn.
+    /// Where to connect: what has not failed lately first, then the client's address family, then
+    /// in turn. Each call takes a turn.
     fn in_turn(&self, known: &[Arc<Address>], dial: &Dial) -> Vec<Arc<Address>> {
         if known.len() < 2 {
             return known.to_vec();
@@ -558,7 +566,8 @@ impl Target {
             })
             .collect();
         ranked.sort_by_key(|(rank, _)| *rank);
-        // Among those that are as good as the first: else the others' places would be the first one's, too.
+        // Among those that are as good as the first: else the others' places would be the first
+        // one's, too.
         let first = ranked[0].0;
         let equals = ranked.iter().take_while(|(rank, _)| *rank == first).count();
         ranked[..equals].rotate_left(turn.fetch_add(1, Relaxed) % equals);

@@ -1,7 +1,9 @@
-//! From a target's name to its addresses, beforehand: connections never wait for a resolver, but for the very first answer.
+//! From a target's name to its addresses, beforehand: connections never wait for a resolver, but
+//! for the very first answer.
 //!
-//! hickory-resolver asks, because the system's `getaddrinfo` tells no TTL. What the tailnet itself says of a name of its own comes first. The last good answer is used
-//! for as long as there is no other.
+//! hickory-resolver asks, because the system's `getaddrinfo` tells no TTL. What the tailnet itself
+//! says of a name of its own comes first. The last good answer is used for as long as there is no
+//! other.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
@@ -56,8 +58,9 @@ impl Resolver {
         }
     }
 
-    /// The addresses of a name, and how long they hold. This machine's own word comes first, then the tailnet's, then DNS: whoever names a machine of the
-    /// tailnet must not capture a name that its owner did not give away.
+    /// The addresses of a name, and how long they hold. This machine's own word comes first, then
+    /// the tailnet's, then DNS: whoever names a machine of the tailnet must not capture a name that
+    /// its owner did not give away.
     ///
     /// # Errors
     /// What the resolver said, for people.
@@ -82,7 +85,8 @@ impl Resolver {
         ask(&resolver, name).await
     }
 
-    /// Whether the tailnet has a machine of this name while DNS knows other addresses for it: then the owner of that machine decides where the name leads.
+    /// Whether the tailnet has a machine of this name while DNS knows other addresses for it: then
+    /// the owner of that machine decides where the name leads.
     pub async fn is_ambiguous(&self, name: &str, view: &View) -> bool {
         if name.contains('.') || is_localhost(name) || self.of_hosts_file(name).is_some() {
             return false;
@@ -92,8 +96,8 @@ impl Resolver {
         ask(&resolver, name).await.is_ok_and(|(found, _)| found.iter().any(|ip| !peer.addresses.contains(ip)))
     }
 
-    /// The machine of the tailnet that a target is; none where this machine's own word on the name counts: else the owner of a machine that is called so could
-    /// take the target down.
+    /// The machine of the tailnet that a target is; none where this machine's own word on the name
+    /// counts: else the owner of a machine that is called so could take the target down.
     pub fn peer<'v>(&self, host: &TargetHost, view: &'v View) -> Option<&'v Peer> {
         match host {
             TargetHost::Ip(ip) => view.by_address(*ip),
@@ -129,7 +133,8 @@ impl Resolver {
         Some(hosts)
     }
 
-    /// The system's, or the configured one; made anew when the files have changed that it is made of.
+    /// The system's, or the configured one; made anew when the files have changed that it is made
+    /// of.
     fn system(&self) -> Result<TokioResolver, String> {
         let fingerprint = FILES.map(|file| Path::new(file).metadata().and_then(|m| m.modified()).ok());
         let mut system = self.system.lock().expect("no panic while held");
@@ -154,7 +159,8 @@ impl Resolver {
     }
 }
 
-/// Targets of one label that the tailnet has a machine of while DNS knows other addresses for the name. Asks tailscaled and DNS.
+/// Targets of one label that the tailnet has a machine of while DNS knows other addresses for the
+/// name. Asks tailscaled and DNS.
 pub fn ambiguous(config: &Config) -> Vec<Diagnostic> {
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return Vec::new() };
     runtime.block_on(async {
@@ -234,9 +240,10 @@ async fn ask(resolver: &TokioResolver, name: &str) -> Result<(Vec<IpAddr>, Durat
     Ok((addresses, answer.valid_until().saturating_duration_since(Instant::now())))
 }
 
-/// Looks a name up again and again, and tells `tell` of each outcome, which says whether it is of use: an answer that is not counts
-/// as none. What the tailnet tells is looked at at once, and so is the name when somebody wants it and it has no answer; but never
-/// more often than once a second.
+/// Looks a name up again and again, and tells `tell` of each outcome, which says whether it is of
+/// use: an answer that is not counts as none. What the tailnet tells is looked at at once, and so
+/// is the name when somebody wants it and it has no answer; but never more often than once a
+/// second.
 pub async fn follow(
     names: Arc<Resolver>,
     name: &str,

@@ -1,4 +1,5 @@
-//! Dials of a whole pool, over loopback. A target that never answers is one whose name is never resolved.
+//! Dials of a whole pool, over loopback. A target that never answers is one whose name is never
+//! resolved.
 
 use std::net::{Ipv4Addr, TcpListener};
 

@@ -1,6 +1,8 @@
-//! One connection in the sockmap, from the insertion of its sockets until it ends or goes back to the relay.
+//! One connection in the sockmap, from the insertion of its sockets until it ends or goes back to
+//! the relay.
 //!
-//! What is decided for each direction is in [`Stream`]; here are the sockets, the waiting, and the order in which sockets go into the map and out of it.
+//! What is decided for each direction is in [`Stream`]; here are the sockets, the waiting, and the
+//! order in which sockets go into the map and out of it.
 
 use std::future::{Future, poll_fn};
 use std::io;
@@ -51,7 +53,6 @@ fn lost(error: &io::Error) -> Outcome {
 enum Refused {
     /// Nothing was done to the connection.
     Whole(Legs),
-    /// It is lost.
     Broken(io::Error),
 }
 
@@ -171,7 +172,8 @@ fn read_exactly(socket: impl AsFd + Copy) -> io::Result<Option<u64>> {
 }
 
 impl<'a> Flow<'a> {
-    /// Puts both sockets into the map, on hold. If only one can be put in, because the other's peer has just sent FIN, the flow has to leave at once.
+    /// Puts both sockets into the map, on hold. If only one can be put in, because the other's peer
+    /// has just sent FIN, the flow has to leave at once.
     fn engage(table: &Arc<Table>, legs: Legs, leave_on_bulk: bool, traffic: &'a Traffic) -> Result<Self, Refused> {
         let (Some(mut slot), Ok(epoll)) = (table.take(), reactor::of_this_worker(table)) else {
             return Err(Refused::Whole(legs));
@@ -415,10 +417,12 @@ impl<'a> Flow<'a> {
             && !self.streams[side].source_ended
     }
 
-    /// Passes the end of a stream on although the socket is in the map, since a slow reader of what that socket receives keeps it there.
+    /// Passes the end of a stream on although the socket is in the map, since a slow reader of what
+    /// that socket receives keeps it there.
     ///
-    /// From the exchange of both FINs on, passed bytes that are unread would be lost. So the peer's is kept away until the socket has left; the peer sends it again.
-    /// Where it has come already, ours waits: that peer has nothing more to say.
+    /// From the exchange of both FINs on, passed bytes that are unread would be lost. So the peer's
+    /// is kept away until the socket has left; the peer sends it again. Where it has come already,
+    /// ours waits: that peer has nothing more to say.
     async fn finish_in_map(&mut self) -> Result<(), End> {
         let table = self.engaged.slot.table().clone();
         for side in SIDES {
