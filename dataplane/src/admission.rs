@@ -5,10 +5,13 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
+use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use tokio::sync::Notify;
+use tokio::time::timeout;
 
 /// The counts of the process.
 #[derive(Debug, Default)]
@@ -17,6 +20,8 @@ pub struct Admission {
     max: AtomicUsize,
     clients: Mutex<HashMap<IpAddr, u32>>,
     lobby: Mutex<Lobby>,
+    /// A permit was given back.
+    freed: Notify,
 }
 
 /// A permit to be one of all connections.
@@ -32,6 +37,10 @@ pub struct ClientPermit {
 
 /// However few connections there may be in all, so many may be about to send their hello.
 const FEWEST: usize = 16;
+
+/// How long one that has to give way may take to be gone, and after what time another has to.
+const GONE: Duration = Duration::from_secs(1);
+const ANOTHER: Duration = Duration::from_millis(20);
 
 /// The connections that have not sent their hello, oldest first.
 #[derive(Debug, Default)]
@@ -125,8 +134,36 @@ impl Admission {
 
     /// A permit, if one is free.
     pub fn enter(self: &Arc<Self>) -> Option<Permit> {
-        let permit = Permit(self.clone());
-        (self.open.fetch_add(1, SeqCst) < self.max()).then_some(permit)
+        let max = self.max();
+        let entered = self.open.fetch_update(SeqCst, SeqCst, |open| (open < max).then_some(open + 1));
+        entered.is_ok().then(|| Permit(self.clone()))
+    }
+
+    /// A permit; where all are taken, the oldest connection that has not sent its hello gives way,
+    /// and this waits until it is gone. `None`: none is left that could.
+    pub async fn enter_or_displace(self: &Arc<Self>) -> Option<Permit> {
+        let displace = async {
+            loop {
+                // Listens before it looks, so that no release falls in between.
+                let mut freed = pin!(self.freed.notified());
+                freed.as_mut().enable();
+                if let Some(permit) = self.enter() {
+                    return Some(permit);
+                }
+                let oldest = {
+                    let mut lobby = self.lobby.lock().expect("no panic while held");
+                    let oldest = lobby.guests.first_key_value().map(|(number, _)| *number);
+                    oldest.and_then(|number| lobby.remove(number))?
+                };
+                oldest.notify_one();
+                // One whose hello has just come may stay: then it is the next one's turn.
+                let _ = timeout(ANOTHER, freed).await;
+            }
+        };
+        match self.enter() {
+            Some(permit) => Some(permit),
+            None => timeout(GONE, displace).await.unwrap_or(None),
+        }
     }
 
     /// A permit for a connection of one client, which may have `max`.
@@ -151,6 +188,7 @@ impl Drop for Guest {
 impl Drop for Permit {
     fn drop(&mut self) {
         self.0.open.fetch_sub(1, SeqCst);
+        self.0.freed.notify_one();
     }
 }
 
@@ -202,6 +240,29 @@ mod tests {
         drop(proxied);
         let lobby = admission.lobby.lock().unwrap();
         assert!(lobby.guests.is_empty() && lobby.of_clients.is_empty(), "nothing is left over");
+    }
+
+    #[tokio::test]
+    async fn where_all_permits_are_taken_who_has_said_nothing_gives_way() {
+        let admission = Arc::new(Admission::default());
+        admission.set_max(10);
+        let mut established: Vec<_> = (0..8).map(|_| admission.enter().unwrap()).collect();
+        let silent = |n: u8| {
+            let (admission, permit) = (admission.clone(), admission.enter().unwrap());
+            tokio::spawn(async move {
+                let guest = admission.enter_lobby(Some([192, 0, 2, n].into()));
+                guest.gives_way().await;
+                drop(permit);
+            })
+        };
+        let (first, second) = (silent(1), silent(2));
+        tokio::task::yield_now().await;
+        established.push(admission.enter_or_displace().await.expect("the oldest gives way"));
+        assert!(first.await.is_ok() && !second.is_finished());
+        established.push(admission.enter_or_displace().await.expect("and the next one"));
+        second.await.unwrap();
+        assert!(admission.enter_or_displace().await.is_none(), "those that were let in stay");
+        assert_eq!(admission.open(), 10);
     }
 
     #[test]

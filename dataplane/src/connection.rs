@@ -79,7 +79,15 @@ pub async fn serve(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
     // In a box of its own: what is needed only to get here is freed before the connection's long
     // life begins.
     let established = Box::pin(establish(shared, generation, accepted)).await;
-    let Some(Established { engine, pair, timeouts, entry, permits, mut lease }) = established else { return };
+    if let Some(established) = established {
+        // In another one: who has said nothing yet does not pay for this.
+        Box::pin(forward(established)).await;
+    }
+}
+
+/// The connection's long life.
+async fn forward(established: Established) {
+    let Established { engine, pair, timeouts, entry, permits, mut lease } = established;
     let traffic = entry.record.traffic.clone();
     let end = {
         let forward = async {
@@ -281,8 +289,12 @@ impl Arrival {
                     log_redirect(self.config(), &self.client, self.start);
                 }
                 // Whether the client takes its answer is its own affair; it has as long as it had
-                // for its request.
-                let _ = timeout_at(self.deadline().into(), redirect(&self.stream, &answer)).await;
+                // for its request, and gives way to newer ones as before that.
+                let guest = self.shared.admission.enter_lobby(Some(self.client.address.ip()));
+                tokio::select! {
+                    _ = timeout_at(self.deadline().into(), redirect(&self.stream, &answer)) => {}
+                    () = guest.gives_way() => {}
+                }
                 return None;
             }
         };

@@ -110,6 +110,11 @@ fn what_a_syn_meets_in_each_kind_of_rules_reaches_the_exit_status() {
     };
     let (before, _) = nat();
     assert_eq!(before["ok"], true, "{before}");
+    let broken = daemon.dir().join("broken.toml");
+    std::fs::write(&broken, "nothing = 1\n").expect("written");
+    let mut command = Command::new(tests::daemon::binary());
+    let out = net.entrance.run(|| command.arg("doctor").arg("--config").arg(&broken).output()).expect("it runs");
+    assert_eq!(out.status.code(), Some(1), "a configuration that is wrong bites");
     for program in ["iptables-nft", "iptables-legacy"] {
         for rule in [
             "-i eth+ -p tcp -j DNAT --to-destination 10.0.0.2",
@@ -134,6 +139,17 @@ fn what_a_syn_meets_in_each_kind_of_rules_reaches_the_exit_status() {
         assert_eq!(nat().0["ok"], true, "another machine's address");
         run(program, "-t nat -F PREROUTING");
     }
+    // A table with the name of one of iptables' own, as nft's manual has it, alone and beside those.
+    run("nft", "delete table ip nat");
+    run("nft", "add table ip nat");
+    run("nft", "add chain ip nat arrive { type nat hook prerouting priority dstnat ; }");
+    run("nft", "add rule ip nat arrive tcp dport 443 dnat to 10.0.0.2");
+    let (found, code) = nat();
+    assert_eq!((&found["ok"], code), (&Value::Bool(false), Some(1)), "{found}");
+    run("iptables-nft", "-t nat -A PREROUTING -d 198.51.100.9 -p tcp -j ACCEPT");
+    let (found, code) = nat();
+    assert_eq!((&found["ok"], code), (&Value::Bool(false), Some(1)), "{found}");
+    run("nft", "delete table ip nat");
     run("nft", "add table inet mine");
     run("nft", "add chain inet mine arrive { type nat hook prerouting priority -100 ; }");
     run("nft", "add set inet mine ports { type inet_service ; flags interval ; elements = { 80, 400-500 } ; }");

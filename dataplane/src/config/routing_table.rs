@@ -94,9 +94,14 @@ fn describe(upstream: &Upstream) -> [String; 3] {
     [upstream.name.to_string(), targets.join(","), proxy.to_owned()]
 }
 
+/// What is wider than this puts its own row out of line, and no other.
+const WIDEST: usize = 120;
+
 fn aligned<const N: usize>(rows: &[[String; N]]) -> String {
-    let widths: [usize; N] =
-        std::array::from_fn(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0));
+    let widths: [usize; N] = std::array::from_fn(|column| {
+        let widths = rows.iter().map(|row| row[column].chars().count());
+        widths.filter(|width| *width <= WIDEST).max().unwrap_or(0)
+    });
     let mut text = String::new();
     for row in rows {
         let cells: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();

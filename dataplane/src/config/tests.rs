@@ -976,3 +976,11 @@ fn what_is_wrong_beside_a_source_that_is_wrong_is_told_with_it() {
     }
     assert!(said.ends_with("4 errors"), "listeners and routes may be in the repository: {said}");
 }
+
+#[test]
+fn the_table_of_a_long_list_is_shown() {
+    let networks: Vec<_> = (0..6000).map(|n| format!("\"10.{}.{}.1\"", n / 256, n % 256)).collect();
+    let text = SMALL.replace("bind =", &format!("deny = [{}]\nbind =", networks.join(", ")));
+    let table = routing_table(&read(&text).0);
+    assert!(table.contains("10.23.111.1/32") && table.lines().filter(|line| line.len() > 1000).count() == 1);
+}

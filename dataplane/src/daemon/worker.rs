@@ -39,8 +39,13 @@ pub struct Worker {
 impl Worker {
     pub fn start(index: usize, shared: Arc<Shared>) -> io::Result<Self> {
         let (commands, inbox) = mpsc::unbounded_channel();
-        let runtime =
-            tokio::runtime::Builder::new_current_thread().enable_all().event_interval(EVENT_INTERVAL).build()?;
+        // A connection that has to give way to one of another worker is woken from there. By default
+        // 31 others go first, and while clients keep coming there are always others.
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .event_interval(EVENT_INTERVAL)
+            .global_queue_interval(1)
+            .build()?;
         let thread = thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
             runtime.block_on(work(shared, inbox));
             // Drops the connections, and does not wait for a resolver that hangs.

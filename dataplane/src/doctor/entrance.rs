@@ -201,8 +201,16 @@ impl Rules {
         if let Some((ruleset, texts)) = &self.nft {
             // iptables-nft keeps its tables there too, and says itself better what is in them.
             let read = self.iptables.iter().any(|(dump, v4)| *v4 == syn.to.is_ipv4() && dump.contains("(nf_tables)"));
+            // A table of one of its names that somebody else has made, or added chains to, it leaves
+            // out in whole or in part; this it says in a comment.
+            let is_foreign = |table: &str| {
+                let dumps = self.iptables.iter().filter(|(_, v4)| *v4 == syn.to.is_ipv4());
+                let mut lines = dumps.flat_map(|(dump, _)| dump.lines());
+                lines.any(|line| line.contains(&format!("`{table}'")) && line.contains("incompatible"))
+            };
             let skip = |family: &str, table: &str| {
-                read && matches!(family, "ip" | "ip6") && matches!(table, "nat" | "mangle" | "raw" | "filter")
+                let is_own = matches!(family, "ip" | "ip6") && matches!(table, "nat" | "mangle" | "raw" | "filter");
+                read && is_own && !is_foreign(table)
             };
             let text = |family: &str, table: &str, handle: u64| {
                 texts.get(&(family.to_owned(), table.to_owned(), handle)).cloned()

@@ -48,7 +48,9 @@ impl Findings {
 
     /// Whether the engine that is configured can run, and nothing was found that bites.
     pub fn is_good(&self) -> bool {
-        self.engine.as_configured() && self.entrance.iter().all(|finding| finding.ok != Some(false))
+        self.config.is_ok()
+            && self.engine.as_configured()
+            && self.entrance.iter().all(|finding| finding.ok != Some(false))
     }
 
     /// The engines, and whether `auto` may use each.

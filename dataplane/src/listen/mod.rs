@@ -136,7 +136,7 @@ async fn take(
             let generation = shared.generation.load_full();
             let Some(index) = generation.listener(bound) else { return };
             generation.listener_metrics[index].accepted.inc();
-            let permit = if spare.is_spent() { None } else { shared.admission.enter() };
+            let permit = if spare.is_spent() { None } else { shared.admission.enter_or_displace().await };
             if let Some(permit) = permit {
                 let accepted = connection::Accepted { stream, peer, listener: index, permit };
                 tokio::spawn(connection::serve(shared.clone(), generation, accepted));
