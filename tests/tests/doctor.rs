@@ -139,6 +139,19 @@ fn what_a_syn_meets_in_each_kind_of_rules_reaches_the_exit_status() {
         assert_eq!(nat().0["ok"], true, "another machine's address");
         run(program, "-t nat -F PREROUTING");
     }
+    let out = daemon.cli(&["doctor", "--json"]);
+    let doctor: Value = serde_json::from_slice(&out.stdout).expect("JSON");
+    let all = doctor["entrance"].as_array().expect("a list");
+    let limit = all.iter().find(|f| f["check"] == "connections").expect("it looks");
+    let most = daemon.json(&["status", "--json"])["limits"]["max_connections"].clone();
+    let says = format!("at most {most} in the daemon that runs, by ");
+    assert!(limit["text"].as_str().is_some_and(|text| text.starts_with(&says)), "{limit}");
+    run("nft", "add table ip early");
+    run("nft", "add chain ip early arrive { type filter hook prerouting priority raw ; }");
+    run("nft", "add rule ip early arrive tcp dport 443 tcp dport set 8443");
+    let (found, code) = nat();
+    assert_eq!((&found["ok"], code), (&Value::Bool(false), Some(1)), "{found}");
+    run("nft", "delete table ip early");
     // A table with the name of one of iptables' own, as nft's manual has it, alone and beside those.
     run("nft", "delete table ip nat");
     run("nft", "add table ip nat");

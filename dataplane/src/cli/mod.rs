@@ -282,7 +282,11 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             return Ok(if answers.iter().all(|a| a.ok) { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         Command::Doctor { output, upstreams: false } => {
-            let findings = doctor::Findings::gather(path);
+            let findings = {
+                // Whoever asks before the first start gets what can be told without it.
+                let running = ask(path, Method::GET, "/status").ok().and_then(|text| serde_json::from_str(&text).ok());
+                doctor::Findings::gather(path, running.as_ref())
+            };
             if output.is_json() {
                 writeln!(out, "{:#}", findings.json())?;
             } else {

@@ -48,16 +48,23 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes: a hundred thousand rules.
 const MOST: u64 = 16 << 20;
 
-pub fn look(config: Option<&Config>) -> Vec<Finding> {
+/// `running` is the status of the daemon, if one runs.
+pub fn look(config: Option<&Config>, running: Option<&Value>) -> Vec<Finding> {
     let socket = config.map_or(Path::new(DEFAULT_TAILSCALED), |config| &config.tailnet.socket);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let view = runtime.ok().and_then(|runtime| runtime.block_on(tailnet::look(socket)).ok());
-    vec![nat(config), conntrack(), path(config, view.as_ref()), udp_gro(view.is_some()), connections(config)]
+    vec![nat(config), conntrack(), path(config, view.as_ref()), udp_gro(view.is_some()), connections(config, running)]
 }
 
 /// How many there may be, as far as it can be told without the daemon: its RLIMIT_NOFILE is its
 /// own.
-fn connections(config: Option<&Config>) -> Finding {
+fn connections(config: Option<&Config>, running: Option<&Value>) -> Finding {
+    let limits = running.map(|status| &status["limits"]);
+    if let Some((most, by)) =
+        limits.and_then(|l| Some((l["max_connections"].as_u64()?, l["max_connections_by"].as_str()?)))
+    {
+        return Finding::new("connections", true, format!("at most {most} in the daemon that runs, by {by}"));
+    }
     let (most, by) = MachineMemory::read().connections();
     let configured = config.map_or(0, |config| config.limits.max_connections);
     let text = match configured {

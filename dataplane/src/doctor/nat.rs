@@ -403,6 +403,12 @@ enum Has {
     All(Vec<Has>),
 }
 
+/// Whether a part of a packet says where it goes.
+fn is_destination(payload: &Value) -> bool {
+    let part = (payload["protocol"].as_str(), payload["field"].as_str());
+    matches!(part, (Some("tcp" | "th"), Some("dport")) | (Some("ip" | "ip6"), Some("daddr")))
+}
+
 struct Reader<'a> {
     syn: Syn,
     sets: HashMap<&'a str, &'a Value>,
@@ -418,6 +424,8 @@ impl Reader<'_> {
             match kind.as_str() {
                 "match" => holds = holds.and(self.matches(body)),
                 "limit" | "quota" | "ct count" => holds = holds.and(Holds::Some),
+                // Stateless: what arrives has another port or address then.
+                "mangle" if is_destination(&body["key"]["payload"]) => step(holds, Action::Takes),
                 "counter" | "log" | "comment" | "mangle" | "notrack" | "ct helper" | "ct timeout" | "set" | "meter"
                 | "continue" => {}
                 "accept" | "drop" | "reject" => step(holds, Action::Ends),

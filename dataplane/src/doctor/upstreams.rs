@@ -59,29 +59,33 @@ pub fn ask(config: &Config) -> Result<Vec<Answers>> {
         let names = Resolver::new(config.resolver.clone());
         let mut all = Vec::new();
         for (index, upstream) in config.upstreams.iter().enumerate() {
-            let host = host_of(config, index);
-            let ports = config.challenge_ports(index);
-            for target in &upstream.targets {
-                all.push(of_target(upstream, target, host.as_deref(), &ports, &names, view.as_ref()).await);
+            let mut ports = config.challenge_ports(index);
+            // By the way of each mode that leads there.
+            for host in hosts_of(config, index) {
+                for target in &upstream.targets {
+                    all.push(of_target(upstream, target, host.as_deref(), &ports, &names, view.as_ref()).await);
+                }
+                ports.clear();
             }
         }
         Ok(all)
     })
 }
 
-/// A host that routes send to the upstream; `None` when only listeners of mode `tcp` do, which
-/// forward anything.
-fn host_of(config: &Config, upstream: usize) -> Option<String> {
+/// A host that routes send to the upstream; `None` for listeners of mode `tcp`, which forward
+/// anything.
+fn hosts_of(config: &Config, upstream: usize) -> Vec<Option<String>> {
     let hosts = config.routes.iter().filter(|route| route.upstream == upstream).flat_map(|route| &route.hosts);
     let mut hosts: Vec<&HostPattern> = hosts.collect();
     hosts.sort_by_key(|host| !matches!(host, HostPattern::Exact(_)));
     let forwards_all = config.listeners.iter().any(|l| matches!(l.mode, Mode::Tcp { upstream: u } if u == upstream));
-    match hosts.first()? {
+    let by_name = hosts.first().and_then(|host| match host {
         HostPattern::Exact(name) => Some(name.clone()),
         HostPattern::Wildcard(suffix) => Some(format!("doctor.{suffix}")),
-        HostPattern::Any if forwards_all => None,
-        HostPattern::Any => Some("doctor.invalid".to_owned()),
-    }
+        HostPattern::Any => (!forwards_all).then(|| "doctor.invalid".to_owned()),
+    });
+    let as_it_is = (forwards_all || by_name.is_none()).then_some(None);
+    by_name.map(Some).into_iter().chain(as_it_is).collect()
 }
 
 async fn of_target(

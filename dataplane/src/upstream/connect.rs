@@ -47,8 +47,10 @@ pub struct Failure {
 /// What stood in the way of a connect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cause {
-    /// This process has no file descriptor left, or the kernel no memory for a socket.
+    /// This process has no file descriptor left.
     NoDescriptor,
+    /// The kernel has no memory for a socket.
+    NoMemory,
     /// No local port is left for this address.
     NoLocalPort,
     /// Nothing listens there.
@@ -74,6 +76,7 @@ impl Cause {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::NoDescriptor => "no_descriptor",
+            Self::NoMemory => "no_memory",
             Self::NoLocalPort => "no_local_port",
             Self::Refused => "refused",
             Self::Timeout => "timeout",
@@ -88,7 +91,7 @@ impl Cause {
 
     /// It says nothing of the target: what a connection needs was lacking here.
     pub const fn is_our_own(self) -> bool {
-        matches!(self, Self::NoDescriptor | Self::NoLocalPort)
+        matches!(self, Self::NoDescriptor | Self::NoMemory | Self::NoLocalPort)
     }
 
     /// It was not dialled: what is known of its name is told by who asks for that.
@@ -100,7 +103,8 @@ impl Cause {
 impl From<&io::Error> for Cause {
     fn from(error: &io::Error) -> Self {
         match error.raw_os_error() {
-            Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => Self::NoDescriptor,
+            Some(libc::EMFILE | libc::ENFILE) => Self::NoDescriptor,
+            Some(libc::ENOBUFS | libc::ENOMEM) => Self::NoMemory,
             Some(libc::EADDRNOTAVAIL) => Self::NoLocalPort,
             Some(libc::ECONNREFUSED) => Self::Refused,
             Some(libc::ETIMEDOUT) => Self::Timeout,

@@ -81,7 +81,7 @@ impl Pool {
                     attempts.into_iter().for_each(see_to_its_end);
                     return Ok(dialled);
                 }
-                Some(Err(failure)) if failure.cause == Cause::NoDescriptor && attempts.is_empty() => {
+                Some(Err(Failure { cause: Cause::NoDescriptor | Cause::NoMemory, .. })) if attempts.is_empty() => {
                     return Err(Reason::TotalLimit);
                 }
                 Some(Err(_)) => {}

@@ -45,8 +45,13 @@ pub async fn check(
     let connect = async { TcpStream::connect(address).await.map_err(|error| in_words(&error)) };
     let mut small = timeout(patience, connect).await.map_err(late)??;
     match timeout(patience, speak_in(&mut small, send_proxy, server_name, false)).await {
-        Err(_) if is_unacknowledged(&small) => Err(late(late_by)),
-        _ => Err(format!("timeout: {BLACK_HOLE}; a small hello gets through. {REMEDY}")),
+        Err(_) if !is_unacknowledged(&small) => {
+            Err(format!("timeout: {BLACK_HOLE}; a small hello is acknowledged. {REMEDY}"))
+        }
+        Ok(answer) if answer.as_ref().map_or_else(|error| error.starts_with("tls:"), |()| true) => {
+            Err(format!("timeout: {BLACK_HOLE}; a small hello gets through. {REMEDY}"))
+        }
+        _ => Err(late(late_by)),
     }
 }
 
