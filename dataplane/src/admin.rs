@@ -254,7 +254,8 @@ fn status(shared: &Shared) -> Value {
             "hosts": r.hosts.iter().map(ToString::to_string).collect::<Vec<_>>(),
             "alpn": r.alpn,
             "listeners": r.listeners.iter().map(|i| &*config.listeners[*i].name).collect::<Vec<_>>(),
-            "upstream": config.upstreams[r.upstream].name,
+            "action": if r.upstream().is_some() { "forward" } else { "refuse" },
+            "upstream": r.upstream().map(|upstream| &*config.upstreams[upstream].name),
         })).collect::<Vec<_>>(),
         "upstreams": generation.pools.iter().map(|p| json!({
             "name": p.config.name,

@@ -115,9 +115,10 @@ impl Generation {
     /// The destination of a route.
     pub fn by_route(&self, route: usize) -> Destination {
         let config = &self.config.routes[route];
+        let Some(upstream) = config.upstream() else { unreachable!("the table finds routes that forward") };
         Destination {
             route: config.name.clone(),
-            pool: self.pools[config.upstream].clone(),
+            pool: self.pools[upstream].clone(),
             metrics: self.route_metrics[route].clone(),
         }
     }

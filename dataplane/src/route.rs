@@ -8,7 +8,7 @@
 
 use std::collections::HashMap;
 
-use crate::config::{Config, HostPattern};
+use crate::config::{Action, Config, HostPattern};
 use crate::reject::Reason;
 
 /// The routing table of one configuration.
@@ -24,9 +24,17 @@ pub struct Table {
 #[derive(Debug, Clone)]
 struct Candidate {
     route: usize,
+    /// It takes the connections of no wider pattern, and forwards none.
+    refuses: bool,
     /// Indexed by listener.
     listeners: Box<[bool]>,
     alpn: Box<[Box<[u8]>]>,
+}
+
+impl Candidate {
+    fn forwards<'a>(&self, by: By<'a>) -> Result<Match<'a>, Reason> {
+        if self.refuses { Err(Reason::UnknownHost) } else { Ok(Match { route: self.route, by }) }
+    }
 }
 
 /// A route that was found, and by which pattern.
@@ -76,14 +84,10 @@ impl Table {
     pub fn new(config: &Config) -> Self {
         let mut table = Self::default();
         for (index, route) in config.routes.iter().enumerate() {
-            let listeners = config
-                .listeners
-                .iter()
-                .enumerate()
-                .map(|(i, l)| l.mode.has_routes() && (route.listeners.is_empty() || route.listeners.contains(&i)))
-                .collect();
+            let listeners =
+                config.listeners.iter().enumerate().map(|(i, l)| l.mode.has_routes() && route.is_for(i)).collect();
             let alpn = route.alpn.iter().map(|p| p.as_bytes().into()).collect();
-            let candidate = Candidate { route: index, listeners, alpn };
+            let candidate = Candidate { route: index, refuses: route.action == Action::Refuse, listeners, alpn };
             for host in &route.hosts {
                 let slot = match host {
                     HostPattern::Exact(name) => table.exact.entry(name.as_str().into()).or_default(),
@@ -114,15 +118,31 @@ impl Table {
         if here.peek().is_none() {
             return Err(Reason::UnknownHost);
         }
-        alpn.find_map(|offered| here.clone().find(|c| c.alpn.iter().any(|p| **p == *offered)))
+        let found = alpn
+            .find_map(|offered| here.clone().find(|c| c.alpn.iter().any(|p| **p == *offered)))
             .or_else(|| here.find(|c| c.alpn.is_empty()))
-            .map(|c| Match { route: c.route, by })
-            .ok_or(Reason::AlpnMismatch)
+            .ok_or(Reason::AlpnMismatch)?;
+        found.forwards(by)
+    }
+
+    /// The route by which `name` is refused in spite of a wider pattern, for whoever explains.
+    pub fn refused_by<'a>(&self, listener: usize, name: &'a str) -> Option<Match<'a>> {
+        let (candidates, by) = self.candidates(name)?;
+        let found = candidates.iter().find(|c| c.refuses && c.listeners.get(listener) == Some(&true))?;
+        Some(Match { route: found.route, by })
     }
 
     /// Whether the pattern by which `name` was found is listed on a listener, for whatever ALPN and
-    /// upstream.
+    /// upstream, and `name` is not refused there.
     pub fn lists(&self, listener: usize, name: &str, pattern: Pattern) -> bool {
+        let here = |candidates: &[Candidate]| {
+            let mut forwards =
+                candidates.iter().filter(|c| c.listeners.get(listener) == Some(&true)).map(|c| !c.refuses);
+            forwards.next().map(|first| first || forwards.any(|forwards| forwards))
+        };
+        if self.candidates(name).is_some_and(|(deciding, _)| here(deciding) == Some(false)) {
+            return false;
+        }
         let candidates = match pattern {
             Pattern::Exact => self.exact.get(name).map(Vec::as_slice),
             Pattern::Wildcard(length) => {
@@ -131,7 +151,7 @@ impl Table {
             }
             Pattern::Any => Some(&self.any[..]),
         };
-        candidates.unwrap_or_default().iter().any(|c| c.listeners.get(listener) == Some(&true))
+        here(candidates.unwrap_or_default()) == Some(true)
     }
 
     /// Finds the route of `name` for a request in clear text, where no protocols are offered: that
@@ -142,8 +162,7 @@ impl Table {
     pub fn find_plain<'a>(&self, listener: usize, name: Option<&'a str>) -> Result<Match<'a>, Reason> {
         let (candidates, by) = name.and_then(|name| self.candidates(name)).ok_or(Reason::UnknownHost)?;
         let here = candidates.iter().filter(|c| c.listeners.get(listener) == Some(&true));
-        let route = here.min_by_key(|c| (!c.alpn.is_empty(), c.route)).ok_or(Reason::UnknownHost)?.route;
-        Ok(Match { route, by })
+        here.min_by_key(|c| (!c.alpn.is_empty(), c.route)).ok_or(Reason::UnknownHost)?.forwards(by)
     }
 
     fn candidates<'a>(&self, name: &'a str) -> Option<(&[Candidate], By<'a>)> {
@@ -315,6 +334,56 @@ mod tests {
         assert_eq!(find(&config, 1, "secret.example.com", &[]), Ok(0));
         assert_eq!(find(&config, 0, "secret.example.com", &[]), Err(Reason::UnknownHost));
         assert_eq!(find(&config, 0, "open.example.com", &[]), Ok(1));
+    }
+
+    #[test]
+    fn what_is_refused_by_name_is_in_no_wildcard_and_a_narrower_route_is_open() {
+        let config = config(
+            r#"
+            [[routes]]
+            hosts = ["*"]
+            upstream = "a"
+            [[routes]]
+            hosts = ["secret.apps.example.com", "*.int.apps.example.com"]
+            action = "refuse"
+            [[routes]]
+            hosts = ["half.example.com"]
+            listeners = ["public"]
+            action = "refuse"
+            [[routes]]
+            hosts = ["half.example.com", "wiki.int.apps.example.com"]
+            listeners = ["private"]
+            upstream = "b"
+            [[routes]]
+            hosts = ["h2.example.com"]
+            alpn = ["h2"]
+            upstream = "b"
+            [[routes]]
+            hosts = ["h2.example.com"]
+            action = "refuse"
+            "#,
+        );
+        let table = Table::new(&config);
+        let plain = |listener, name| table.find_plain(listener, Some(name)).map(|found| found.route);
+        for name in ["secret.apps.example.com", "a.int.apps.example.com", "a.b.int.apps.example.com"] {
+            for listener in [0, 1] {
+                assert_eq!(find(&config, listener, name, &["h2"]), Err(Reason::UnknownHost), "{name}");
+                assert_eq!(plain(listener, name), Err(Reason::UnknownHost), "{name}");
+                assert!(!table.lists(listener, name, Pattern::Any), "a connection by the wildcard is of no route now");
+            }
+        }
+        for name in ["apps.example.com", "int.apps.example.com", "x.secret.apps.example.com"] {
+            assert_eq!(find(&config, 0, name, &[]), Ok(0), "{name}");
+            assert!(table.lists(0, name, Pattern::Any));
+        }
+        assert_eq!(find(&config, 0, "half.example.com", &[]), Err(Reason::UnknownHost));
+        assert_eq!(find(&config, 1, "half.example.com", &[]), Ok(3));
+        assert!(table.lists(1, "half.example.com", Pattern::Exact));
+        assert!(!table.lists(0, "half.example.com", Pattern::Exact));
+        assert_eq!(find(&config, 1, "wiki.int.apps.example.com", &[]), Ok(3));
+        assert_eq!(find(&config, 0, "h2.example.com", &["h2"]), Ok(4));
+        assert_eq!(find(&config, 0, "h2.example.com", &["http/1.1"]), Err(Reason::UnknownHost));
+        assert_eq!(plain(0, "h2.example.com"), Err(Reason::UnknownHost));
     }
 
     #[test]

@@ -407,3 +407,29 @@ fn strangers_cannot_fill_the_log_with_refusals_and_none_goes_uncounted() {
         (one_by_one + told == MANY).then_some(())
     });
 }
+
+#[test]
+fn a_refused_host_is_refused_although_a_wildcard_covers_it_on_every_kind_of_listener() {
+    let _turn = beside_others();
+    let refuse = "[[routes]]\nhosts = [\"secret.apps.example.com\", \"*.inside.apps.example.com\"]\naction = \"refuse\"\n\
+                  [listeners.web]\nmode = \"http\"\nbind = [\"198.51.100.1:80\"]\n";
+    let rig = rig(&Config::new("auto").more(refuse));
+    for name in ["secret.apps.example.com", "a.inside.apps.example.com", "a.b.inside.apps.example.com"] {
+        refused(&rig, &client_hello(Some(name), &["h2"]), "unknown_host", Some(UNRECOGNIZED_NAME));
+    }
+    let mut client = rig.connect();
+    client.write_all(&client_hello(Some("open.apps.example.com"), &[])).expect("sent");
+    rig.accept();
+    for (name, answered) in [("secret.apps.example.com", false), ("open.apps.example.com", true)] {
+        let mut client = rig.net.client.connect((ENTRANCE[0].parse::<std::net::IpAddr>().unwrap(), 80).into()).unwrap();
+        client.write_all(format!("GET / HTTP/1.1\r\nHost: {name}\r\n\r\n").as_bytes()).expect("sent");
+        let (answer, _) = read_to_end(&client, PATIENCE);
+        assert_eq!(answer.starts_with(b"HTTP/1.1 308"), answered, "{name}: {}", answer.escape_ascii());
+    }
+    let said = |args: &[&str]| String::from_utf8_lossy(&rig.daemon.cli(args).stdout).into_owned();
+    let explained = said(&["explain", "x.inside.apps.example.com", "--listener", "public"]);
+    assert!(explained.contains("`action = \"refuse\"` says so: `*.inside.apps.example.com`"), "{explained}");
+    assert!(said(&["status"]).contains("secret.apps.example.com *.inside.apps.example.com -> refused"));
+    let routes = rig.daemon.json(&["status", "--json"])["routes"].clone();
+    assert!(routes.as_array().unwrap().iter().any(|r| r["action"] == "refuse" && r["upstream"].is_null()), "{routes}");
+}

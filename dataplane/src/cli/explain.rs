@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::config::{Config, HostPattern, Listener, Mode};
 use crate::reject::Reason;
-use crate::route::{By, Table};
+use crate::route::{By, Match, Table};
 
 /// What somebody wants to know of.
 #[derive(Debug, PartialEq, Eq)]
@@ -124,24 +124,22 @@ fn answer(config: &Config, table: &Table, index: usize, host: &str, name: Option
                 Mode::Http { .. } => table.find_plain(index, Some(name)),
                 _ => table.find(index, Some(name), alpn.iter().map(String::as_bytes)),
             };
-            found
-                .map(|found| {
-                    let by = match found.by {
-                        By::Exact => format!("`{name}` is listed"),
-                        By::Wildcard(suffix) => {
-                            format!("`*.{suffix}` is the longest wildcard that matches, no exact host does")
+            match found.map(|Match { route, by }| config.routes[route].upstream().map(|upstream| (route, upstream, by)))
+            {
+                Ok(Some((route, upstream, by))) => Ok((Some(route), upstream, listed(by, name))),
+                Err(reason @ Reason::AlpnMismatch) => {
+                    Err((reason, "its routes want an ALPN protocol that is not offered; try --alpn".to_owned()))
+                }
+                Ok(None) | Err(_) => Err((
+                    Reason::UnknownHost,
+                    match table.refused_by(index, name) {
+                        Some(found) => {
+                            format!("a route with `action = \"refuse\"` says so: {}", listed(found.by, name))
                         }
-                        By::Any => "`*` matches, nothing else does".to_owned(),
-                    };
-                    (Some(found.route), config.routes[found.route].upstream, by)
-                })
-                .map_err(|reason| {
-                    let why = match reason {
-                        Reason::AlpnMismatch => "its routes want an ALPN protocol that is not offered; try --alpn",
-                        _ => "no route lists it here",
-                    };
-                    (reason, why.to_owned())
-                })
+                        None => "no route lists it here".to_owned(),
+                    },
+                )),
+            }
         }
     };
     let shown = name.unwrap_or(host);
@@ -182,6 +180,15 @@ fn answer(config: &Config, table: &Table, index: usize, host: &str, name: Option
     }
     answer.text += &conditions(listener, answer.forwarded);
     answer
+}
+
+/// Why a route decides.
+fn listed(by: By<'_>, name: &str) -> String {
+    match by {
+        By::Exact => format!("`{name}` is listed"),
+        By::Wildcard(suffix) => format!("`*.{suffix}` is the longest wildcard that matches, no exact host does"),
+        By::Any => "`*` matches, nothing else does".to_owned(),
+    }
 }
 
 /// Who does not get that far.
@@ -227,6 +234,9 @@ targets = [\"a:22\"]
 [[routes]]
 hosts = [\"blog.example.com\", \"*.apps.example.com\"]
 upstream = \"cluster\"
+[[routes]]
+hosts = [\"secret.apps.example.com\"]
+action = \"refuse\"
 ";
 
     fn ask(question: &str, listener: Option<&str>) -> Result<(bool, String)> {
@@ -258,6 +268,20 @@ upstream = \"cluster\"
             (false, "blog.example.com: nothing listens there\n".into())
         );
         assert!(ask("anything", Some("git")).unwrap().0);
+    }
+
+    #[test]
+    fn what_is_refused_by_name_is_told_from_what_nobody_lists() {
+        let (forwarded, text) = ask("secret.apps.example.com", Some("public")).unwrap();
+        assert!(!forwarded);
+        assert!(
+            text.starts_with(
+                "secret.apps.example.com on public: rejected, `unknown_host`: a route with `action = \"refuse\"` \
+                 says so: `secret.apps.example.com` is listed"
+            ),
+            "{text}"
+        );
+        assert!(ask("wiki.example.com", Some("public")).unwrap().1.contains("no route lists it here"));
     }
 
     #[test]

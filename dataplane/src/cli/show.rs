@@ -81,7 +81,8 @@ pub fn describe_status(status: &Value) -> String {
         );
     }
     for route in items(&status["routes"]) {
-        let _ = writeln!(out, "route     {} -> {}", words(&route["hosts"]), text(route, "upstream"));
+        let to = if route["action"] == "refuse" { "refused" } else { text(route, "upstream") };
+        let _ = writeln!(out, "route     {} -> {to}", words(&route["hosts"]));
     }
     for upstream in items(&status["upstreams"]) {
         for target in items(&upstream["targets"]) {

@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
-use super::{Bind, Config, Diagnostic, HostPattern, Mode, Route, Span, TargetHost};
+use super::{Action, Bind, Config, Diagnostic, HostPattern, Mode, Route, Span, TargetHost};
 
 /// Each is compared with the others.
 const MOST_ROUTES_OF_A_HOST: usize = 64;
@@ -183,8 +183,8 @@ fn challenges_to_ourselves(config: &Config) -> Vec<Diagnostic> {
         let taken = config.listeners.iter().flat_map(|l| &l.bind).find(|bind| {
             bind.addr.port() == acme_port && (bind.addr.ip().is_unspecified() || bind.addr.ip().is_loopback())
         });
-        let routes = config.routes.iter().filter(|r| r.listeners.is_empty() || r.listeners.contains(&index));
-        let mut upstreams: Vec<usize> = routes.map(|route| route.upstream).collect();
+        let routes = config.routes.iter().filter(|route| route.is_for(index));
+        let mut upstreams: Vec<usize> = routes.filter_map(Route::upstream).collect();
         upstreams.sort_unstable();
         upstreams.dedup();
         for target in upstreams.iter().flat_map(|upstream| &config.upstreams[*upstream].targets) {
@@ -219,7 +219,7 @@ pub(super) fn is_localhost(name: &str) -> bool {
 fn unreached_listeners(config: &Config, places: &Places) -> Vec<Diagnostic> {
     let mut found = Vec::new();
     for (index, (listener, span)) in config.listeners.iter().zip(&places.listeners).enumerate() {
-        let reached = config.routes.iter().any(|route| route.listeners.is_empty() || route.listeners.contains(&index));
+        let reached = config.routes.iter().any(|route| route.is_for(index) && route.action != Action::Refuse);
         if listener.mode.has_routes() && !reached {
             found.push(Diagnostic::warning(
                 span.clone(),
@@ -271,7 +271,7 @@ fn unused_upstreams(config: &Config, places: &Places) -> Vec<Diagnostic> {
         Mode::Tcp { upstream } => Some(upstream),
         Mode::Tls | Mode::Http { .. } => None,
     });
-    let used: HashSet<usize> = config.routes.iter().map(|route| route.upstream).chain(of_listeners).collect();
+    let used: HashSet<usize> = config.routes.iter().filter_map(Route::upstream).chain(of_listeners).collect();
     let unused = config.upstreams.iter().zip(&places.upstreams).enumerate().filter(|(index, _)| !used.contains(index));
     unused
         .map(|(_, (upstream, span))| {

@@ -62,16 +62,14 @@ impl Changes {
     }
 }
 
-/// Where a host goes: by pattern, listener and ALPN.
-type Table<'c> = BTreeMap<(&'c HostPattern, &'c str, &'c str), &'c Upstream>;
+/// Where a host goes, `None`: it is refused; by pattern, listener and ALPN.
+type Table<'c> = BTreeMap<(&'c HostPattern, &'c str, &'c str), Option<&'c Upstream>>;
 
 fn table(config: &Config, has_mode: fn(Mode) -> bool) -> Table<'_> {
     let mut table = Table::new();
     for route in &config.routes {
-        let upstream = &config.upstreams[route.upstream];
-        let here = |index: &usize| {
-            has_mode(config.listeners[*index].mode) && (route.listeners.is_empty() || route.listeners.contains(index))
-        };
+        let upstream = route.upstream().map(|upstream| &config.upstreams[upstream]);
+        let here = |index: &usize| has_mode(config.listeners[*index].mode) && route.is_for(*index);
         for listener in (0..config.listeners.len()).filter(here).map(|index| &*config.listeners[index].name) {
             for host in &route.hosts {
                 if route.alpn.is_empty() {
@@ -98,21 +96,18 @@ fn compare_hosts(old: &Config, new: &Config, has_mode: fn(Mode) -> bool, what_fo
     let mut said: BTreeMap<(String, bool, String), Vec<String>> = BTreeMap::new();
     let keys = before.keys().chain(after.keys().filter(|key| !before.contains_key(*key)));
     for key @ (host, listener, protocol) in keys {
-        let (widens, what) = match (before.get(key), after.get(key)) {
-            (None, Some(now)) => match wider(&before, host, listener) {
-                Some((pattern, was)) => {
-                    (false, format!("goes to {}, and no longer to `{}` by `{pattern}`", described(now), was.name))
-                }
-                None => (true, format!("is let through, to {}", described(now))),
-            },
-            (Some(was), None) => match wider(&after, host, listener) {
-                Some((pattern, now)) => {
-                    (false, format!("goes to {}, by `{pattern}`, and no longer to `{}`", described(now), was.name))
-                }
-                None => (false, format!("is no longer let through, to `{}`", was.name)),
-            },
-            (Some(was), Some(now)) if was.name != now.name => {
+        let (widens, what) = match (taken(&before, key), taken(&after, key)) {
+            (None, Some((now, None))) => (true, format!("is let through, to {}", described(now))),
+            (None, Some((now, Some(by)))) => (true, format!("is let through, to {}, by `{by}`", described(now))),
+            (Some((was, _)), None) => (false, format!("is no longer let through, to `{}`", was.name)),
+            (Some((was, None)), Some((now, None))) if was.name != now.name => {
                 (false, format!("goes to {} and no longer to `{}`", described(now), was.name))
+            }
+            (Some((was, Some(by))), Some((now, None))) => {
+                (false, format!("goes to {}, and no longer to `{}` by `{by}`", described(now), was.name))
+            }
+            (Some((was, None)), Some((now, Some(by)))) => {
+                (false, format!("goes to {}, by `{by}`, and no longer to `{}`", described(now), was.name))
             }
             _ => continue,
         };
@@ -124,8 +119,16 @@ fn compare_hosts(old: &Config, new: &Config, has_mode: fn(Mode) -> bool, what_fo
     }
 }
 
-/// The most specific wildcard that takes the connections of a pattern that is not there.
-fn wider<'c>(table: &Table<'c>, host: &HostPattern, listener: &str) -> Option<(&'c HostPattern, &'c Upstream)> {
+/// Who takes the connections of a pattern, and by which other pattern where that one is not there.
+/// `None`: they are refused.
+fn taken<'c>(
+    table: &Table<'c>,
+    key: &(&'c HostPattern, &'c str, &'c str),
+) -> Option<(&'c Upstream, Option<&'c HostPattern>)> {
+    if let Some(found) = table.get(key) {
+        return found.map(|upstream| (upstream, None));
+    }
+    let (host, listener, _) = *key;
     let name = match host {
         HostPattern::Exact(name) | HostPattern::Wildcard(name) => name,
         HostPattern::Any => return None,
@@ -136,9 +139,8 @@ fn wider<'c>(table: &Table<'c>, host: &HostPattern, listener: &str) -> Option<(&
         HostPattern::Any => true,
     };
     let found = table.iter().filter(|((pattern, l, _), _)| *l == listener && takes(pattern));
-    found
-        .max_by_key(|((pattern, ..), _)| pattern.to_string().len())
-        .map(|((pattern, ..), upstream)| (*pattern, *upstream))
+    let ((pattern, ..), upstream) = found.max_by_key(|((pattern, ..), _)| pattern.to_string().len())?;
+    upstream.map(|upstream| (upstream, Some(*pattern)))
 }
 
 fn listeners(old: &Config, new: &Config, changes: &mut Changes) {
@@ -458,6 +460,8 @@ upstream = "other"
         let (head, routes) = OLD.split_at(OLD.find("[[routes]]").unwrap());
         let (first, second) = routes.split_at(routes.rfind("[[routes]]").unwrap());
         assert_eq!(compare(OLD, &format!("# moved\n{head}{second}{first}")), "");
+        let refused = format!("{OLD}[[routes]]\nhosts = [\"unlisted.example.com\"]\naction = \"refuse\"\n");
+        assert_eq!(compare(OLD, &refused), "", "it is refused in any case");
     }
 
     #[test]
@@ -566,6 +570,21 @@ upstream `other`: `balance` is first and no longer least-connections
                 OLD.to_owned(),
                 OLD.replace("\"thinkpad-1:443\", \"thinkpad-2:443\"", "\"thinkpad-2:443\", \"thinkpad-1:443\""),
                 "upstream `cluster` has its targets in another order: thinkpad-2:443, thinkpad-1:443",
+            ),
+            (
+                OLD.to_owned(),
+                end("[[routes]]\nhosts = [\"secret.apps.example.com\"]\naction = \"refuse\""),
+                "secret.apps.example.com is no longer let through, to `cluster`; on public",
+            ),
+            (
+                end("[[routes]]\nhosts = [\"*.int.apps.example.com\"]\naction = \"refuse\""),
+                OLD.to_owned(),
+                "WIDER: *.int.apps.example.com is let through, to `cluster` (thinkpad-1:443, thinkpad-2:443; PROXY off), by `*.apps.example.com`; on public",
+            ),
+            (
+                end("[[routes]]\nhosts = [\"new.example.com\"]\naction = \"refuse\""),
+                end("[[routes]]\nhosts = [\"new.example.com\"]\nupstream = \"cluster\""),
+                "WIDER: new.example.com is let through, to `cluster` (thinkpad-1:443, thinkpad-2:443; PROXY off); on public",
             ),
             (OLD.to_owned(), top("watch = true"), "`watch` is true and no longer false"),
             (OLD.to_owned(), top("engine = \"copy\""), "`engine` is copy and no longer auto"),

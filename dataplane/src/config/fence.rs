@@ -360,7 +360,7 @@ fn leads(config: &Config, places: &Places, is_of_repository: impl Fn(&Span) -> b
         }
     }
     for (route, spans) in config.routes.iter().zip(&places.hosts) {
-        let Some(lead) = leads.get_mut(route.upstream) else { continue };
+        let Some(lead) = route.upstream().and_then(|upstream| leads.get_mut(upstream)) else { continue };
         if let Some(span) = spans.first().filter(|span| is_of_repository(span)) {
             lead.span.get_or_insert_with(|| span.clone());
         }

@@ -11,6 +11,7 @@ use idna::AsciiDenyList;
 
 use super::values::{Refused, has_zone, is_of_many, is_quotation_mark, link_local, refuse};
 use super::{HostPattern, Span, Target, TargetHost};
+use crate::hello::ServerName;
 
 /// RFC 1035 section 2.3.4, without the trailing dot.
 const LONGEST_NAME: usize = 253;
@@ -115,6 +116,19 @@ impl HostPattern {
             );
         }
         Ok(pattern)
+    }
+
+    /// Reads a host of a route that refuses: also a name that nobody may have, but that a client
+    /// can send.
+    pub(super) fn parse_refused(text: &str) -> Result<Self, Refused> {
+        Self::parse(text).or_else(|refused| {
+            let (name, kind): (&str, fn(String) -> Self) = match text.strip_prefix("*.") {
+                Some(suffix) => (suffix, Self::Wildcard),
+                None => (text, Self::Exact),
+            };
+            let sent = ServerName::parse(name.as_bytes());
+            sent.map(|name| kind(name.as_str().to_owned())).ok_or(refused)
+        })
     }
 }
 

@@ -197,7 +197,18 @@ pub const ROUTE: &[Key] = &[
         default: "required",
         meaning: "exact names are matched before wildcards, and the longest wildcard first. `*.x` matches one or more labels before `x`, but not `x` itself. `*` matches every name",
     },
-    Key { name: "upstream", kind: "name", default: "required", meaning: "where the connections go" },
+    Key {
+        name: "upstream",
+        kind: "name",
+        default: "required to forward",
+        meaning: "where the connections go. Not with `action = \"refuse\"`",
+    },
+    Key {
+        name: "action",
+        kind: "`forward`, `refuse`",
+        default: "`forward`",
+        meaning: "`refuse`: these hosts are rejected (`unknown_host`), although a wildcard covers them",
+    },
     Key {
         name: "alpn",
         kind: "list of protocols",

@@ -93,7 +93,7 @@ impl Config {
 
     /// The ports of an upstream's targets that get challenges.
     pub fn challenge_ports(&self, upstream: usize) -> Vec<u16> {
-        if !self.routes.iter().any(|route| route.upstream == upstream) {
+        if !self.routes.iter().any(|route| route.upstream() == Some(upstream)) {
             return Vec::new();
         }
         let ports = self.listeners.iter().filter_map(|listener| match listener.mode {
@@ -371,8 +371,35 @@ pub struct Route {
     pub alpn: Vec<String>,
     /// Indices into [`Config::listeners`]; empty: all but those of mode `tcp`.
     pub listeners: Vec<usize>,
-    /// Index into [`Config::upstreams`].
-    pub upstream: usize,
+    /// What becomes of its connections.
+    pub action: Action,
+}
+
+impl Route {
+    /// Where it forwards to: an index into [`Config::upstreams`].
+    pub const fn upstream(&self) -> Option<usize> {
+        match self.action {
+            Action::Forward { upstream } => Some(upstream),
+            Action::Refuse => None,
+        }
+    }
+
+    /// Whether it is for the listener of this index, if that has routes.
+    pub fn is_for(&self, listener: usize) -> bool {
+        self.listeners.is_empty() || self.listeners.contains(&listener)
+    }
+}
+
+/// `action = "…"` and `upstream` of a route.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// They go to an upstream.
+    Forward {
+        /// Index into [`Config::upstreams`].
+        upstream: usize,
+    },
+    /// They are refused as those of a name without a route, although a wider pattern has one.
+    Refuse,
 }
 
 /// A host of a route, as A-labels, lower case, without trailing dot.

@@ -504,7 +504,7 @@ const OTHER_NAMES: [(&str, &str); 26] = [
 ];
 
 /// What other programs call a value, by key.
-const OTHER_VALUES: [(&str, &str, &str); 26] = [
+const OTHER_VALUES: [(&str, &str, &str); 32] = [
     ("mode", "https", "tls"),
     ("mode", "ssl", "tls"),
     ("mode", "sni", "tls"),
@@ -531,6 +531,12 @@ const OTHER_VALUES: [(&str, &str, &str); 26] = [
     ("on_down", "close", "reset"),
     ("on_removed_route", "reset", "close"),
     ("on_removed_route", "keep", "drain"),
+    ("action", "reject", "refuse"),
+    ("action", "deny", "refuse"),
+    ("action", "block", "refuse"),
+    ("action", "drop", "refuse"),
+    ("action", "allow", "forward"),
+    ("action", "proxy", "forward"),
 ];
 
 fn other_value(key: &str, value: &str) -> Option<&'static str> {

@@ -23,19 +23,19 @@ pub fn routing_table(config: &Config) -> String {
     let mut rows = vec![["HOST", "LISTENERS", "ALPN", "UPSTREAM", "TARGETS", "PROXY"].map(String::from)];
     for (host, route) in &hosts {
         let listeners = config.listeners.iter().enumerate();
-        let names = listeners.filter(|(index, listener)| {
-            listener.mode.has_routes() && (route.listeners.is_empty() || route.listeners.contains(index))
-        });
+        let names = listeners.filter(|(index, listener)| listener.mode.has_routes() && route.is_for(*index));
         let names: Vec<&str> = names.map(|(_, listener)| &*listener.name).collect();
         let alpn = if route.alpn.is_empty() { "any".into() } else { route.alpn.join(",") };
-        let upstream = &config.upstreams[route.upstream];
-        let [name, targets, proxy] = describe(upstream);
+        let [name, targets, proxy] = match route.upstream() {
+            Some(upstream) => describe(&config.upstreams[upstream]),
+            None => ["refused", "", ""].map(String::from),
+        };
         rows.push([host.to_string(), names.join(","), alpn, name, targets, proxy]);
     }
     let mut text = if hosts.is_empty() { String::new() } else { aligned(&rows) };
     let everything = |index: usize| {
         let mut any = hosts.iter().filter(|(host, route)| **host == HostPattern::Any && route.alpn.is_empty());
-        any.any(|(_, route)| route.listeners.is_empty() || route.listeners.contains(&index))
+        any.any(|(_, route)| route.is_for(index))
     };
     let refusing = config.listeners.iter().enumerate().any(|(index, l)| l.mode.has_routes() && !everything(index));
     if refusing {

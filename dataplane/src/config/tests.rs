@@ -88,6 +88,10 @@ alpn = ["h2", "http/1.1"]
 listeners = ["public"]
 upstream = "cluster"
 
+[[routes]]
+hosts = ["secret.apps.example.com"]
+action = "refuse"
+
 [limits]
 hello_timeout = "5s"
 hello_max_bytes = 16384
@@ -141,7 +145,8 @@ fn every_key_is_read_into_its_place() {
     let hosts = [HostPattern::Exact("blog.example.com".into()), HostPattern::Wildcard("apps.example.com".into())];
     assert_eq!(route.hosts, hosts);
     assert_eq!(route.alpn, ["h2", "http/1.1"]);
-    assert_eq!((route.listeners.as_slice(), route.upstream), ([0].as_slice(), 0));
+    assert_eq!((route.listeners.as_slice(), route.upstream()), ([0].as_slice(), Some(0)));
+    assert_eq!(config.routes[2].action, Action::Refuse);
     assert!(config.routes[0].listeners.is_empty());
 
     assert_eq!(config.limits, Limits::default());
@@ -363,11 +368,15 @@ upstream = "cluster"
 hosts = ["blog.example.com"]
 alpn = ["h2", "http/1.1"]
 upstream = "cluster"
+[[routes]]
+hosts = ["secret.example.com"]
+action = "refuse"
 "#;
     let expected = "\
 HOST                LISTENERS          ALPN         UPSTREAM  TARGETS                        PROXY
 blog.example.com    public,inside,web  h2,http/1.1  cluster   thinkpad-1:443,thinkpad-2:443  v2
 blog.example.com    public,inside,web  any          cluster   thinkpad-1:443,thinkpad-2:443  v2
+secret.example.com  public,inside,web  any          refused
 *.apps.example.com  public             any          cluster   thinkpad-1:443,thinkpad-2:443  v2
 *.example.com       public             any          cluster   thinkpad-1:443,thinkpad-2:443  v2
 Every other server name is refused.
@@ -486,7 +495,7 @@ fn included_files_are_read_as_one_with_the_file_that_includes_them() {
     let (config, warnings) = folder.read().unwrap();
     let hosts: Vec<_> = config.routes.iter().map(|route| &*route.name).collect();
     assert_eq!(hosts, ["blog.example.com", "a.example.com", "b.example.com"]);
-    assert_eq!(config.upstreams[config.routes[2].upstream].name, "other".into());
+    assert_eq!(config.upstreams[config.routes[2].upstream().unwrap()].name, "other".into());
     assert_eq!(warnings, "");
     let local: Vec<_> = config.source.local_files().collect();
     assert_eq!(local.len(), 4);
@@ -983,4 +992,19 @@ fn the_table_of_a_long_list_is_shown() {
     let text = SMALL.replace("bind =", &format!("deny = [{}]\nbind =", networks.join(", ")));
     let table = routing_table(&read(&text).0);
     assert!(table.contains("10.23.111.1/32") && table.lines().filter(|line| line.len() > 1000).count() == 1);
+}
+
+#[test]
+fn what_nobody_may_have_can_be_refused_and_a_listener_that_refuses_all_is_told() {
+    let refused =
+        |hosts: &str, more: &str| format!("{SMALL}[[routes]]\nhosts = [{hosts}]\naction = \"refuse\"\n{more}");
+    let (config, warnings) = read(&refused("\"x.example.com\", \"-a.example.com\", \"*.b-.example.com\"", ""));
+    assert_eq!((config.routes[1].action, warnings.as_str()), (Action::Refuse, ""));
+    let hosts: Vec<_> = config.routes[1].hosts.iter().map(ToString::to_string).collect();
+    assert_eq!(hosts, ["x.example.com", "-a.example.com", "*.b-.example.com"]);
+    assert!(refusal(&refused("\"-a..example.com\"", "")).contains("is not a host name"));
+    assert!(refusal(&SMALL.replace("blog.", "-blog.")).contains("is not a host name"), "to forward it takes a name");
+    let alone = SMALL.replace("upstream = \"cluster\"", "action = \"refuse\"");
+    let (_, warnings) = read(&alone);
+    assert!(warnings.contains("no route is for listener \"public\""), "{warnings}");
 }

@@ -75,7 +75,7 @@ pub fn ask(config: &Config) -> Result<Vec<Answers>> {
 /// A host that routes send to the upstream; `None` for listeners of mode `tcp`, which forward
 /// anything.
 fn hosts_of(config: &Config, upstream: usize) -> Vec<Option<String>> {
-    let hosts = config.routes.iter().filter(|route| route.upstream == upstream).flat_map(|route| &route.hosts);
+    let hosts = config.routes.iter().filter(|route| route.upstream() == Some(upstream)).flat_map(|route| &route.hosts);
     let mut hosts: Vec<&HostPattern> = hosts.collect();
     hosts.sort_by_key(|host| !matches!(host, HostPattern::Exact(_)));
     let forwards_all = config.listeners.iter().any(|l| matches!(l.mode, Mode::Tcp { upstream: u } if u == upstream));

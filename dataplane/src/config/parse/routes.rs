@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{NOWHERE, Parser};
 use crate::config::reader::{Field, Section, quoted, some_of};
-use crate::config::{HostPattern, Listener, Mode, Route, Upstream, keys};
+use crate::config::{Action, HostPattern, Listener, Mode, Route, Upstream, keys};
 
 const MOST_PROTOCOLS: usize = 32;
 
@@ -21,24 +21,47 @@ impl Parser {
     }
 
     fn route(&mut self, section: &Section<'_>, listeners: &[Listener], upstreams: &[Upstream]) -> Route {
-        let (name, hosts) = self.hosts(section);
-        let upstream = if let Some(field) = section.get("upstream") {
-            self.upstream_index(field, upstreams)
-        } else {
-            self.reader.missing(section, "upstream", &quoted(upstreams.first().map_or("cluster", |u| &u.name)));
-            NOWHERE
-        };
+        let action = self.action(section, upstreams);
+        let (name, hosts) = self.hosts(section, action);
         Route {
             name,
             hosts,
             alpn: section.get("alpn").map(|field| self.alpn(field)).unwrap_or_default(),
             listeners: section.get("listeners").map(|field| self.route_listeners(field, listeners)).unwrap_or_default(),
-            upstream,
+            action,
         }
     }
 
-    fn hosts(&mut self, section: &Section<'_>) -> (Arc<str>, Vec<HostPattern>) {
+    fn action(&mut self, section: &Section<'_>, upstreams: &[Upstream]) -> Action {
+        const REFUSES: [(&str, bool); 2] = [("forward", false), ("refuse", true)];
+        let written = section.get("action").map(|field| self.reader.choice(field, &REFUSES));
+        let upstream = section.get("upstream").map(|field| (field.span(), self.upstream_index(field, upstreams)));
+        if let Some(None) = written {
+            // It has been reported. To ask for an `upstream` might be wrong.
+            return Action::Refuse;
+        }
+        if written != Some(Some(true)) {
+            if upstream.is_none() {
+                let example = quoted(upstreams.first().map_or("cluster", |u| &u.name));
+                self.reader.missing(section, "upstream", &example);
+            }
+            return Action::Forward { upstream: upstream.map_or(NOWHERE, |(_, index)| index) };
+        }
+        if let Some((span, _)) = upstream {
+            let remedy = "remove it to refuse these hosts, or remove `action` to forward them";
+            self.reader.error(span, "a route with `action = \"refuse\"` has no `upstream`", remedy);
+        }
+        if let Some(field) = section.get("alpn") {
+            // The client chooses the order of its protocols, and with it the route.
+            let message = "a route with `action = \"refuse\"` has no `alpn`";
+            self.reader.error(field.span(), message, "remove it: these hosts are refused for every protocol");
+        }
+        Action::Refuse
+    }
+
+    fn hosts(&mut self, section: &Section<'_>, action: Action) -> (Arc<str>, Vec<HostPattern>) {
         const EXAMPLE: &str = "\"blog.example.com\"";
+        let parse = if action == Action::Refuse { HostPattern::parse_refused } else { HostPattern::parse };
         let mut spans = Vec::new();
         let mut hosts = Vec::new();
         let mut name = None;
@@ -51,7 +74,7 @@ impl Parser {
                 );
             }
             for (span, text) in self.reader.strings(field, "a host name", EXAMPLE) {
-                if let Some(host) = self.reader.accept(span.clone(), HostPattern::parse(text)) {
+                if let Some(host) = self.reader.accept(span.clone(), parse(text)) {
                     name.get_or_insert_with(|| Arc::from(text));
                     hosts.push(host);
                     spans.push(span);
