@@ -256,3 +256,57 @@ fn a_greeting_that_the_header_spoils_and_a_challenge_that_is_refused_are_told() 
     let (text, good) = asked();
     assert!(!good && text.contains("ACME challenge to port 82: no: refused"), "{text}");
 }
+
+#[test]
+fn a_firewall_that_drops_every_client_of_the_port_is_named() {
+    let _turn = beside_others();
+    let net = Net::new();
+    let daemon = Daemon::start(&net, &Config::new("auto"));
+    let run = |program: &str, arguments: &str| {
+        let path = "/usr/sbin:/sbin:/usr/bin:/bin";
+        net.entrance.output(Command::new(program).env("PATH", path).args(arguments.split_whitespace()));
+    };
+    let firewall = || {
+        let out = daemon.cli(&["doctor", "--json"]);
+        let doctor: Value = serde_json::from_slice(&out.stdout).expect("JSON");
+        let found = doctor["entrance"].as_array().expect("a list").iter().find(|f| f["check"] == "firewall");
+        (found.expect("it looks").clone(), out.status.code())
+    };
+    let drops = |by: &str| {
+        let (found, code) = firewall();
+        assert_eq!((&found["ok"], code), (&Value::Bool(false), Some(1)), "{by}: {found}");
+        let text = found["text"].as_str().unwrap_or_default();
+        assert!(text.contains(by) && text.contains("ufw allow 443/tcp"), "{by}: {text}");
+    };
+    let passes = |why: &str| assert_eq!(firewall().0["ok"], true, "{why}: {}", firewall().0);
+    passes("no rules at all");
+    for program in ["iptables-nft", "iptables-legacy"] {
+        for rule in
+            ["-i lo -j ACCEPT", "-m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT", "-p tcp --dport 22 -j ACCEPT"]
+        {
+            run(program, &format!("-A INPUT {rule}"));
+        }
+        passes("the policy lets it in");
+        run(program, "-P INPUT DROP");
+        drops("the policy of chain INPUT in table filter is DROP");
+        run(program, "-A INPUT -p tcp --dport 443 -j ACCEPT");
+        passes("a rule lets it in");
+        run(program, "-I INPUT 1 -p tcp -m multiport --dports 80,443 -j REJECT");
+        drops("--dports 80,443 -j REJECT");
+        run(program, "-D INPUT 1");
+        run(program, "-I INPUT 1 -s 192.0.2.0/24 -j DROP");
+        passes("it drops some clients");
+        run(program, "-F INPUT");
+        run(program, "-P INPUT ACCEPT");
+    }
+    run("nft", "add table inet wall");
+    run("nft", "add chain inet wall in { type filter hook input priority 0 ; policy drop ; }");
+    run("nft", "add rule inet wall in ct state established,related accept");
+    run("nft", "add rule inet wall in iifname lo accept");
+    run("nft", "add rule inet wall in tcp dport { 22, 80 } accept");
+    drops("the policy of chain in of table inet wall is drop");
+    run("nft", "insert rule inet wall in tcp dport { 80, 443 } accept");
+    passes("a rule lets it in");
+    run("nft", "insert rule inet wall in tcp dport 443 drop");
+    drops("tcp dport 443 drop");
+}

@@ -419,7 +419,7 @@ fn a_refused_host_is_refused_although_a_wildcard_covers_it_on_every_kind_of_list
     }
     let mut client = rig.connect();
     client.write_all(&client_hello(Some("open.apps.example.com"), &[])).expect("sent");
-    rig.accept();
+    accept(&rig.upstream, false);
     for (name, answered) in [("secret.apps.example.com", false), ("open.apps.example.com", true)] {
         let mut client = rig.net.client.connect((ENTRANCE[0].parse::<std::net::IpAddr>().unwrap(), 80).into()).unwrap();
         client.write_all(format!("GET / HTTP/1.1\r\nHost: {name}\r\n\r\n").as_bytes()).expect("sent");

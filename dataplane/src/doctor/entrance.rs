@@ -48,12 +48,18 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes: a hundred thousand rules.
 const MOST: u64 = 16 << 20;
 
+/// Names of findings.
+const NAT: &str = "NAT";
+const FIREWALL: &str = "firewall";
+
 /// `running` is the status of the daemon, if one runs.
 pub fn look(config: Option<&Config>, running: Option<&Value>) -> Vec<Finding> {
     let socket = config.map_or(Path::new(DEFAULT_TAILSCALED), |config| &config.tailnet.socket);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let view = runtime.ok().and_then(|runtime| runtime.block_on(tailnet::look(socket)).ok());
-    vec![nat(config), conntrack(), path(config, view.as_ref()), udp_gro(view.is_some()), connections(config, running)]
+    let mut findings = rules(config);
+    findings.extend([conntrack(), path(config, view.as_ref()), udp_gro(view.is_some()), connections(config, running)]);
+    findings
 }
 
 /// How many there may be, as far as it can be told without the daemon: its RLIMIT_NOFILE is its
@@ -100,8 +106,8 @@ fn said(program: &str, arguments: &[&str]) -> Option<String> {
     bytes.filter(|_| ended.success()).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
 }
 
-fn nat(config: Option<&Config>) -> Finding {
-    const CHECK: &str = "NAT";
+/// What a SYN to our listeners meets.
+fn rules(config: Option<&Config>) -> Vec<Finding> {
     let binds = config.iter().flat_map(|c| &c.listeners).flat_map(|l| &l.bind).map(|b| b.addr);
     let mut binds: Vec<SocketAddr> = binds.collect();
     if binds.is_empty() {
@@ -111,46 +117,69 @@ fn nat(config: Option<&Config>) -> Finding {
     ports.sort_unstable();
     ports.dedup();
     let Some(rules) = Rules::gather() else {
-        return Finding::unknown(CHECK, "not looked at: neither iptables-save nor nft can be run here; run it as root");
+        const TEXT: &str = "not looked at: neither iptables-save nor nft can be run here; run it as root";
+        return vec![Finding::unknown(NAT, TEXT), Finding::unknown(FIREWALL, TEXT)];
     };
     let own = own_addresses();
     let mut unreadable = rules.unreadable.clone();
+    let (mut taken, mut dropped) = (None, None);
     for bind in binds {
         let of_family = |ip: &IpAddr| ip.is_ipv4() == bind.is_ipv4();
         let to: Vec<IpAddr> =
             if bind.ip().is_unspecified() { own.iter().copied().filter(of_family).collect() } else { vec![bind.ip()] };
         for to in to {
-            let met = rules.meet(Syn { to, port: bind.port() });
+            let by = if is_of_tailnet(to) { None } else { default_device(to.is_ipv4()) };
+            let met = rules.meet(Syn { to, port: bind.port(), by: by.as_deref() });
             if let Some(rule) = met.taken {
                 let text = format!(
                     "a rule takes connections to port {} of {to} before our socket sees them: {rule}\n  help: delete the rule, or have it leave our port out; on a \
                      k3s node that is servicelb: run it with `--disable servicelb`, or keep it off this node by the label svccontroller.k3s.cattle.io/enablelb on others",
                     bind.port()
                 );
-                return Finding::new(CHECK, false, text);
+                taken.get_or_insert(text);
+            }
+            if let Some(rule) = met.dropped {
+                dropped.get_or_insert_with(|| {
+                    format!(
+                        "every connection to port {port} of {to} is dropped: {rule}\n  help: let TCP port {port} in where that rule comes from: \
+                         `ufw allow {port}/tcp`, `firewall-cmd --permanent --add-port={port}/tcp`, or `tcp dport {port} accept` before it",
+                        port = bind.port()
+                    )
+                });
             }
             unreadable.extend(met.unreadable);
         }
+    }
+    let ports = numbers(&ports);
+    let firewall = match dropped {
+        Some(text) => Finding::new(FIREWALL, false, text),
+        None => Finding::new(FIREWALL, true, format!("no rule drops every connection to port {ports}")),
+    };
+    vec![nat(taken, unreadable, &ports, rules.nft.is_some()), firewall]
+}
+
+/// `unreadable` are rules that may take a connection.
+fn nat(taken: Option<String>, mut unreadable: Vec<String>, ports: &str, has_nft: bool) -> Finding {
+    if let Some(text) = taken {
+        return Finding::new(NAT, false, text);
     }
     unreadable.sort();
     unreadable.dedup();
     if let [first, others @ ..] = &unreadable[..] {
         let more = if others.is_empty() { String::new() } else { format!(" (and {} more)", others.len()) };
         let text = format!(
-            "this may take connections to port {}, it cannot be read here: {first}{more}\n  help: connect from outside and look whether `dataplane status` counts the connection",
-            numbers(&ports)
+            "this may take connections to port {ports}, it cannot be read here: {first}{more}\n  help: connect from outside and look whether `dataplane status` counts the connection"
         );
-        return Finding::new(CHECK, false, text);
+        return Finding::new(NAT, false, text);
     }
-    let ports = numbers(&ports);
-    if rules.nft.is_none() {
+    if !has_nft {
         let text = format!(
             "no rule of iptables takes connections to port {ports}; nftables' own rules were not looked at, for nft cannot be run here\n  help: `apt-get install nftables`, \
              and run this as root"
         );
-        return Finding::unknown(CHECK, text);
+        return Finding::unknown(NAT, text);
     }
-    Finding::new(CHECK, true, format!("no rule takes connections to port {ports}"))
+    Finding::new(NAT, true, format!("no rule takes connections to port {ports}"))
 }
 
 /// What stands in a rule, by family, table and handle.
@@ -194,15 +223,11 @@ impl Rules {
         (!iptables.is_empty() || nft.is_some()).then_some(Self { iptables, nft, unreadable })
     }
 
-    fn meet(&self, syn: Syn) -> Met {
+    fn meet(&self, syn: Syn<'_>) -> Met {
         let mut met = Met::default();
-        let mut add = |more: Met| {
-            met.unreadable.extend(more.unreadable);
-            met.taken = met.taken.take().or(more.taken);
-        };
         for (dump, v4) in &self.iptables {
             if *v4 == syn.to.is_ipv4() {
-                add(nat::of_iptables(dump, syn));
+                nat::add(&mut met, nat::of_iptables(dump, syn));
             }
         }
         if let Some((ruleset, texts)) = &self.nft {
@@ -222,7 +247,7 @@ impl Rules {
             let text = |family: &str, table: &str, handle: u64| {
                 texts.get(&(family.to_owned(), table.to_owned(), handle)).cloned()
             };
-            add(nat::of_nft(ruleset, syn, &text, &skip));
+            nat::add(&mut met, nat::of_nft(ruleset, syn, &text, &skip));
         }
         met
     }
@@ -243,6 +268,26 @@ fn texts(ruleset: &str) -> Texts {
         }
     }
     texts
+}
+
+/// Whether an address is in the networks that tailnets use (RFC 6598, RFC 4193). One of RFC 1918 may
+/// be what a cloud translates its public address to.
+fn is_of_tailnet(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => ip.octets()[0] == 100 && ip.octets()[1] & 0xc0 == 64,
+        IpAddr::V6(ip) => ip.is_unique_local(),
+    }
+}
+
+/// The device of the default route.
+fn default_device(v4: bool) -> Option<String> {
+    let (file, place, none) =
+        if v4 { ("route", 1, "00000000") } else { ("ipv6_route", 0, "00000000000000000000000000000000") };
+    let routes = fs::read_to_string(format!("/proc/net/{file}")).unwrap_or_default();
+    let lines = routes.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let mut to_all = lines.filter(|words| words.get(place) == Some(&none) && (v4 || words.get(1) == Some(&"00")));
+    let words = to_all.find(|words| !words.contains(&"lo"))?;
+    if v4 { words.first() } else { words.last() }.map(|device| (*device).to_owned())
 }
 
 /// The addresses of this machine that others can reach.

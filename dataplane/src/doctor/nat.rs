@@ -1,8 +1,9 @@
 //! What a SYN from outside to one of our listeners meets before our socket: rules of iptables and
-//! of nftables that rewrite where it goes. A pure function of the packet and of what the programs
-//! print.
+//! of nftables that rewrite where it goes, or drop it. A pure function of the packet and of what
+//! the programs print.
 //!
-//! Who the client is, and by which device it comes, is open: a condition on that holds for some.
+//! Who the client is, is open: a condition on that holds for some. A rule that drops some clients
+//! is what its owner wants; one that drops all of them is told.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -16,20 +17,31 @@ const DEPTH: u32 = 16;
 
 /// A SYN.
 #[derive(Clone, Copy, Debug)]
-pub struct Syn {
+pub struct Syn<'a> {
     /// An address of ours that it is sent to.
     pub to: IpAddr,
     /// The port of the listener.
     pub port: u16,
+    /// The device by which it comes. `None`: any but loopback.
+    pub by: Option<&'a str>,
 }
 
-/// What it met. None of either: its destination is left alone.
+/// What it met. None of these: it arrives.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Met {
     /// The first rule that sends it elsewhere, at least from some clients.
     pub taken: Option<String>,
-    /// Rules that may do so: what they ask for was not understood.
+    /// The first rule that drops it, whoever the client is.
+    pub dropped: Option<String>,
+    /// Rules that may send it elsewhere: what they ask for was not understood.
     pub unreadable: Vec<String>,
+}
+
+impl Met {
+    /// Where the kernel has decided that the packet is for this machine, nothing sends it elsewhere.
+    fn behind_prerouting(self, behind: bool) -> Self {
+        if behind { Self { dropped: self.dropped, ..Self::default() } } else { self }
+    }
 }
 
 /// Whether a condition holds.
@@ -74,7 +86,8 @@ enum Action {
     Nothing,
     Takes,
     /// No later rule of this table sees it.
-    Ends,
+    Accepts,
+    Drops,
     Returns,
     Jump(String),
     Goto(String),
@@ -99,6 +112,8 @@ struct Walk<'a> {
     chains: &'a HashMap<String, Vec<Step>>,
     steps: u32,
     met: Met,
+    /// Some clients may get past what comes next.
+    lets_some_by: bool,
 }
 
 impl Walk<'_> {
@@ -121,10 +136,25 @@ impl Walk<'_> {
                     self.met.taken = Some(step.text.clone());
                     return Way::Ended;
                 }
-                Action::Unreadable => self.unreadable(&step.text),
-                Action::Ends if step.holds == Holds::Always => return Way::Ended,
+                Action::Unreadable => {
+                    self.lets_some_by = true;
+                    self.unreadable(&step.text);
+                }
+                Action::Accepts => {
+                    self.lets_some_by = true;
+                    if step.holds == Holds::Always {
+                        return Way::Ended;
+                    }
+                }
+                Action::Drops if step.holds == Holds::Always => {
+                    if holds == Holds::Always {
+                        self.drops(&step.text);
+                    }
+                    return Way::Ended;
+                }
                 Action::Returns if step.holds == Holds::Always => return Way::Returned,
-                Action::Nothing | Action::Ends | Action::Returns => {}
+                Action::Returns => self.lets_some_by = true,
+                Action::Nothing | Action::Drops => {}
                 Action::Jump(to) | Action::Goto(to) => {
                     let before = self.met.unreadable.len();
                     let way = self.chain(to, holds, depth - 1);
@@ -150,6 +180,12 @@ impl Walk<'_> {
         Way::Returned
     }
 
+    fn drops(&mut self, text: &str) {
+        if !self.lets_some_by {
+            self.met.dropped = Some(text.to_owned());
+        }
+    }
+
     fn unreadable(&mut self, text: &str) {
         if !self.met.unreadable.iter().any(|known| known == text) {
             self.met.unreadable.push(text.to_owned());
@@ -157,15 +193,20 @@ impl Walk<'_> {
     }
 }
 
-fn walk(chains: &HashMap<String, Vec<Step>>, base: &str) -> Met {
-    let mut walk = Walk { chains, steps: STEPS, met: Met::default() };
-    walk.chain(base, Holds::Always, DEPTH);
+/// `policy` is what says that the chain drops what none of its rules decides, if it does.
+fn walk(chains: &HashMap<String, Vec<Step>>, base: &str, policy: Option<&str>) -> Met {
+    let mut walk = Walk { chains, steps: STEPS, met: Met::default(), lets_some_by: false };
+    let way = walk.chain(base, Holds::Always, DEPTH);
+    if let (Way::Returned, Some(policy)) = (way, policy) {
+        walk.drops(policy);
+    }
     walk.met
 }
 
-fn add(met: &mut Met, more: Met) {
+pub fn add(met: &mut Met, more: Met) {
     met.unreadable.extend(more.unreadable);
     met.taken = met.taken.take().or(more.taken);
+    met.dropped = met.dropped.take().or(more.dropped);
 }
 
 fn contains(network: &str, ip: IpAddr) -> Option<bool> {
@@ -193,15 +234,18 @@ fn contains(network: &str, ip: IpAddr) -> Option<bool> {
 }
 
 /// What `iptables-save` or `ip6tables-save` prints, for a packet of its family.
-pub fn of_iptables(dump: &str, syn: Syn) -> Met {
+pub fn of_iptables(dump: &str, syn: Syn<'_>) -> Met {
     let mut met = Met::default();
     for table in dump.split("\n*").map(|table| table.trim_start_matches('*')) {
         // The first part may be a comment before the first table.
         let table = table.rsplit_once("\n*").map_or(table, |(_, table)| table);
         let name = table.lines().next().unwrap_or_default().trim();
-        if !matches!(name, "nat" | "mangle" | "raw") {
-            continue;
-        }
+        let bases: &[&str] = match name {
+            "raw" | "nat" => &["PREROUTING"],
+            "mangle" => &["PREROUTING", "INPUT"],
+            "filter" => &["INPUT"],
+            _ => continue,
+        };
         let own: Vec<&str> =
             table.lines().filter_map(|line| line.strip_prefix(':')?.split_whitespace().next()).collect();
         let mut chains: HashMap<String, Vec<Step>> = HashMap::new();
@@ -210,7 +254,11 @@ pub fn of_iptables(dump: &str, syn: Syn) -> Met {
             let Some(chain) = words.get(1) else { continue };
             chains.entry(chain.clone()).or_default().push(rule(&words[2..], line, &own, syn));
         }
-        add(&mut met, walk(&chains, "PREROUTING"));
+        for base in bases {
+            let policy = table.lines().find(|line| line.starts_with(&format!(":{base} DROP")));
+            let policy = policy.map(|_| format!("the policy of chain {base} in table {name} is DROP"));
+            add(&mut met, walk(&chains, base, policy.as_deref()).behind_prerouting(*base == "INPUT"));
+        }
     }
     met
 }
@@ -242,7 +290,7 @@ fn words(line: &str) -> Vec<String> {
     words
 }
 
-fn rule(words: &[String], text: &str, own: &[&str], syn: Syn) -> Step {
+fn rule(words: &[String], text: &str, own: &[&str], syn: Syn<'_>) -> Step {
     let mut holds = Holds::Always;
     let mut action = Action::Nothing;
     let mut negated = false;
@@ -270,11 +318,7 @@ fn rule(words: &[String], text: &str, own: &[&str], syn: Syn) -> Step {
                 value();
                 Holds::Some
             }
-            "-i" => match value() {
-                "lo" => Holds::Never,
-                "+" => Holds::Always,
-                _ => Holds::Some,
-            },
+            "-i" => by_device(value(), '+', syn),
             "--dport" | "--dports" => among(value(), syn.port),
             "--ports" => match among(value(), syn.port) {
                 Holds::Never => Holds::Some,
@@ -311,7 +355,8 @@ fn rule(words: &[String], text: &str, own: &[&str], syn: Syn) -> Step {
                 let target = value();
                 action = match target {
                     "DNAT" | "REDIRECT" | "NETMAP" | "TPROXY" => Action::Takes,
-                    "ACCEPT" | "DROP" | "REJECT" => Action::Ends,
+                    "ACCEPT" => Action::Accepts,
+                    "DROP" | "REJECT" => Action::Drops,
                     "RETURN" => Action::Returns,
                     "LOG" | "NFLOG" | "MARK" | "CONNMARK" | "TRACE" | "TCPMSS" | "TOS" | "DSCP" | "CT" | "NOTRACK"
                     | "SET" | "CHECKSUM" | "HL" | "TTL" | "CLASSIFY" | "AUDIT" | "SECMARK" | "CONNSECMARK" => {
@@ -332,6 +377,19 @@ fn rule(words: &[String], text: &str, own: &[&str], syn: Syn) -> Step {
     Step { holds, action, text: text.trim().to_owned() }
 }
 
+/// Whether it comes by a device that a rule names; `any` at the end of a name stands for the rest
+/// of it.
+fn by_device(name: &str, any: char, syn: Syn<'_>) -> Holds {
+    let Some(device) = syn.by else {
+        return match name.strip_suffix(any) {
+            Some("") => Holds::Always,
+            _ if name == "lo" => Holds::Never,
+            _ => Holds::Some,
+        };
+    };
+    Holds::of(name.strip_suffix(any).map_or(name == device, |start| device.starts_with(start)))
+}
+
 /// Whether the port is in `22,400:500`.
 fn among(list: &str, port: u16) -> Holds {
     let mut found = Holds::Never;
@@ -349,7 +407,7 @@ fn among(list: &str, port: u16) -> Holds {
 /// `skip` are tables that were read in another way.
 pub fn of_nft(
     ruleset: &Value,
-    syn: Syn,
+    syn: Syn<'_>,
     text: &dyn Fn(&str, &str, u64) -> Option<String>,
     skip: &dyn Fn(&str, &str) -> bool,
 ) -> Met {
@@ -357,10 +415,13 @@ pub fn of_nft(
     let all = ruleset["nftables"].as_array().unwrap_or(&empty);
     let mine = if syn.to.is_ipv4() { "ip" } else { "ip6" };
     let place = |of: &Value| (word(&of["family"]).to_owned(), word(&of["table"]).to_owned());
-    let mut base: Vec<&Value> =
-        all.iter().map(|object| &object["chain"]).filter(|c| c["hook"] == "prerouting").collect();
+    let mut base: Vec<&Value> = all
+        .iter()
+        .map(|object| &object["chain"])
+        .filter(|c| c["hook"] == "prerouting" || c["hook"] == "input")
+        .collect();
     base.retain(|c| c["family"] == mine || c["family"] == "inet");
-    base.sort_by_key(|chain| chain["prio"].as_i64());
+    base.sort_by_key(|chain| (chain["hook"] == "input", chain["prio"].as_i64()));
     let mut met = Met::default();
     for chain in base {
         let here = place(chain);
@@ -381,7 +442,10 @@ pub fn of_nft(
             let told = format!("{told} (chain {} of table {} {})", word(&rule["chain"]), here.0, here.1);
             chains.entry(word(&rule["chain"]).to_owned()).or_default().extend(reader.rule(&rule["expr"], &told));
         }
-        add(&mut met, walk(&chains, word(&chain["name"])));
+        let name = word(&chain["name"]);
+        let policy = format!("the policy of chain {name} of table {} {} is drop", here.0, here.1);
+        let policy = (chain["policy"] == "drop").then_some(&*policy);
+        add(&mut met, walk(&chains, name, policy).behind_prerouting(chain["hook"] == "input"));
     }
     met
 }
@@ -410,7 +474,7 @@ fn is_destination(payload: &Value) -> bool {
 }
 
 struct Reader<'a> {
-    syn: Syn,
+    syn: Syn<'a>,
     sets: HashMap<&'a str, &'a Value>,
 }
 
@@ -428,7 +492,8 @@ impl Reader<'_> {
                 "mangle" if is_destination(&body["key"]["payload"]) => step(holds, Action::Takes),
                 "counter" | "log" | "comment" | "mangle" | "notrack" | "ct helper" | "ct timeout" | "set" | "meter"
                 | "continue" => {}
-                "accept" | "drop" | "reject" => step(holds, Action::Ends),
+                "accept" => step(holds, Action::Accepts),
+                "drop" | "reject" => step(holds, Action::Drops),
                 "return" => step(holds, Action::Returns),
                 "jump" => step(holds, Action::Jump(word(&body["target"]).to_owned())),
                 "goto" => step(holds, Action::Goto(word(&body["target"]).to_owned())),
@@ -604,13 +669,7 @@ impl Reader<'_> {
                     Holds::Unreadable
                 }
             }
-            Has::Device => {
-                if said == "lo" {
-                    Holds::Never
-                } else {
-                    Holds::Some
-                }
-            }
+            Has::Device => by_device(&said, '*', self.syn),
             Has::Varies => Holds::Some,
             Has::Unreadable | Has::All(_) => Holds::Unreadable,
         }
@@ -621,7 +680,7 @@ impl Reader<'_> {
 mod tests {
     use super::*;
 
-    const US: Syn = Syn { to: IpAddr::V4(std::net::Ipv4Addr::new(203, 0, 113, 7)), port: 443 };
+    const US: Syn<'_> = Syn { to: IpAddr::V4(std::net::Ipv4Addr::new(203, 0, 113, 7)), port: 443, by: None };
 
     fn iptables(rules: &[&str]) -> Met {
         let chains =
@@ -691,6 +750,38 @@ mod tests {
         // It ends nothing either: what comes behind it is looked at.
         let behind = iptables(&["-A PREROUTING -m new --x 1 -j ACCEPT", "-A PREROUTING -p tcp -j REDIRECT"]);
         assert!(behind.taken.is_some());
+    }
+
+    #[test]
+    fn a_firewall_that_drops_every_client_is_told_and_one_that_drops_some_is_not() {
+        let filter = |policy: &str, rules: &[&str]| {
+            let chains = format!(":INPUT {policy} [0:0]\n:A - [0:0]\n:ts-input - [0:0]");
+            let syn = Syn { by: Some("eth0"), ..US };
+            of_iptables(&format!("*filter\n{chains}\n{}\nCOMMIT\n", rules.join("\n")), syn).dropped
+        };
+        // As ufw and tailscale write them.
+        let usual = [
+            "-A INPUT -j ts-input",
+            "-A ts-input -s 100.64.0.0/10 ! -i tailscale0 -j DROP",
+            "-A ts-input -i tailscale0 -j ACCEPT",
+            "-A INPUT -i lo -j ACCEPT",
+            "-A INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
+            "-A INPUT -m conntrack --ctstate INVALID -j DROP",
+            "-A INPUT -p tcp -m tcp --dport 22 -j ACCEPT",
+        ];
+        let with = |more: &'static str| [&usual[..], &[more]].concat();
+        assert_eq!(filter("DROP", &usual).unwrap(), "the policy of chain INPUT in table filter is DROP");
+        assert_eq!(filter("ACCEPT", &usual), None);
+        let last = "-A INPUT -j REJECT --reject-with icmp-host-prohibited";
+        assert_eq!(filter("ACCEPT", &with(last)).as_deref(), Some(last));
+        assert_eq!(filter("DROP", &with("-A INPUT -p tcp -m tcp --dport 443 -j ACCEPT")), None);
+        assert_eq!(filter("DROP", &with("-A INPUT -s 192.0.2.0/24 -p tcp -j ACCEPT")), None, "some get by");
+        assert_eq!(filter("DROP", &with("-A INPUT -m set --match-set ours src -j ACCEPT")), None, "perhaps");
+        assert_eq!(filter("ACCEPT", &["-A INPUT -p tcp --dport 443 -s 192.0.2.0/24 -j DROP"]), None);
+        assert_eq!(filter("ACCEPT", &["-A INPUT -j A", "-A A -s 192.0.2.0/24 -j RETURN", "-A A -j DROP"]), None);
+        assert!(filter("ACCEPT", &["-A INPUT -p tcp -j A", "-A A -j DROP"]).is_some());
+        assert_eq!(filter("ACCEPT", &["-A INPUT -i tun0 -j DROP"]), None);
+        assert!(filter("ACCEPT", &["-A INPUT -i eth+ -p tcp --dport 443 -j DROP"]).is_some());
     }
 
     #[test]
