@@ -317,7 +317,7 @@ fn why_the_kept_commit_was_refused_is_told_also_when_the_repository_is_away() {
     // The owner lets less pass than before.
     let said = refused(&net, &node(net.dir(), "allow_hosts = [\"*.example.com\"]\n"));
     assert!(said.contains("one.example") && said.contains("`allow_hosts`"), "{said}");
-    assert!(said.contains("entrance.git: error: ") && !said.starts_with("error:"), "{said}");
+    assert!(said.contains(".toml:5:7: error: fatal: ") && !said.starts_with("error:"), "{said}");
     // What is wrong with the node's own file is told once.
     std::fs::rename(&away, forge.repository()).expect("moved");
     let said = refused(&net, &(node(net.dir(), "") + "ports = 1\n"));

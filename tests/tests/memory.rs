@@ -10,10 +10,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, Socket, Type};
-use tests::daemon::{Config, Daemon, Limits};
+use tests::daemon::{Config, Daemon, HOST, Limits};
 use tests::netns::{CLIENT, CLUSTER, Net};
 use tests::rig::{Rig, accept_within, hello, public};
-use tests::stream::{Pattern, never_hang, read_preamble};
+use tests::stream::{Pattern, client_hello, never_hang, read_preamble};
 use tests::{PATIENCE, alone, eventually};
 
 macro_rules! engines {
@@ -322,6 +322,8 @@ fn a_flood_of_silent_connections_keeps_nobody_out_of_a_machine_of_one_gibibyte()
     const OPEN: usize = 12_000;
     /// Connections that may wait to be accepted: half of what one queue takes.
     const AHEAD: u64 = 2048;
+    let seconds = std::env::var("DATAPLANE_TEST_FLOOD_SECONDS").map_or(0, |text| text.parse().expect("seconds"));
+    let lasts = Duration::from_secs(seconds);
     let _turn = alone();
     let net = Net::new();
     net.client.ip(&format!("route add local {FLOOD}.0/24 dev lo\n"));
@@ -331,11 +333,14 @@ fn a_flood_of_silent_connections_keeps_nobody_out_of_a_machine_of_one_gibibyte()
     let daemon = Daemon::start_with(&net, &Config::new("auto").limits("hello_timeout = \"60s\""), limits);
     let status = daemon.json(&["status", "--json"]);
     assert!(status["limits"]["max_connections"].as_u64() <= Some(16384), "{}", status["limits"]);
+    // As long as a browser's: it comes in two segments.
+    let protocols = ["0123456789012345678901234567"; 60];
+    let of_browser = client_hello(Some(HOST), &protocols);
     // None is refused, not even to try again.
     let good = || {
         let mut client = net.client.connect(public()).expect("the daemon accepts");
         never_hang(&client);
-        client.write_all(&hello()).expect("sent");
+        client.write_all(&of_browser).expect("sent");
         let server = accept_within(&upstream, PATIENCE).expect("a good hello gets through");
         read_preamble(&server, false).expect("the hello");
         never_hang(&server);
@@ -387,12 +392,19 @@ fn a_flood_of_silent_connections_keeps_nobody_out_of_a_machine_of_one_gibibyte()
             moved += 1000;
         };
         let mut all = Vec::new();
-        eventually(PATIENCE * 6, "the lobby is full, and full again", || {
+        let begin = Instant::now();
+        let (mut good_ones, mut slowest) = (0, Duration::ZERO);
+        eventually(PATIENCE * 6 + lasts, "the lobby is full, and full again", || {
             exchange();
             all.truncate(100);
+            let asked = Instant::now();
             all.push(good());
-            (refused() > 100_000.0).then_some(())
+            slowest = slowest.max(asked.elapsed());
+            good_ones += 1;
+            (refused() > 100_000.0 && begin.elapsed() >= lasts).then_some(())
         });
+        let rate = refused() / begin.elapsed().as_secs_f64();
+        println!("{rate:.0} refused a second, {good_ones} good hellos, the slowest in {slowest:?}");
         stop.store(true, Relaxed);
         flood.join().expect("no panic")
     });

@@ -448,6 +448,11 @@ fn what_is_too_large_too_slow_or_a_link_is_not_fetched_and_no_secret_is_an_argum
     assert!(!good && said.contains("symbolic link"), "{said}");
     let (good, said) = check(&format!("{git}\npath = \"gone.toml\""));
     assert!(!good && said.contains("has no file gone.toml"), "{said}");
+    assert!(
+        said.contains("path = \"gone.toml\"\n") && said.contains("name a file that is in the repository"),
+        "{said}"
+    );
     let (good, said) = check(&git.replace("entrance.git", "gone.git"));
     assert!(!good && said.contains("gone.git"), "{said}");
+    assert!(said.contains("error: ") && said.contains(" | git = "), "at the line of `git`: {said}");
 }

@@ -156,6 +156,10 @@ fn a_fresh_install_starts_and_has_all_it_needs_and_no_more() {
     assert!(!field("Uid:").split('\t').any(|id| id == "0"), "runs as root: {}", field("Uid:"));
     assert_eq!((field("NoNewPrivs:"), field("Seccomp:")), ("1", "2"));
 
+    for limit in ["MemoryHigh", "MemoryMax"] {
+        assert!(machine.property(limit).parse::<u64>().is_ok(), "{limit}: {}", machine.property(limit));
+    }
+
     let descriptors = machine.output(&["ls", "-l", &format!("/proc/{pid}/fd")]);
     for kind in ["anon_inode:bpf-map", "anon_inode:bpf-prog"] {
         assert!(

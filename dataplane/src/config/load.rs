@@ -64,13 +64,6 @@ pub enum LoadError {
         /// As given by the user.
         path: PathBuf,
     },
-    /// The repository could not be fetched from.
-    Repository {
-        /// As configured.
-        git: String,
-        /// What went wrong.
-        error: String,
-    },
     /// The files were read, and are wrong.
     Report {
         /// For rendering.
@@ -262,7 +255,6 @@ impl LoadError {
             Self::Unreadable { path, error } => whole(path, None, format!("cannot read the configuration: {error}")),
             Self::NotUtf8 { path, line } => whole(path, Some(*line), "this is not UTF-8".into()),
             Self::TooLarge { path } => whole(path, None, format!("the configuration is {LARGER}")),
-            Self::Repository { git, error } => whole(Path::new(git), None, error.clone()),
             Self::Report { source, diagnostics } => diagnostics.iter().map(|d| d.json(source)).collect(),
         }
     }
@@ -302,12 +294,6 @@ impl fmt::Display for LoadError {
                 "{}: error: with this file the configuration is {LARGER}\n  help: name the file that is meant; 1MiB holds some 20,000 hosts, and more where a wildcard stands for many",
                 path.display()
             ),
-            Self::Repository { git, error } => {
-                write!(
-                    f,
-                    "{git}: error: {error}\n  help: `[source]` says which repository this is and how it is reached"
-                )
-            }
             Self::Report { source, diagnostics } => {
                 for diagnostic in diagnostics {
                     write!(f, "{}", diagnostic.render(source))?;

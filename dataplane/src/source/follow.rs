@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 
 use super::watch::{self, Watcher};
-use super::{Loaded, Seen, Snapshot, kept, whole};
+use super::{Loaded, Seen, Snapshot, Unreachable, kept, whole};
 use crate::config::{self, LoadError, Repository, Source, format_duration};
 use crate::systemd::notify;
 
@@ -46,7 +46,7 @@ pub trait Fetch {
         &self,
         repository: &Repository,
         seen: Option<&Seen>,
-    ) -> impl Future<Output = Result<Option<(Seen, Snapshot)>, String>>;
+    ) -> impl Future<Output = Result<Option<(Seen, Snapshot)>, Unreachable>>;
 }
 
 pub struct Follower<F> {
@@ -233,7 +233,7 @@ impl<F: Fetch> Follower<F> {
                 // Not yet looked at, after all.
                 self.looked_at.clear();
             }
-            Failure::Unreachable(LoadError::Repository { git: repository.git.clone(), error }.to_string())
+            Failure::Unreachable(error.report(&local).to_string())
         })?;
         let Some((seen, snapshot)) = fetched else { return Ok(Found::Unchanged) };
         if !anew && self.revision.as_ref() == Some(&snapshot.revision) {
@@ -350,10 +350,10 @@ mod tests {
     }
 
     impl Fetch for Arc<Server> {
-        async fn fetch(&self, _: &Repository, seen: Option<&Seen>) -> Result<Option<(Seen, Snapshot)>, String> {
+        async fn fetch(&self, _: &Repository, seen: Option<&Seen>) -> Result<Option<(Seen, Snapshot)>, Unreachable> {
             self.asked.fetch_add(1, Relaxed);
             let commit = self.commit.lock().unwrap().clone();
-            let (commit, text) = commit.ok_or("connection refused")?;
+            let (commit, text) = commit.ok_or_else(|| "connection refused".to_owned())?;
             if seen == Some(&commit) {
                 return Ok(None);
             }

@@ -19,7 +19,7 @@ use tokio::process::{Child, Command};
 use tokio::time::{Instant, timeout_at};
 
 use super::follow::Fetch;
-use super::{Seen, Snapshot, matching, secret};
+use super::{Seen, Snapshot, Unreachable, matching, secret};
 use crate::config::{self, Repository, format_duration, format_size};
 use crate::kernel::sys;
 
@@ -57,7 +57,11 @@ const TOKEN_USER: &str = "x-access-token";
 pub struct Repositories;
 
 impl Fetch for Repositories {
-    async fn fetch(&self, repository: &Repository, seen: Option<&Seen>) -> Result<Option<(Seen, Snapshot)>, String> {
+    async fn fetch(
+        &self,
+        repository: &Repository,
+        seen: Option<&Seen>,
+    ) -> Result<Option<(Seen, Snapshot)>, Unreachable> {
         fetch(repository, seen).await
     }
 }
@@ -65,8 +69,8 @@ impl Fetch for Repositories {
 /// Fetches, unless the ref is still what was `seen` before.
 ///
 /// # Errors
-/// Why not, in one line.
-pub async fn fetch(repository: &Repository, seen: Option<&Seen>) -> Result<Option<(Seen, Snapshot)>, String> {
+/// Why not.
+pub async fn fetch(repository: &Repository, seen: Option<&Seen>) -> Result<Option<(Seen, Snapshot)>, Unreachable> {
     let git = Git::new(repository)?;
     let url = &*repository.git;
     let candidates = candidates(&repository.reference);
@@ -95,15 +99,17 @@ fn candidates(reference: &str) -> Vec<String> {
 
 /// Which of the candidates there is, by git-ls-remote(1), whose patterns match more than whole
 /// names; and what it is.
-fn resolve(reference: &str, candidates: &[String], listing: &str) -> Result<(Seen, String), String> {
+fn resolve(reference: &str, candidates: &[String], listing: &str) -> Result<(Seen, String), Unreachable> {
     let there = |name: &&String| listing.lines().find(|line| line.split_once('\t').is_some_and(|(_, n)| n == *name));
     let mut found = candidates.iter().filter_map(|name| Some((there(&name)?.to_owned(), name.clone())));
-    let first = found.next().ok_or_else(|| format!("the repository has no branch or tag `{reference}`"))?;
+    let none = || Unreachable::by("ref", format!("the repository has no branch or tag `{reference}`"));
+    let first = found.next().ok_or_else(none)?;
     if let Some((_, tag)) = found.next() {
-        return Err(format!(
+        let text = format!(
             "the repository has a branch and a tag `{reference}`: remove the tag, or write `ref = \"{}\"` for the branch and `ref = \"{tag}\"` for the tag",
             first.1
-        ));
+        );
+        return Err(Unreachable::by("ref", text));
     }
     Ok(first)
 }
@@ -127,31 +133,36 @@ struct Git<'r> {
 }
 
 impl<'r> Git<'r> {
-    fn new(repository: &'r Repository) -> Result<Self, String> {
+    fn new(repository: &'r Repository) -> Result<Self, Unreachable> {
         let folder = tempfile::Builder::new().prefix("dataplane-git-").tempdir();
         let folder = folder.map_err(|error| format!("no folder for the fetch: {error}"))?;
         std::fs::write(folder.path().join(".gitconfig"), SETTINGS)
             .map_err(|error| format!("git's settings: {error}"))?;
         let token = repository.token_file.as_ref().map(|file| {
-            let pair = format!("{TOKEN_USER}:{}", secret::read(file)?);
-            Ok::<_, String>(format!("Authorization: Basic {}", base64::prelude::BASE64_STANDARD.encode(pair)))
+            let token = secret::read(file).map_err(|text| Unreachable::by("token_file", text))?;
+            let pair = format!("{TOKEN_USER}:{token}");
+            Ok::<_, Unreachable>(format!("Authorization: Basic {}", base64::prelude::BASE64_STANDARD.encode(pair)))
         });
-        let lend = |file: &Path| lend(file, folder.path()).map_err(|error| format!("{}: {error}", file.display()));
-        let key = repository.ssh_key_file.as_deref().map(lend).transpose()?;
+        let lend = |file: &Path, key| {
+            let text = |error| format!("{}: {error}", file.display());
+            lend(file, folder.path()).map_err(|error| Unreachable::by(key, text(error)))
+        };
+        let key = repository.ssh_key_file.as_deref().map(|file| lend(file, "ssh_key_file")).transpose()?;
         let known_hosts = repository.known_hosts_file.clone();
-        let known_hosts = lend(&known_hosts.unwrap_or_else(|| repository.state_directory.join("known_hosts")))?;
+        let known_hosts = known_hosts.unwrap_or_else(|| repository.state_directory.join("known_hosts"));
+        let known_hosts = lend(&known_hosts, "known_hosts_file")?;
         let deadline = Instant::now() + repository.timeout;
         Ok(Self { repository, folder, authorization: token.transpose()?, key, known_hosts, deadline })
     }
 
     /// The file of the configuration and what it includes.
-    async fn files(&self, commit: &str) -> Result<BTreeMap<PathBuf, Vec<u8>>, String> {
+    async fn files(&self, commit: &str) -> Result<BTreeMap<PathBuf, Vec<u8>>, Unreachable> {
         let listing = self.run(&["ls-tree", "-r", "-z", "-l", "--full-tree", commit], None).await?;
         let tree = parse_tree(&listing);
         let path = &self.repository.path;
         let mut files = self.read(&tree, BTreeSet::from([path.clone()])).await?;
         let Some(text) = files.get(path) else {
-            return Err(format!("commit {commit} has no file {}", path.display()));
+            return Err(Unreachable::by("path", format!("commit {commit} has no file {}", path.display())));
         };
         let folder = path.parent().unwrap_or(Path::new(""));
         let mut included = BTreeSet::new();
@@ -176,10 +187,11 @@ impl<'r> Git<'r> {
         &self,
         tree: &BTreeMap<PathBuf, Blob>,
         paths: BTreeSet<PathBuf>,
-    ) -> Result<BTreeMap<PathBuf, Vec<u8>>, String> {
+    ) -> Result<BTreeMap<PathBuf, Vec<u8>>, Unreachable> {
         let wanted: Vec<_> = paths.into_iter().filter_map(|path| tree.get(&path).map(|blob| (path, blob))).collect();
         if let Some((path, _)) = wanted.iter().find(|(_, blob)| blob.is_link) {
-            return Err(format!("{} is a symbolic link: links of a commit are not followed", path.display()));
+            let text = format!("{} is a symbolic link: links of a commit are not followed", path.display());
+            return Err(Unreachable::by("path", text));
         }
         if wanted.iter().map(|(_, blob)| blob.size).sum::<u64>() > self.repository.max_size {
             return Err(self.too_large());
@@ -189,27 +201,28 @@ impl<'r> Git<'r> {
         let mut rest = &output[..];
         let mut files = BTreeMap::new();
         for (path, _) in wanted {
-            let bytes = next_object(&mut rest).ok_or("git cat-file gave something else than files")?;
+            let bytes =
+                next_object(&mut rest).ok_or_else(|| "git cat-file gave something else than files".to_owned())?;
             files.insert(path, bytes.to_vec());
         }
         Ok(files)
     }
 
-    fn late(&self) -> String {
-        format!("not within `timeout`, {}", format_duration(self.repository.timeout))
+    fn late(&self) -> Unreachable {
+        Unreachable::by("timeout", format!("not within `timeout`, {}", format_duration(self.repository.timeout)))
     }
 
-    fn too_large(&self) -> String {
-        format!("it is larger than `max_size`, {}", format_size(self.repository.max_size))
+    fn too_large(&self) -> Unreachable {
+        Unreachable::by("max_size", format!("it is larger than `max_size`, {}", format_size(self.repository.max_size)))
     }
 
-    async fn text(&self, arguments: &[&str]) -> Result<String, String> {
+    async fn text(&self, arguments: &[&str]) -> Result<String, Unreachable> {
         let output = self.run(arguments, None).await?;
-        String::from_utf8(output).map_err(|_| format!("git {} gave something else than text", arguments[0]))
+        Ok(String::from_utf8(output).map_err(|_| format!("git {} gave something else than text", arguments[0]))?)
     }
 
     /// Runs git to its end; what it wrote.
-    async fn run(&self, arguments: &[&str], input: Option<String>) -> Result<Vec<u8>, String> {
+    async fn run(&self, arguments: &[&str], input: Option<String>) -> Result<Vec<u8>, Unreachable> {
         let mut child = self.command(arguments).spawn().map_err(|error| match error.kind() {
             std::io::ErrorKind::NotFound => "the program git is not installed (`apt-get install git`)".to_owned(),
             _ => format!("git cannot be started: {error}"),
@@ -235,7 +248,7 @@ impl<'r> Git<'r> {
         if self.authorization.is_some() && message.contains("returned error: 30") {
             message += ": the server sends elsewhere, and the token goes nowhere else; write `git` as the URL where the repository is now (for GitLab: with .git at its end)";
         }
-        Err(if message.is_empty() { format!("git {}: {status}", arguments[0]) } else { message })
+        Err(if message.is_empty() { format!("git {}: {status}", arguments[0]) } else { message }.into())
     }
 
     fn most_output(&self) -> u64 {
@@ -396,8 +409,8 @@ mod tests {
         is("main", tag);
         is("HEAD", ("aa", "HEAD"));
         is("refs/tags/main", tag);
-        let both = find("main", &[branch, tag]).unwrap_err();
-        assert!(both.contains("refs/heads/main") && both.contains("refs/tags/main"), "{both}");
+        let Unreachable { key, text } = find("main", &[branch, tag]).unwrap_err();
+        assert!(key == "ref" && text.contains("refs/heads/main") && text.contains("refs/tags/main"), "{text}");
         assert_eq!(find("refs/heads/main", &[branch, tag]).unwrap().1, "refs/heads/main");
         for other in ["refs/heads/x/main", "refs/x/refs/heads/main", "refs/remotes/main", "refs/tags/main^{}", "main"] {
             assert!(find("main", &[("aa", other)]).is_err(), "{other}");

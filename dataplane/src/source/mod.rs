@@ -36,6 +36,38 @@ pub struct Loaded {
     pub snapshot: Option<Snapshot>,
 }
 
+/// Why the newest revision is not to be had.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unreachable {
+    /// The key of `[source]` that it depends on.
+    key: &'static str,
+    /// In one line.
+    text: String,
+}
+
+impl Unreachable {
+    const fn by(key: &'static str, text: String) -> Self {
+        Self { key, text }
+    }
+
+    /// At its place in the node's own file.
+    fn report(&self, local: &Source) -> LoadError {
+        let remedy = match self.key {
+            "ref" => "name a branch or a tag that the repository has",
+            "path" => "name a file that is in the repository",
+            "timeout" | "max_size" => "look at the repository, or allow more",
+            _ => "`[source]` says which repository this is and how it is reached",
+        };
+        config::at_source(local, self.key, &self.text, remedy)
+    }
+}
+
+impl From<String> for Unreachable {
+    fn from(text: String) -> Self {
+        Self::by("git", text)
+    }
+}
+
 /// What a source says of its newest revision, to be compared with the next look.
 pub type Seen = String;
 
@@ -85,7 +117,7 @@ pub fn kept(path: &Path) -> Result<Loaded, LoadError> {
     let Some(repository) = repository(&local)? else { return whole(local, None) };
     match kept::load(&repository) {
         Ok(snapshot) => whole(local, Some((&repository, snapshot))),
-        Err(error) => Err(LoadError::Repository { git: repository.git, error }),
+        Err(error) => Err(Unreachable::from(error).report(&local)),
     }
 }
 
@@ -111,10 +143,11 @@ pub fn newest(path: &Path, before: impl FnOnce(&Repository)) -> Result<Loaded, L
     let local = config::read(path)?;
     let Some(repository) = repository(&local)? else { return whole(local, None) };
     before(&repository);
-    let unreachable = |error| LoadError::Repository { git: repository.git.clone(), error };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(|error| unreachable(error.to_string()))?;
-    let fetched = runtime.block_on(git::fetch(&repository, None)).map_err(unreachable)?;
+    let fetched = runtime
+        .map_err(|error| error.to_string().into())
+        .and_then(|runtime| runtime.block_on(git::fetch(&repository, None)))
+        .map_err(|error| error.report(&local))?;
     match fetched {
         Some((_, snapshot)) => whole(local, Some((&repository, snapshot))),
         None => unreachable!("nothing was seen before"),
@@ -202,5 +235,15 @@ mod tests {
         assert!(find("routes.d", "../../a.toml").is_err());
         assert!(find("", "/etc/passwd").is_err());
         assert!(find("", "/etc/*").is_err());
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_repository_is_told_at_the_key_that_it_depends_on() {
+        let text = "# ours\n[source]\ngit = \"/srv/x\"\nref = \"gone\"\n";
+        let source = Source::new("node.toml", text.into());
+        let told = |key| Unreachable::by(key, "no".into()).report(&source).to_string();
+        assert!(told("ref").starts_with("node.toml:4:7: error: no\n4 | ref = \"gone\"\n"), "{}", told("ref"));
+        // That has its default.
+        assert!(told("path").starts_with("node.toml:3:7: error: no\n"), "{}", told("path"));
     }
 }

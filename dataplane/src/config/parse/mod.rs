@@ -25,8 +25,8 @@ use crate::config::keys::Key;
 use crate::config::reader::{Field, Reader, Section, quoted};
 use crate::config::source::{File, Role};
 use crate::config::{
-    Admin, Config, Diagnostic, EngineChoice, Fence, Limits, Listener, OnRemovedRoute, Resolver, Route, Source, Span,
-    Tailnet, Upstream, check, fence, keys, syntax,
+    Admin, Config, Diagnostic, EngineChoice, Fence, Limits, Listener, LoadError, OnRemovedRoute, Resolver, Route,
+    Source, Span, Tailnet, Upstream, check, fence, keys, syntax,
 };
 
 const MILLISECOND: Duration = Duration::from_millis(1);
@@ -125,6 +125,17 @@ pub fn repository(source: &Source) -> Result<Option<Repository>, Vec<Diagnostic>
     // What is nowhere here may be in the repository; not so of this table.
     let diagnostics = syntax::combine(source, &errors, diagnostics, absences, &mut left_out);
     Err(shown_part(diagnostics, left_out))
+}
+
+/// An error with the repository, at the key of `[source]` that it depends on, or at `git` where that
+/// key has its default.
+pub fn at_source(source: &Source, key: &str, message: &str, remedy: &str) -> LoadError {
+    let file = &source.files()[0];
+    let (tree, _) = DeTable::parse_recoverable(&source.text[file.range.clone()]);
+    let table = tree.get_ref().get("source").and_then(|value| value.get_ref().as_table());
+    let span = table.and_then(|table| table.get(key).or_else(|| table.get("git"))).map_or(0..0, toml::Spanned::span);
+    let diagnostic = Diagnostic::error(Source::placed(file, &span), message, remedy);
+    LoadError::Report { source: Arc::new(source.clone()), diagnostics: vec![diagnostic] }
 }
 
 /// First 16 hex digits of the SHA-256 of the files that all entrance nodes share.
