@@ -335,12 +335,11 @@ fn a_flood_of_silent_connections_keeps_nobody_out_of_a_machine_of_one_gibibyte()
     assert!(status["limits"]["max_connections"].as_u64() <= Some(16384), "{}", status["limits"]);
     // As long as a browser's: it comes in two segments.
     let protocols = ["0123456789012345678901234567"; 60];
-    let of_browser = client_hello(Some(HOST), &protocols);
     // None is refused, not even to try again.
     let good = || {
         let mut client = net.client.connect(public()).expect("the daemon accepts");
         never_hang(&client);
-        client.write_all(&of_browser).expect("sent");
+        client.write_all(&client_hello(Some(HOST), &protocols)).expect("sent");
         let server = accept_within(&upstream, PATIENCE).expect("a good hello gets through");
         read_preamble(&server, false).expect("the hello");
         never_hang(&server);
