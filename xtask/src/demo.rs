@@ -17,7 +17,7 @@ use tests::netns::{CLIENT, CLUSTER, ENTRANCE, Net, Process};
 use tests::peers::{Peer, certificate, curl};
 
 use crate::run::{self, step};
-use crate::{ebpf, packages, test};
+use crate::{ebpf, packages, recording, test};
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -27,7 +27,13 @@ pub struct Options {
     /// Take down what an earlier `--keep` left up
     #[arg(long)]
     down: bool,
+    /// Show it, and make the picture of it that README.md has
+    #[arg(long, conflicts_with_all = ["keep", "down"])]
+    record: bool,
 }
+
+/// Seen from the top of the repository.
+const RECORDING: &str = "docs/images/demo.svg";
 
 /// The hosts are called `dp-demo-client`, `dp-demo-entrance` and `dp-demo-cluster`.
 const NAME: &str = "demo";
@@ -51,6 +57,9 @@ pub fn run(options: &Options) -> Result<()> {
     ebpf::build()?;
     step("building the daemon");
     run::run(run::cargo().args(["build", "--release", "--package", "dataplane"]))?;
+    if options.record {
+        return record();
+    }
 
     let demo = Demo::start(&run::binaries(true)?.join("dataplane"))?;
     demo.two_domains()?;
@@ -64,6 +73,22 @@ pub fn run(options: &Options) -> Result<()> {
     } else {
         step("taking everything down");
     }
+    Ok(())
+}
+
+/// Has the demo run, all that it needs being built, and keeps what it shows.
+fn record() -> Result<()> {
+    let lines = recording::record(Command::new(std::env::current_exe()?).arg("demo"))?;
+    // A folder of this run.
+    let of_run = lines.iter().find_map(|(_, line)| Some(line.split_once("/tmp/dp-")?.1.split('/').next()?.to_owned()));
+    let tidied =
+        |line: &str| of_run.as_ref().map_or(line.to_owned(), |name| line.replace(&format!("dp-{name}"), "demo"));
+    let lines: Vec<_> = lines.iter().map(|(at, line)| (*at, tidied(line))).collect();
+    let title = "A recording of `cargo xtask demo`: listed domains reach their servers, others are refused, a download \
+                 arrives whole, and a laptop dies without the site going with it";
+    let file = run::workspace().join(RECORDING);
+    fs::write(&file, recording::svg(&lines, title)).with_context(|| format!("cannot write {}", file.display()))?;
+    println!("{}", file.display());
     Ok(())
 }
 

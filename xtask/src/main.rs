@@ -10,6 +10,7 @@ mod ebpf;
 mod install;
 mod matrix;
 mod packages;
+mod recording;
 mod run;
 mod test;
 mod time_limit;

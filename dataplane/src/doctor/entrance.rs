@@ -270,8 +270,8 @@ fn texts(ruleset: &str) -> Texts {
     texts
 }
 
-/// Whether an address is in the networks that tailnets use (RFC 6598, RFC 4193). One of RFC 1918 may
-/// be what a cloud translates its public address to.
+/// Whether an address is in the networks that tailnets use (RFC 6598, RFC 4193). One of RFC 1918
+/// may be what a cloud translates its public address to.
 fn is_of_tailnet(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => ip.octets()[0] == 100 && ip.octets()[1] & 0xc0 == 64,

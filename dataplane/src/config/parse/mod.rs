@@ -127,8 +127,8 @@ pub fn repository(source: &Source) -> Result<Option<Repository>, Vec<Diagnostic>
     Err(shown_part(diagnostics, left_out))
 }
 
-/// An error with the repository, at the key of `[source]` that it depends on, or at `git` where that
-/// key has its default.
+/// An error with the repository, at the key of `[source]` that it depends on, or at `git` where
+/// that key has its default.
 pub fn at_source(source: &Source, key: &str, message: &str, remedy: &str) -> LoadError {
     let file = &source.files()[0];
     let (tree, _) = DeTable::parse_recoverable(&source.text[file.range.clone()]);
