@@ -271,6 +271,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
                 let _ = writeln!(std::io::stderr(), "{note}");
             }
             write!(out, "{}", imported.toml)?;
+            return Ok(ExitCode::from(if imported.is_less() { 2 } else { 0 }));
         }
         Command::Doctor { output, upstreams: true } => {
             let answers = doctor::upstreams::ask(&shown_warnings(source::kept(path)?))?;

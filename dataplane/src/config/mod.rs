@@ -35,7 +35,7 @@ pub use keys::REFERENCE;
 pub use load::{
     Files, LARGEST, LoadError, WILDCARDS, add_repository, glob, includes, is_pattern, read, read_repository,
 };
-pub use parse::{Repository, Webhook, at_source, parse, parse_within, repository};
+pub use parse::{MOST_BINDS, MOST_LISTENERS, Repository, Webhook, at_source, parse, parse_within, repository};
 pub use routing_table::routing_table;
 pub use source::Source;
 pub use values::{Refused, format_duration, format_size};

@@ -1,24 +1,30 @@
 //! The syntax of nginx's configuration: directives of words, ended by a semicolon or followed by a
-//! block. Includes are put in their place.
+//! block. Includes are put in their place; the directive of one that cannot be read remains.
 //!
 //! Knows no directive's meaning but `include`'s. There is no crate for this that is kept up, and
 //! the syntax is small.
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
-use super::Note;
-
 /// Includes inside each other; deeper is a circle.
 const DEEPEST: usize = 16;
+/// Blocks inside each other; nginx has four.
+const DEEPEST_BLOCK: usize = 32;
+/// Bytes of all files, those counted again that are included again.
+const LARGEST: usize = 64 << 20;
 /// Their insides have another syntax, or are of no interest.
 const CLOSED: [&str; 4] = ["http", "mail", "events", "types"];
+/// What stands before each file in the output of `nginx -T`, and what after its name.
+const DUMPED: (&str, &str) = ("# configuration file ", ":");
 
 /// A line of a file.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Place {
     /// As it was named.
     pub file: Arc<Path>,
@@ -55,74 +61,158 @@ impl Directive {
     pub fn text(&self) -> String {
         self.words.join(" ")
     }
+
+    /// Whether it names a file that could not be read.
+    pub fn is_missing_file(&self) -> bool {
+        self.name == "include" && self.block.is_none()
+    }
+}
+
+/// Where included files come from.
+enum Files {
+    /// This folder, for paths that are not absolute.
+    Folder(PathBuf),
+    /// The output of `nginx -T`: texts by path, and that folder.
+    Dump(BTreeMap<PathBuf, String>, PathBuf),
+    Nowhere,
 }
 
 /// Reads a file with all that it includes. Paths that are not absolute are looked for beside it, as
 /// nginx does.
-pub fn read(path: &Path, notes: &mut Vec<Note>) -> Result<Vec<Directive>> {
-    let home = path.parent().unwrap_or(Path::new(""));
-    expand(parse_file(path)?, home, 0, notes)
+pub fn read(path: &Path) -> Result<Vec<Directive>> {
+    let home = path.parent().unwrap_or(Path::new("")).to_owned();
+    if path == Path::new("-") {
+        let mut bytes = Vec::new();
+        std::io::stdin().take(LARGEST as u64 + 1).read_to_end(&mut bytes).context("cannot read standard input")?;
+        return Reading::new(Files::Folder(home)).all(Path::new("stdin"), &String::from_utf8_lossy(&bytes));
+    }
+    let text = text_of(path).with_context(|| format!("cannot read {}", path.display()))?;
+    Reading::new(Files::Folder(home)).all(path, &text)
 }
 
-fn parse_file(path: &Path) -> Result<Vec<Directive>> {
-    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    parse(path, &String::from_utf8_lossy(&bytes))
+/// Reads a text, and no file.
+pub fn read_text(name: &Path, text: &str) -> Result<Vec<Directive>> {
+    Reading::new(Files::Nowhere).all(name, text)
 }
 
-fn expand(directives: Vec<Directive>, home: &Path, depth: usize, notes: &mut Vec<Note>) -> Result<Vec<Directive>> {
-    let mut expanded = Vec::new();
-    for mut directive in directives {
-        let [pattern] = &directive.words[..] else {
-            expand_block(&mut directive, home, depth, notes)?;
-            expanded.push(directive);
-            continue;
+fn text_of(path: &Path) -> std::io::Result<String> {
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)?.take(LARGEST as u64 + 1).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+struct Reading {
+    files: Files,
+    bytes_left: usize,
+}
+
+impl Reading {
+    fn new(files: Files) -> Self {
+        Self { files, bytes_left: LARGEST }
+    }
+
+    fn all(mut self, path: &Path, text: &str) -> Result<Vec<Directive>> {
+        let Some(mut dumped) = dumped(text) else { return self.file(path, text, 0) };
+        let (main, text) = dumped.swap_remove(0);
+        let home = main.parent().unwrap_or(Path::new("")).to_owned();
+        self.files = Files::Dump(dumped.into_iter().collect(), home);
+        self.file(&main, &text, 0)
+    }
+
+    fn file(&mut self, path: &Path, text: &str, depth: usize) -> Result<Vec<Directive>> {
+        self.bytes_left = match self.bytes_left.checked_sub(text.len()) {
+            Some(left) => left,
+            None => bail!("{}: error: with this file there are more than {LARGEST} bytes", path.display()),
         };
-        if directive.name != "include" {
-            expand_block(&mut directive, home, depth, notes)?;
-            expanded.push(directive);
-            continue;
+        self.expand(parse(path, text)?, depth)
+    }
+
+    fn expand(&mut self, directives: Vec<Directive>, depth: usize) -> Result<Vec<Directive>> {
+        let mut expanded = Vec::new();
+        for mut directive in directives {
+            if directive.name != "include" || directive.block.is_some() {
+                if let Some(block) = directive.block.take() {
+                    let closed = CLOSED.contains(&&*directive.name);
+                    directive.block = Some(if closed { block } else { self.expand(block, depth)? });
+                }
+                expanded.push(directive);
+                continue;
+            }
+            let pattern = directive.text();
+            if depth == DEEPEST {
+                bail!("{}: error: `include {pattern}` goes round in a circle", directive.place);
+            }
+            let files = self.included(&pattern);
+            if files.is_empty() && !is_pattern(&pattern) {
+                expanded.push(directive);
+                continue;
+            }
+            for (file, text) in files {
+                match text {
+                    Some(text) => expanded.extend(self.file(&file, &text, depth + 1)?),
+                    None => expanded.push(directive.clone()),
+                }
+            }
         }
-        if depth == DEEPEST {
-            bail!("{}: error: `include {pattern}` goes round in a circle", directive.place);
-        }
-        let files = included(&home.join(pattern));
-        if files.is_empty() && !is_pattern(pattern) {
-            notes.push(Note {
-                place: directive.place.clone(),
-                message: format!("`include {pattern}`: there is no such file here; what is in it is not carried over"),
-            });
-        }
-        for file in files {
-            expanded.extend(expand(parse_file(&file)?, home, depth + 1, notes)?);
+        Ok(expanded)
+    }
+
+    /// The files that an include names, in the order of their names, and their texts if they can be
+    /// read.
+    fn included(&self, pattern: &str) -> Vec<(PathBuf, Option<String>)> {
+        match &self.files {
+            Files::Nowhere => Vec::new(),
+            Files::Dump(texts, home) => {
+                let wanted = home.join(pattern);
+                if let Some(text) = texts.get(&wanted) {
+                    return vec![(wanted, Some(text.clone()))];
+                }
+                let Ok(glob) = glob::Pattern::new(&wanted.to_string_lossy()) else { return Vec::new() };
+                if !is_pattern(pattern) {
+                    return Vec::new();
+                }
+                let options = glob::MatchOptions { require_literal_separator: true, ..Default::default() };
+                let found = texts.iter().filter(|(path, _)| glob.matches_path_with(path, options));
+                found.map(|(path, text)| (path.clone(), Some(text.clone()))).collect()
+            }
+            Files::Folder(home) => {
+                let path = home.join(pattern);
+                let read = |path: PathBuf| {
+                    let text = text_of(&path).ok();
+                    (path, text)
+                };
+                if !is_pattern(pattern) {
+                    return if path.is_file() { vec![read(path)] } else { Vec::new() };
+                }
+                let found = glob::glob(&path.to_string_lossy()).into_iter().flatten().flatten();
+                found.filter(|path| path.is_file()).map(read).collect()
+            }
         }
     }
-    Ok(expanded)
 }
 
-fn expand_block(directive: &mut Directive, home: &Path, depth: usize, notes: &mut Vec<Note>) -> Result<()> {
-    if let Some(block) = directive.block.take() {
-        let closed = CLOSED.contains(&&*directive.name);
-        directive.block = Some(if closed { block } else { expand(block, home, depth, notes)? });
+/// The files in the output of `nginx -T`, the main one first.
+fn dumped(text: &str) -> Option<Vec<(PathBuf, String)>> {
+    let path = |line: &str| line.strip_prefix(DUMPED.0)?.strip_suffix(DUMPED.1).map(PathBuf::from);
+    // What nginx says on stderr may stand before.
+    let mut lines = text.lines().skip_while(|line| line.starts_with("nginx: ") || line.trim().is_empty());
+    let mut files = vec![(path(lines.next()?)?, String::new())];
+    for line in lines {
+        match path(line) {
+            Some(path) => files.push((path, String::new())),
+            None => files.last_mut()?.1.extend([line, "\n"]),
+        }
     }
-    Ok(())
+    Some(files)
 }
 
 fn is_pattern(text: &str) -> bool {
     text.contains(['*', '?', '['])
 }
 
-/// The files that an include names, in the order of their names.
-fn included(path: &Path) -> Vec<PathBuf> {
-    if !is_pattern(&path.to_string_lossy()) {
-        return if path.is_file() { vec![path.to_owned()] } else { Vec::new() };
-    }
-    let found = glob::glob(&path.to_string_lossy()).into_iter().flatten().flatten();
-    found.filter(|path| path.is_file()).collect()
-}
-
 /// A directive for messages, by its name if it may be one: what is included may be another kind of
 /// file, of which a line is one word.
-pub(super) fn named(word: &str) -> String {
+pub fn named(word: &str) -> String {
     /// nginx has none that is longer.
     const LONGEST: usize = 40;
     let is_name = word.len() <= LONGEST && word.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
@@ -139,7 +229,7 @@ enum Token {
 }
 
 /// Reads one file's text.
-pub(super) fn parse(path: &Path, text: &str) -> Result<Vec<Directive>> {
+pub fn parse(path: &Path, text: &str) -> Result<Vec<Directive>> {
     let file: Arc<Path> = path.into();
     let at = |line| Place { file: file.clone(), line };
     // The directives of each block that is open, and the directive that the block belongs to.
@@ -166,6 +256,9 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Vec<Directive>> {
                 let Some(directive) = directive(&mut words) else {
                     bail!("{}: error: `{{` belongs to nothing", at(line));
                 };
+                if open.len() == DEEPEST_BLOCK {
+                    bail!("{}: error: there are blocks inside each other, {DEEPEST_BLOCK} deep", at(line));
+                }
                 open.push((Vec::new(), Some(directive)));
             }
             Token::Close => {

@@ -16,7 +16,7 @@ fn folder() -> PathBuf {
 /// What the command shows for a file, notes first; paths as from within the folder.
 fn shown(file: &Path) -> String {
     let said = match nginx(file) {
-        Ok(Imported { toml, notes }) => notes.iter().map(|note| format!("{note}\n")).collect::<String>() + &toml,
+        Ok(Imported { toml, notes, .. }) => notes.iter().map(|note| format!("{note}\n")).collect::<String>() + &toml,
         Err(error) => format!("{error:#}\n"),
     };
     said.replace(&format!("{}/", folder().display()), "")
@@ -122,6 +122,117 @@ fn a_circle_of_includes_is_an_error() {
     std::fs::remove_dir_all(&folder).unwrap();
 }
 
+fn text(text: &str) -> Imported {
+    nginx_text(Path::new("nginx.conf"), text).unwrap_or_else(|error| panic!("{text}\n{error:#}"))
+}
+
+fn lost(imported: &Imported) -> Vec<String> {
+    imported.notes.iter().filter(|note| note.kind == Kind::Lost).map(ToString::to_string).collect()
+}
+
+#[test]
+fn the_output_of_nginx_is_read_as_the_files_that_it_has() {
+    let dump = "nginx: the configuration file /etc/nginx/nginx.conf syntax is ok\n\
+         # configuration file /etc/nginx/nginx.conf:\nuser www-data;\nstream {\n\
+         include streams/*.conf;\n include /etc/nginx/one.conf;\n}\n\n\
+         # configuration file /etc/nginx/streams/sni.conf:\n\
+         map $ssl_preread_server_name $b { include names.map; }\n\
+         server { listen 443; ssl_preread on; proxy_pass $b; limit_conn a 1; }\n\n\
+         # configuration file /etc/nginx/names.map:\nblog.test 10.9.59.2:443;\n\
+         # configuration file /etc/nginx/one.conf:\nserver { listen 2222; proxy_pass 10.9.59.1:22; }\n";
+    let imported = text(dump);
+    for part in ["hosts = [\"blog.test\"]", "targets = [\"10.9.59.2:443\"]", "targets = [\"10.9.59.1:22\"]"] {
+        assert!(imported.toml.contains(part), "{part}: {}", imported.toml);
+    }
+    assert!(
+        lost(&imported)[0].starts_with("/etc/nginx/streams/sni.conf:2: lost: `limit_conn`"),
+        "{:?}",
+        lost(&imported)
+    );
+    let without = dump.replace("# configuration file /etc/nginx/one.conf:", "# ");
+    let error = nginx_text(Path::new("dump"), &without).unwrap_err().to_string();
+    assert!(error.contains("/etc/nginx/nginx.conf:4: error: `include /etc/nginx/one.conf`"), "{error}");
+}
+
+#[test]
+fn what_a_missing_file_may_have_said_is_refused() {
+    let server = |inside: &str| format!("server {{ listen 443; ssl_preread on; {inside} }}");
+    let other = "server { listen 22; proxy_pass 10.0.0.1:22; }";
+    // Who is let in: nothing but the other address is left.
+    let imported = text(&format!("stream {{ {} {other} }}", server("include guard.conf; proxy_pass 10.0.0.1:443;")));
+    assert!(imported.is_less() && !imported.toml.contains(":443") && imported.toml.contains("10.0.0.1:22"));
+    // Names: those that are listed are left, and no wildcard.
+    let map = "map $ssl_preread_server_name $x { hostnames; a.test 10.0.0.1:443; *.b.test 10.0.0.1:443; include more; default 10.0.0.1:443; }";
+    let imported = text(&format!("stream {{ {map} {} }}", server("proxy_pass $x;")));
+    assert!(imported.toml.contains("hosts = [\"a.test\"]\nupstream"), "{}", imported.toml);
+    assert!(imported.toml.contains("hosts = [\"*.b.test\"]\naction = \"refuse\""), "{}", imported.toml);
+    assert!(!imported.toml.contains("\"*\""), "{}", imported.toml);
+    // Targets: the others are left.
+    let upstream = "upstream u { server 10.0.0.1:443; include more; }";
+    let imported = text(&format!("stream {{ {upstream} {} }}", server("proxy_pass u;")));
+    assert!(imported.is_less() && imported.toml.contains("10.0.0.1:443"));
+}
+
+#[test]
+fn losses_come_first_and_trivia_are_one_line() {
+    let imported = text(
+        "stream { access_log a; log_format b c;\nserver { listen 1; proxy_pass u; tcp_nodelay on; }\n\
+         upstream u { server 10.0.0.1:1 down; server 10.0.0.2:1 weight=2; } }",
+    );
+    let said: Vec<String> = imported.notes.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        said,
+        [
+            "nginx.conf:3: lost: `weight=2` is not carried over: targets have no weights",
+            "nginx.conf:3: `10.0.0.1:1` is not carried over: it is down",
+            "nginx.conf:1: needs no counterpart: `access_log`, `log_format`, `tcp_nodelay`",
+        ]
+    );
+    assert!(imported.is_less());
+    assert!(!text("stream { server { listen 1; proxy_pass 10.0.0.1:1; access_log off; } }").is_less());
+}
+
+#[test]
+fn limits_that_would_be_lost_are_told() {
+    for directive in
+        ["proxy_download_rate 1k", "proxy_upload_rate 1k", "limit_conn zone 4", "proxy_bind $remote_addr transparent"]
+    {
+        let imported = text(&format!("stream {{ server {{ listen 1; proxy_pass 10.0.0.1:1; {directive}; }} }}"));
+        assert!(imported.is_less(), "{directive}");
+    }
+    assert!(
+        !text("stream { server { listen 1; proxy_pass 10.0.0.1:1; proxy_download_rate 0; deny unix:; } }").is_less()
+    );
+}
+
+#[test]
+fn the_resolver_has_a_place() {
+    let names = "upstream u { server a.test:1; resolver 192.0.2.53 valid=10s; }";
+    let imported = text(&format!("stream {{ {names} server {{ listen 1; proxy_pass u; }} }}"));
+    assert!(imported.toml.contains("[resolver]\nservers = [\"192.0.2.53:53\"]"), "{}", imported.toml);
+    let imported = text(&format!("stream {{ {names} server {{ listen 1; resolver [2001:db8::53]; proxy_pass u; }} }}"));
+    assert!(imported.is_less(), "two of them: {}", imported.toml);
+    let addresses = "stream { resolver 192.0.2.53; server { listen 1; proxy_pass 10.0.0.1:1; } }";
+    assert!(!text(addresses).toml.contains("resolver"));
+}
+
+#[test]
+fn many_names_targets_and_ports_are_carried_over() {
+    let names: String = (0..8000).map(|n| format!("n{n}.x.test 10.0.{}.{}:443;\n", n / 250, n % 250 + 1)).collect();
+    let server = "server { listen 443; listen 8443; ssl_preread on; proxy_pass $x; }";
+    let imported = text(&format!(
+        "stream {{ map $ssl_preread_server_name $x {{ hostnames; {names} *.x.test 10.0.0.1:1; }} {server} }}"
+    ));
+    assert_eq!(imported.toml.matches("[upstreams.").count(), 8001);
+    let members: String = (0..20_000).map(|n| format!("server 10.1.{}.{}:443;\n", n / 250, n % 250 + 1)).collect();
+    let imported = text(&format!("stream {{ upstream u {{ {members} }} server {{ listen 1; proxy_pass u; }} }}"));
+    assert_eq!(imported.toml.matches("\"10.1.").count(), 20_000);
+    let ports: String = (1..4000).map(|n| format!("server {{ listen {n}; proxy_pass 10.1.1.1:{n}; }}\n")).collect();
+    let imported = text(&format!("stream {{ {ports} }}"));
+    assert_eq!((imported.toml.matches("[listeners.").count(), imported.is_less()), (256, true));
+    assert!(text("stream { server { listen 10000-11023; proxy_pass 10.1.1.1:1; } }").toml.contains(":11023"));
+}
+
 proptest! {
     #[test]
     fn no_text_makes_it_panic(
@@ -133,7 +244,7 @@ proptest! {
     ) {
         let path = Path::new("nginx.conf");
         if let Ok(directives) = syntax::parse(path, &pieces.concat()) {
-            let _ = super::nginx::translate(path, &directives, Vec::new());
+            let _ = super::nginx::translate(path, &directives);
         }
     }
 }

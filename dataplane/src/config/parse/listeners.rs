@@ -11,8 +11,9 @@ use crate::config::{Bind, Listener, Mode, Upstream, keys};
 const PORT: RangeInclusive<u64> = 1..=65535;
 /// What is compared with each other has bounds, so that whoever may write the text cannot make the
 /// reading of it slow.
-const MOST_LISTENERS: usize = 256;
-const MOST_BINDS: usize = 1024;
+pub const MOST_LISTENERS: usize = 256;
+/// Of all listeners together.
+pub const MOST_BINDS: usize = 1024;
 
 impl Parser {
     pub(super) fn listeners(&mut self, roots: &[Section<'_>], upstreams: &[Upstream]) -> Vec<Listener> {

@@ -17,6 +17,7 @@ use std::time::Duration;
 use sha2::{Digest, Sha256};
 use toml::de::{DeTable, Error};
 
+pub use listeners::{MOST_BINDS, MOST_LISTENERS};
 pub use repository::{Repository, Webhook};
 
 use crate::config::check::Places;
