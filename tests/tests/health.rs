@@ -120,6 +120,36 @@ fn connections_of_a_target_that_went_down_are_reset_only_where_that_is_configure
 }
 
 #[test]
+fn a_check_of_another_upstream_resets_no_connections_until_a_second_sign_says_the_same() {
+    let _turn = beside_others();
+    let other: std::net::SocketAddr = "198.51.100.1:444".parse().expect("an address");
+    let more = format!(
+        "[listeners.other]\nmode = \"tcp\"\nbind = [\"{other}\"]\nupstream = \"other\"\n\
+         [upstreams.other]\ntargets = [\"{FIRST}\"]\non_down = \"reset\"\n"
+    );
+    let config = Config::new("auto").targets([FIRST]).upstream(QUICK).more(&more);
+    let Rig { daemon, upstream, net } = Rig::new(&config);
+    let mut client = net.client.connect(other).expect("accepted");
+    client.write_all(&hello()).expect("sent");
+    let server = eventually(PATIENCE, "the connection among the checks", || {
+        let stream = accept_within(&upstream, Duration::from_millis(50))?;
+        stream.set_read_timeout(Some(PATIENCE)).expect("a time limit");
+        read_preamble(&stream, false).ok().map(|_| stream)
+    });
+    // From here on the checks are refused. Only one of the two upstreams has one.
+    drop(upstream);
+    daemon.wait_metric(UP, &[("upstream", "other")], 0.0);
+    let pattern = Pattern::new(7);
+    pattern.send(&client, 0, 5000).expect("sent");
+    pattern.receive_exactly(&server, 0, 5000);
+    pattern.send(&server, 0, 5000).expect("sent");
+    pattern.receive_exactly(&client, 0, 5000);
+    let _refused = net.client.connect(other).expect("accepted");
+    assert_eq!(read_to_end(&client, PATIENCE).1, End::Reset);
+    daemon.wait_metric("dataplane_connections_closed_total", &[("reason", "target_down")], 1.0);
+}
+
+#[test]
 fn a_reset_before_the_first_byte_puts_a_target_aside_and_time_brings_it_back() {
     let _turn = beside_others();
     let rig = Rig::new(&Config::new("auto").targets([FIRST, SECOND]).upstream("balance = \"first\""));

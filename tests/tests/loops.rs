@@ -51,6 +51,8 @@ fn a_target_that_is_this_node_behind_nat_costs_a_client_two_connections_and_is_n
         refused_as_loop(&daemon, "public", 2.0);
         let status = daemon.json(&["status", "--json"]);
         assert_eq!(status["upstreams"][0]["targets"][0]["loops"][0], 1, "{status:#}");
+        let text = String::from_utf8(daemon.cli(&["status"]).stdout).expect("text");
+        assert!(text.contains("1 connection may have come back"), "{text}");
     }
 }
 

@@ -232,14 +232,16 @@ fn a_reader_has_the_half_closed_deadline_for_each_byte_that_it_takes() {
 fn a_half_closed_connection_has_its_whole_deadline_from_the_fin_on() {
     let _turn = beside_others();
     for engine in ["splice", "sockmap"] {
-        let rig = Rig::new(&Config::new(engine).limits("half_closed_timeout = \"4s\""));
+        // Both sides are alive, so the search for dead peers, which is quicker, must not end it.
+        let limits = "half_closed_timeout = \"5s\"\ndead_peer_timeout = \"1s\"";
+        let rig = Rig::new(&Config::new(engine).limits(limits));
         let (client, mut server) = rig.pair();
         // Nothing moves for longer than that, which is no reason to end it; then it ends on one
         // side.
-        std::thread::sleep(Duration::from_secs(5));
+        std::thread::sleep(Duration::from_secs(6));
         client.shutdown(std::net::Shutdown::Write).expect("sent");
         assert_eq!(read_to_end(&server, PATIENCE), (Vec::new(), End::Fin), "{engine}");
-        std::thread::sleep(Duration::from_secs(1));
+        std::thread::sleep(Duration::from_secs(2));
         server.write_all(b"answer").expect("sent");
         drop(server);
         assert_eq!(read_to_end(&client, PATIENCE), (b"answer".to_vec(), End::Fin), "{engine}");

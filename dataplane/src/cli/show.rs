@@ -97,6 +97,14 @@ pub fn describe_status(status: &Value) -> String {
                 target["active"],
                 text(target, "reason")
             );
+            if let Some(count) = target["loops"][0].as_u64() {
+                let last = ago(&target["loops"][1]);
+                let connections = if count == 1 { "connection" } else { "connections" };
+                let _ = writeln!(
+                    out,
+                    "            {count} {connections} may have come back from there to this node, the last one {last:.0} s ago"
+                );
+            }
             for change in items(&target["history"]) {
                 let what = if change["up"] == true { "up" } else { "down" };
                 let _ =
@@ -130,4 +138,25 @@ pub fn describe_connections(connections: &Value) -> String {
         );
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn status_names_targets_that_connections_may_have_come_back_from() {
+        let target = |loops: Value| {
+            let target = serde_json::json!({ "target": "laptop:443", "up": true, "loops": loops });
+            let status = serde_json::json!({ "upstreams": [{ "name": "cluster", "targets": [target] }] });
+            describe_status(&status)
+        };
+        assert!(!target(Value::Null).contains("come back"));
+        let now = unix_seconds(SystemTime::now());
+        let said = target(serde_json::json!([3, now - 60.0]));
+        let (_, below) = said.split_once("target    laptop:443 of cluster").expect("the target");
+        let words = "3 connections may have come back from there to this node, the last one 6";
+        assert!(below.contains(words) && below.trim_end().ends_with(" s ago"), "{said}");
+        assert!(target(serde_json::json!([1, now])).contains(" 1 connection may"));
+    }
 }

@@ -286,7 +286,7 @@ pub fn own_targets(config: &Config, local: &[IpAddr]) -> Vec<Diagnostic> {
                 let what = format!("lead to `{}`, which is this machine", target.text);
                 found.push(outside(&target.span, &what, "allow_targets", &target.text, ""));
             }
-            for port in challenges.iter().filter(|port| refused(**port)) {
+            for port in challenges.iter().filter(|port| **port != target.port && refused(**port)) {
                 found.push(no_challenges(&target.span, &at_port(target, *port)));
             }
         }
@@ -311,7 +311,8 @@ fn targets(
             if found.len() > MOST_KEPT {
                 return found;
             }
-            for (port, theirs) in std::iter::once((target.port, true)).chain(lead.acme_ports.iter().copied()) {
+            let challenges = lead.acme_ports.iter().copied().filter(|(port, _)| *port != target.port);
+            for (port, theirs) in std::iter::once((target.port, true)).chain(challenges) {
                 if fence.allows_target(target, port) {
                     continue;
                 }
@@ -837,6 +838,12 @@ mod tests {
         let own = "allow_targets = [\"10.0.0.0/8:443\"]\n";
         let said = both(own, &acme).unwrap_err();
         assert!(said.contains("may not lead to `10.0.0.1:22`"), "{said}");
+        // What is refused as the target's own port is not told again as that for challenges.
+        let told = |own: &str, shared: &str| both(own, shared).unwrap_err().matches(":22`").count();
+        assert_eq!(told(own, &acme.replace("10.0.0.1:443", "10.0.0.1:22")), 1);
+        assert_eq!(told(&format!("{own}{by_owner}"), &to("10.0.0.1:22")), 1);
+        let said = warnings("allow_targets = [\"*\"]\n", &to("192.0.2.9:22"));
+        assert_eq!(said.matches(":22`").count(), 1, "{said}");
         // An address of this machine.
         let config = both("", &content("a.example.com", "0.0.0.0:443", "192.0.2.9:22")).unwrap();
         let found = own_targets(&config, &["192.0.2.9".parse().unwrap()]);

@@ -162,7 +162,7 @@ pub const UPSTREAM: &[Key] = &[
         name: "on_down",
         kind: "`keep`, `reset`",
         default: "`keep`",
-        meaning: "established connections of a target that goes down. `keep`: they end by `dead_peer_timeout`. `reset`: they are reset, so that browsers reconnect. One failed dial is not enough for this: a second sign (a probe, a check, the tailnet) must confirm it",
+        meaning: "established connections of a target that goes down. `keep`: they end by `dead_peer_timeout`. `reset`: they are reset, so that browsers reconnect. One failed dial is not enough for this, nor is the check of another upstream: a second sign (a probe, a check, the tailnet) must confirm it",
     },
     Key {
         name: "prefer_direct",

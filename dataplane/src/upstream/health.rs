@@ -252,8 +252,15 @@ impl Health {
     fn is_lost(&self) -> bool {
         self.offline
             || self.check.down.is_some()
-            || !self.elsewhere.is_empty()
             || self.ejection.as_ref().is_some_and(|ejection| ejection.confirmed)
+            || self.is_lost_by_elsewhere()
+    }
+
+    /// Another upstream's check is no proof: it may be silent because of its own server name or
+    /// PROXY header. Beside something else that was not answered, it is the second sign.
+    fn is_lost_by_elsewhere(&self) -> bool {
+        let check_failed = self.check.failures > 0 && self.check.silent;
+        !self.elsewhere.is_empty() && (check_failed || self.unreachable().is_some())
     }
 
     /// Why nothing answers there, by the word of the check; what answers is told apart by the
@@ -331,7 +338,7 @@ mod tests {
             by: name.into(),
             silent: silent.map(str::to_owned),
         };
-        assert_eq!(health.apply(by("a", Some("check: timeout")), now), LOST);
+        assert_eq!(health.apply(by("a", Some("check: timeout")), now), DOWN);
         assert_eq!(health.reason(), Some("check: timeout"));
         assert_eq!(health.apply(Event::DialPassed, now), NOTHING, "a paused machine still accepts");
         assert_eq!(health.apply(by("b", Some("check: timeout")), now), NOTHING);
@@ -341,6 +348,34 @@ mod tests {
             let failed = || Event::CheckFailed { fall: 1, reason: "check".into(), answers };
             health.apply(failed(), now);
             assert_eq!(health.silent().is_some(), !answers, "what answers is told to nobody else");
+        }
+    }
+
+    #[test]
+    fn a_check_elsewhere_loses_established_connections_only_beside_a_second_sign() {
+        let now = Instant::now();
+        let silent = |name: &str| Event::CheckedElsewhere { by: name.into(), silent: Some("check: timeout".into()) };
+        let lost = Outcome { up: None, lost: true };
+        for sign in [refused(now), check(false), Event::Tailnet { online: Some(false) }] {
+            let mut health = Health::default();
+            assert_eq!(health.apply(silent("a"), now), DOWN);
+            assert_eq!(health.apply(silent("a"), now), NOTHING, "the same again is no other sign");
+            assert_eq!(health.apply(silent("b"), now), NOTHING, "nor is another check elsewhere");
+            assert_eq!(health.apply(sign.clone(), now), lost, "{sign:?}");
+        }
+        let mut health = Health::default();
+        assert_eq!(health.apply(refused(now), now), DOWN);
+        assert_eq!(health.apply(silent("a"), now), lost, "it may come second, too");
+        assert_eq!(health.apply(Event::ProbeFailed { reason: "refused".into(), answers: false }, now), NOTHING, "once");
+        let answers = [
+            Event::ResetEarly { started: now },
+            Event::CheckFailed { fall: 3, reason: "check".into(), answers: true },
+            Event::Unresolved { reason: "resolve: no such name".into() },
+        ];
+        for sign in answers {
+            let mut health = Health::default();
+            assert_eq!(health.apply(silent("a"), now), DOWN);
+            assert_eq!(health.apply(sign.clone(), now), NOTHING, "{sign:?} does not say that nothing answers");
         }
     }
 

@@ -4,10 +4,11 @@
 //! A configuration's tasks end when the next one comes; what they found stays in the targets.
 //! Forwarding never waits for anything here.
 
+use std::collections::HashSet;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
@@ -62,9 +63,16 @@ async fn run(mut inbox: mpsc::UnboundedReceiver<Work>) {
     // It is not asked anew by every reload: for a moment nothing would be known of any peer.
     let mut tailnet: Option<(PathBuf, AbortHandle)> = None;
     let mut tasks = JoinSet::new();
+    let mut followed: Vec<Weak<Target>> = Vec::new();
     while let Some(Work { pools, resolver, tailscaled }) = inbox.recv().await {
         tasks.abort_all();
         tasks = JoinSet::new();
+        // Before their successors are checked.
+        let current: HashSet<_> = pools.iter().flat_map(|pool| pool.targets()).map(Arc::as_ptr).collect();
+        for target in followed.iter().filter(|target| !current.contains(&target.as_ptr())).filter_map(Weak::upgrade) {
+            target.retire();
+        }
+        followed = pools.iter().flat_map(|pool| pool.targets()).map(Arc::downgrade).collect();
         if tailnet.as_ref().is_none_or(|(socket, _)| *socket != tailscaled) {
             if let Some((_, task)) = tailnet.take() {
                 task.abort();

@@ -92,6 +92,8 @@ pub struct Target {
     resolution: watch::Sender<Resolution>,
     relayed: AtomicBool,
     peer: Mutex<Option<(Peer, Instant)>>,
+    /// No configuration in force has it: connections from before keep it.
+    is_retired: AtomicBool,
     epoch: Instant,
     up: IntGauge,
     paths: IntGaugeVec,
@@ -212,8 +214,12 @@ impl Drop for Target {
         if !self.is_up.load(Relaxed) {
             self.endpoint.down.fetch_sub(1, Relaxed);
         }
-        // Nobody checks it on behalf of this upstream any more.
-        self.tell_others(&Event::CheckedElsewhere { by: self.upstream.clone(), silent: None });
+        // Nobody checks it on behalf of this upstream any more. If it said nothing, what the others
+        // know is by the word of its successor.
+        let is_silent = self.health.get_mut().is_ok_and(|health| health.silent().is_some());
+        if is_silent {
+            self.tell_others(&Event::CheckedElsewhere { by: self.upstream.clone(), silent: None });
+        }
     }
 }
 
@@ -316,6 +322,7 @@ impl Target {
             resolution: watch::Sender::new(resolution),
             relayed: AtomicBool::new(false),
             peer: Mutex::default(),
+            is_retired: AtomicBool::new(false),
             epoch: Instant::now(),
             up,
             paths: metrics.tailnet_path.clone(),
@@ -432,6 +439,13 @@ impl Target {
         }
     }
 
+    /// No configuration in force has it any more. Its connections may keep it for hours, and nobody
+    /// checks it meanwhile: what its check said ends now.
+    fn retire(&self) {
+        self.is_retired.store(true, Relaxed);
+        self.apply(Event::NoCheck);
+    }
+
     fn tell_others(&self, event: &Event) {
         for other in self.endpoint.others(self) {
             other.note(event.clone());
@@ -450,14 +464,17 @@ impl Target {
             } else {
                 self.endpoint.down.fetch_add(1, Relaxed);
             }
-            self.up.set(i64::from(up));
             health.remember(up, SystemTime::now());
             let (upstream, target) = (&*self.upstream, &*self.address.text);
-            if up {
-                tracing::info!(upstream, target_name = target, "target is up");
-            } else {
-                let reason = health.reason().unwrap_or_default();
-                tracing::warn!(upstream, target_name = target, reason, "target is down");
+            // The gauge and the name in the log may be those of a successor.
+            if !self.is_retired.load(Relaxed) {
+                self.up.set(i64::from(up));
+                if up {
+                    tracing::info!(upstream, target_name = target, "target is up");
+                } else {
+                    let reason = health.reason().unwrap_or_default();
+                    tracing::warn!(upstream, target_name = target, reason, "target is down");
+                }
             }
         }
         drop(health);

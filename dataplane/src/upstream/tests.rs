@@ -289,6 +289,45 @@ async fn a_machine_that_answers_no_check_is_down_in_every_upstream_until_it_does
 }
 
 #[tokio::test]
+async fn the_word_of_a_check_ends_with_the_configuration_that_has_it() {
+    // It never answers: only the test says what the check found.
+    let (_server, at) = server();
+    let target = at.to_string();
+    let checking = "health = { interval = \"60s\", timeout = \"60s\", tls = \"a.example.com\" }";
+    let text = format!(
+        "tailnet.socket = \"/nowhere/tailscaled.sock\"\n[listeners.a]\nmode = \"tcp\"\nbind = [\"192.0.2.1:1\"]\nupstream = \"v\"\n\
+         [upstreams.u]\ntargets = [\"{target}\"]\n{checking}\n[upstreams.v]\ntargets = [\"{target}\"]\n"
+    );
+    let config = parse(Arc::new(Source::new("test.toml", text))).unwrap().0;
+    let (inventory, metrics) = (Arc::default(), crate::metrics::Metrics::new());
+    let pool = |index: usize| Arc::new(Pool::new(&config.upstreams[index], None, &inventory, &metrics.upstreams));
+    let failed = || Event::CheckFailed { fall: 1, reason: "check: timeout".into(), answers: false };
+    let gauge = || metrics.upstreams.target_up("u", &target).get();
+    let reason = |pool: &Pool| pool.targets[0].health().reason().map(str::to_owned);
+    let (before, other) = (pool(0), pool(1));
+    let maintenance = Maintenance::start().unwrap();
+    maintenance.follow(&config, &[before.clone(), other.clone()]);
+    before.targets[0].apply(failed());
+    assert_eq!(reason(&other).as_deref(), Some("check: timeout"));
+    // Connections keep the one of before; the next one has its name, and is down for a reason of
+    // its own.
+    let after = pool(0);
+    after.targets[0].apply(Event::Unresolved { reason: "no such name".into() });
+    maintenance.follow(&config, &[after.clone(), other.clone()]);
+    soon(async {
+        while reason(&other).is_some() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    assert_eq!(reason(&pool(1)), None, "nor does who comes later learn it");
+    assert_eq!(gauge(), 0, "the gauge is that of the configuration in force");
+    after.targets[0].apply(failed());
+    drop(before);
+    assert_eq!(reason(&other).as_deref(), Some("check: timeout"), "by the word of the other one");
+}
+
+#[tokio::test]
 async fn who_waits_for_room_is_served_in_turn() {
     let (_server, at) = server();
     let pool = pool(&[&at.to_string()], "max_connections_per_target = 1\nconnect_timeout = \"60s\"");
