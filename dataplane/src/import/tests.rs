@@ -206,6 +206,16 @@ fn limits_that_would_be_lost_are_told() {
 }
 
 #[test]
+fn a_name_that_nginx_cannot_look_up_is_refused_here_too() {
+    let server = |pass: &str| format!("server {{ listen 1; proxy_pass {pass}; }}");
+    assert!(text(&format!("stream {{ {} }}", server("a.test:1"))).toml.contains("a.test:1"));
+    let asked = format!("stream {{ {} server {{ listen 2; proxy_pass 10.0.0.1:1; }} }}", server("a.test:$server_port"));
+    assert!(!text(&asked).toml.contains("\"a.test:1\""), "there is no resolver");
+    let asked = asked.replace("stream {", "stream { resolver 192.0.2.53;");
+    assert!(text(&asked).toml.contains("a.test:1"));
+}
+
+#[test]
 fn the_resolver_has_a_place() {
     let names = "upstream u { server a.test:1; resolver 192.0.2.53 valid=10s; }";
     let imported = text(&format!("stream {{ {names} server {{ listen 1; proxy_pass u; }} }}"));

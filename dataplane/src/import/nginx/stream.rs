@@ -156,7 +156,9 @@ impl<'a> Stream<'a> {
             let refused = |why: String| format!("`proxy_pass {text}` is not carried over: {why}");
             let way = match &variables[..] {
                 [] => {
-                    self.fixed.insert(text.to_ascii_lowercase());
+                    if !text.contains('$') {
+                        self.fixed.insert(text.to_ascii_lowercase());
+                    }
                     Way::Fixed(text.clone(), &pass.place)
                 }
                 [(SNI, _)] => {
@@ -478,7 +480,7 @@ impl<'a> Stream<'a> {
     fn way_on(&mut self, group: &Group, server: usize, key: Key<'_>) -> Resolved {
         let (text, place, is_fixed) = match &self.ways[server] {
             Way::Refused => return Resolved::Refused,
-            Way::Fixed(text, place) => (text.clone(), *place, true),
+            Way::Fixed(text, place) => (text.clone(), *place, !text.contains('$')),
             Way::Mapped(map, before, after) => {
                 let (value, place) = match map.names.find(key) {
                     Found::One(value) => (&*map.values[*value].0, map.values[*value].1),
