@@ -193,6 +193,19 @@ fn losses_come_first_and_trivia_are_one_line() {
 }
 
 #[test]
+fn what_is_not_known_may_guard_and_is_refused() {
+    let other = "server { listen 2; proxy_pass 10.0.0.1:2; }";
+    for directive in
+        ["js_access main.check;", "set $x 1;", "if ($x) { return 1; }", "return 1;", "preread_by_lua_block { x; }"]
+    {
+        let imported = text(&format!("stream {{ server {{ listen 1; proxy_pass 10.0.0.1:1; {directive} }} {other} }}"));
+        assert!(imported.is_less() && !imported.toml.contains("10.0.0.1:1\""), "{directive}: {}", imported.toml);
+        let error = nginx_text(Path::new("x"), &format!("stream {{ {directive} {other} }}")).unwrap_err().to_string();
+        assert!(error.contains("stands for all servers"), "{directive}: {error}");
+    }
+}
+
+#[test]
 fn limits_that_would_be_lost_are_told() {
     for directive in
         ["proxy_download_rate 1k", "proxy_upload_rate 1k", "limit_conn zone 4", "proxy_bind $remote_addr transparent"]
@@ -241,6 +254,51 @@ fn many_names_targets_and_ports_are_carried_over() {
     let imported = text(&format!("stream {{ {ports} }}"));
     assert_eq!((imported.toml.matches("[listeners.").count(), imported.is_less()), (256, true));
     assert!(text("stream { server { listen 10000-11023; proxy_pass 10.1.1.1:1; } }").toml.contains(":11023"));
+}
+
+#[test]
+fn texts_that_ask_for_much_are_bounded() {
+    let repeated = |entry: &dyn Fn(usize) -> String, size: usize| {
+        let mut text = String::new();
+        let mut n = 0;
+        while text.len() < size {
+            text += &entry(n);
+            n += 1;
+        }
+        text
+    };
+    let map = |entries: &str| {
+        format!(
+            "stream {{ map $ssl_preread_server_name $x {{ hostnames; {entries} a.test 10.0.0.1:1; }} server {{ listen 1; ssl_preread on; proxy_pass $x; }} }}"
+        )
+    };
+    let size = 300_000;
+    for whole in [
+        map(&repeated(&|n| format!("~^[a-p][a-p]{n}$ 10.0.0.1:{n};\n"), size)),
+        map(&repeated(&|n| format!("~x{n} 10.0.0.1:{n};\n"), size)),
+        map(&repeated(&|n| format!("x{n}.* 10.0.0.1:{n};\n"), size)),
+        map(&repeated(&|n| format!("{}{n}.test 10.0.0.1:1;\n", "a.".repeat(100)), size)),
+        map(&repeated(&|n| format!("a{n}.test x{n}.test:1;\n"), size)),
+        format!("stream {{ {} }}", repeated(&|_| "server { listen 1-1024; proxy_pass a:1; }\n".into(), size)),
+        format!(
+            "stream {{ {} }}",
+            repeated(&|n| format!("server {{ listen 1; server_name a{n}.test; proxy_pass a:1; }}\n"), size)
+        ),
+        format!(
+            "stream {{ {} }}",
+            repeated(
+                &|n| format!("server {{ listen {}; proxy_pass 127.0.0.1:{}; }}\n", n % 9000 + 1, n % 9000 + 2),
+                size
+            )
+        ),
+        format!(
+            "stream {{ server {{ listen 1; proxy_pass a:1; {} }} }}",
+            repeated(&|n| format!("allow 10.{}.{}.0/24; deny 10.0.0.0/8;\n", n % 256, n / 256 % 256), size)
+        ),
+        "stream { ".repeat(100_000),
+    ] {
+        let _ = nginx_text(Path::new("nginx.conf"), &whole);
+    }
 }
 
 proptest! {

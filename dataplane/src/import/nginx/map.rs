@@ -73,7 +73,7 @@ pub fn read_map<'a>(block: &'a Directive, notes: &mut Notes) -> Option<Rc<Map<'a
         match &written {
             Written::Never(why) => notes.changed(place, format!("`{key}` is not carried over: {why}")),
             Written::Prefix(_) => infinite.push((entry, index)),
-            Written::Regex(text) if !map.names.is_finite(text) => infinite.push((entry, index)),
+            Written::Regex(text) if map.names.written_out(text).is_none() => infinite.push((entry, index)),
             _ => {}
         }
         if !map.names.add(written, index, place) {

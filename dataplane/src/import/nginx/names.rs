@@ -93,14 +93,45 @@ fn is_sent(name: &str) -> bool {
     ServerName::parse(name.as_bytes()).is_some_and(|parsed| parsed.as_str() == name)
 }
 
+/// Names that expressions are written out as, in one map or for one address.
+const MOST_WRITTEN_OUT: usize = 10_000;
+
+/// Values of which only counts whether they are all the same.
+#[derive(Debug)]
+struct Alike<T> {
+    first: Option<T>,
+    differ: bool,
+}
+
+impl<T: Copy + PartialEq> Alike<T> {
+    fn add(&mut self, value: T) {
+        self.differ |= *self.first.get_or_insert(value) != value;
+    }
+
+    /// Whether there is none but this.
+    fn are(&self, value: Option<T>) -> bool {
+        self.first.is_none() || (!self.differ && self.first == value)
+    }
+}
+
+impl<T> Default for Alike<T> {
+    fn default() -> Self {
+        Self { first: None, differ: false }
+    }
+}
+
 /// Names and what belongs to them.
 #[derive(Debug)]
 pub struct Names<T> {
     exact: HashMap<String, T>,
     /// By suffix; whether the suffix itself is meant too.
     below: HashMap<String, (T, bool)>,
-    prefixes: Vec<(String, T)>,
-    regexes: Vec<(Option<Vec<String>>, T)>,
+    prefixes: HashMap<String, T>,
+    /// Of expressions before the first that is not written out.
+    written_out: HashMap<String, T>,
+    of_prefixes: Alike<T>,
+    /// Of the first expression that is not written out, and of all behind it.
+    of_regexes: Alike<T>,
     default: Option<T>,
     patterns: Vec<(HostPattern, Place)>,
     /// Entries are missing, of which nothing is known.
@@ -112,8 +143,10 @@ impl<T> Default for Names<T> {
         Self {
             exact: HashMap::new(),
             below: HashMap::new(),
-            prefixes: Vec::new(),
-            regexes: Vec::new(),
+            prefixes: HashMap::new(),
+            written_out: HashMap::new(),
+            of_prefixes: Alike::default(),
+            of_regexes: Alike::default(),
             default: None,
             patterns: Vec::new(),
             is_partial: false,
@@ -152,28 +185,36 @@ impl<T: Copy + PartialEq> Names<T> {
                 true
             }
             Written::Prefix(prefix) => {
-                let new = self.prefixes.iter().all(|(other, _)| *other != prefix);
+                let new = !self.prefixes.contains_key(&prefix);
                 if new {
-                    self.prefixes.push((prefix, value));
+                    self.prefixes.insert(prefix, value);
+                    self.of_prefixes.add(value);
                 }
                 new
             }
             Written::Regex(expression) => {
-                let names = regex::finite(&expression);
-                // What an expression before it has is not known.
-                let names = names.filter(|_| self.regexes.iter().all(|(names, _)| names.is_some()));
-                for name in names.iter().flatten().filter(|name| is_sent(name)) {
-                    pattern(HostPattern::Exact(name.clone()));
+                let Some(names) = self.written_out(&expression) else {
+                    self.of_regexes.add(value);
+                    return true;
+                };
+                for name in names {
+                    if is_sent(&name) {
+                        self.patterns.push((HostPattern::Exact(name.clone()), place.clone()));
+                    }
+                    self.written_out.entry(name).or_insert(value);
                 }
-                self.regexes.push((names, value));
                 true
             }
         }
     }
 
-    /// Whether an expression is written out as names, if it is the next to be added.
-    pub fn is_finite(&self, expression: &str) -> bool {
-        self.regexes.iter().all(|(names, _)| names.is_some()) && regex::finite(expression).is_some()
+    /// The names that an expression is written out as, if it is the next to be added.
+    pub fn written_out(&self, expression: &str) -> Option<Vec<String>> {
+        // What an expression before it has is not known.
+        if self.of_regexes.first.is_some() {
+            return None;
+        }
+        regex::finite(expression).filter(|names| self.written_out.len() + names.len() <= MOST_WRITTEN_OUT)
     }
 
     /// Of all that nothing else has. False: there is one.
@@ -220,24 +261,17 @@ impl<T: Copy + PartialEq> Names<T> {
             return Found::One(value);
         }
         if let Some(name) = name {
-            let fits = |prefix: &str| name.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('.'));
-            let prefixes = self.prefixes.iter().filter(|(prefix, _)| fits(prefix));
-            if let Some((_, value)) = prefixes.max_by_key(|(prefix, _)| prefix.len()) {
+            let mut shorter = name.rmatch_indices('.').map(|(at, _)| &name[..at]);
+            if let Some(value) = shorter.find_map(|prefix| self.prefixes.get(prefix)) {
                 return Found::One(value);
             }
-            for (at, (names, value)) in self.regexes.iter().enumerate() {
-                match names {
-                    Some(names) if names.iter().any(|other| other == name) => return Found::One(value),
-                    Some(_) => {}
-                    None => return self.all_alike(self.regexes[at..].iter().map(|(_, value)| value)),
-                }
+            if let Some(value) = self.written_out.get(name) {
+                return Found::One(value);
             }
-            self.otherwise()
-        } else {
-            let infinite = self.regexes.iter().filter(|(names, _)| names.is_none());
-            let any = self.prefixes.iter().map(|(_, value)| value).chain(infinite.map(|(_, value)| value));
-            self.all_alike(any)
+        } else if !self.of_prefixes.are(self.default) {
+            return Found::Unknown;
         }
+        if self.of_regexes.are(self.default) { self.otherwise() } else { Found::Unknown }
     }
 
     /// That of the longest `*.x` that has names below `name`'s parent.
@@ -257,10 +291,5 @@ impl<T: Copy + PartialEq> Names<T> {
 
     fn otherwise(&self) -> Found<'_, T> {
         self.default.as_ref().map_or(Found::Nothing, Found::One)
-    }
-
-    /// The default, if any of these would be the same.
-    fn all_alike<'a>(&'a self, mut others: impl Iterator<Item = &'a T>) -> Found<'a, T> {
-        if others.all(|other| Some(other) == self.default.as_ref()) { self.otherwise() } else { Found::Unknown }
     }
 }

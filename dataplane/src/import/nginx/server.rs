@@ -45,6 +45,11 @@ const NEEDLESS: &[&str] = &[
     "proxy_requests",
     "proxy_responses",
     "status_zone",
+    "proxy_protocol_timeout",
+    "proxy_socket_rcvbuf",
+    "proxy_socket_sndbuf",
+    "limit_conn_dry_run",
+    "limit_conn_status",
 ];
 
 /// What is read elsewhere.
@@ -61,38 +66,37 @@ const READ: &[&str] = &[
     "allow",
     "deny",
     "set_real_ip_from",
-    "server",
-    "map",
-    "upstream",
     "resolver",
     "include",
 ];
 
-/// What has no counterpart, and what to do.
-fn remedy(name: &str) -> Option<&'static str> {
-    Some(match name {
-        "limit_conn" => "connections are limited for all listeners together: `max_connections_per_client` in [limits]",
-        "proxy_download_rate" | "proxy_upload_rate" => "rates have no limit here; tc(8) can limit them",
-        "proxy_bind" => "targets see an address of this machine; `send_proxy` tells them the client's",
-        "health_check" => "write `health = {}` in the upstreams",
-        _ => return None,
-    })
-}
+/// What has no counterpart and lets nobody in who would be refused, and what to do.
+const LOST: &[(&str, &str)] = &[
+    ("limit_conn", "connections are limited for all listeners together: `max_connections_per_client` in [limits]"),
+    ("proxy_download_rate", "rates have no limit here; tc(8) can limit them"),
+    ("proxy_upload_rate", "rates have no limit here; tc(8) can limit them"),
+    ("proxy_bind", "targets see an address of this machine; `send_proxy` tells them the client's"),
+    ("health_check", "write `health = {}` in the upstreams"),
+];
 
-/// Says of a directive that it is not carried over.
-pub fn leave(directive: &Directive, notes: &mut Notes) {
+/// Says of a directive that it is not carried over. False: what it does is not known.
+pub fn leave(directive: &Directive, notes: &mut Notes) -> bool {
     let name = &*directive.name;
-    let is_off = matches!(directive.words.first().map(String::as_str), Some("off" | "0"));
     if READ.contains(&name) {
-        return;
+        return true;
     }
+    let lost = LOST.iter().find(|(known, _)| *known == name);
+    let is_off = matches!(directive.words.first().map(String::as_str), Some("off" | "0"));
     // Of what terminates TLS the `ssl` of `listen` and `proxy_ssl` decide.
-    if NEEDLESS.contains(&name) || name.starts_with("ssl_") || name.starts_with("proxy_ssl_") || is_off {
+    let is_of_tls = name.starts_with("ssl_") || name.starts_with("proxy_ssl_");
+    if NEEDLESS.contains(&name) || is_of_tls || (lost.is_some() && is_off) {
         notes.needless(directive);
-    } else {
-        let why = remedy(name).unwrap_or("it has no counterpart");
+    } else if let Some((_, why)) = lost {
         notes.lost(&directive.place, format!("{} is not carried over: {why}", named(name)));
+    } else {
+        return false;
     }
+    true
 }
 
 /// The directives of the `stream` block beside its blocks, by [`topic`].
@@ -182,9 +186,7 @@ pub struct Server<'a> {
 impl<'a> Server<'a> {
     /// Reads a block, with what stands for all servers.
     pub fn read(block: &'a Directive, settings: &Settings<'a>, notes: &mut Notes) -> Self {
-        for directive in block.inside() {
-            leave(directive, notes);
-        }
+        let unknown = block.inside().iter().find(|directive| !leave(directive, notes));
         let mut server = Self {
             place: &block.place,
             listens: Vec::new(),
@@ -213,16 +215,12 @@ impl<'a> Server<'a> {
                 &tls.place,
                 "servers with `proxy_ssl on` are not carried over: they speak TLS to the upstream, and here the same bytes would go there in the clear",
             );
-        } else if let Some(variable) = block
-            .inside()
-            .iter()
-            .find(|d| matches!(&*d.name, "set" | "js_set" | "js_access" | "js_preread" | "js_filter"))
-        {
+        } else if let Some(unknown) = unknown {
+            let what = named(&unknown.name);
             let message = format!(
-                "this server is not carried over: {} decides what becomes of a connection",
-                named(&variable.name)
+                "this server is not carried over: {what} has no counterpart, and may decide who is let in or where to"
             );
-            notes.lost(&variable.place, message);
+            notes.lost(&unknown.place, message);
         } else if pass.is_none() {
             notes.lost(&block.place, "this server is not carried over: it has no `proxy_pass`");
         } else {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 
-use super::super::syntax::{Directive, Place};
+use super::super::syntax::{Directive, Place, named};
 use super::access::Access;
 use super::map::{INFINITE, Map, PORT, SNI, read_map, variables, with_port};
 use super::names::{Found, Key, Names, Written};
@@ -16,6 +16,8 @@ use super::server::{Guard, Server, Settings, leave};
 use super::upstream::{self, Members};
 use crate::config::{HostPattern, Target, TargetHost};
 
+/// Addresses of all servers together; one counts for each server that has it.
+const MOST_ADDRESSES: usize = 100_000;
 /// Listeners of nginx's own that a connection goes through.
 const MOST_HOPS: usize = 8;
 
@@ -112,7 +114,7 @@ impl<'a> Stream<'a> {
             resolvers: settings.of_all("resolver").to_vec(),
             notes: Notes::default(),
         };
-        let mut maps: HashMap<&str, &Directive> = HashMap::new();
+        let mut maps: HashMap<String, &Directive> = HashMap::new();
         for directive in directives {
             match &*directive.name {
                 "server" => stream.servers.push(Server::read(directive, &settings, &mut notes)),
@@ -122,15 +124,24 @@ impl<'a> Stream<'a> {
                 }
                 "map" => {
                     if let Some(variable) = directive.words.get(1).and_then(|word| word.strip_prefix('$')) {
-                        maps.insert(variable, directive);
+                        maps.insert(variable.to_ascii_lowercase(), directive);
                     }
                 }
-                // A server that uses it is told.
-                "geo" | "split_clients" | "js_set" | "js_import" | "keyval_zone" | "keyval" => {}
-                _ => leave(directive, &mut notes),
+                // A server that uses what they set is told.
+                "geo" | "split_clients" | "js_set" | "js_var" | "js_import" | "js_path" | "js_engine" | "keyval"
+                | "keyval_zone" => {}
+                name if leave(directive, &mut notes) || name.starts_with("geoip") || name.starts_with("js_fetch_") => {}
+                name => bail!(
+                    "{}: error: {} has no counterpart, stands for all servers, and may decide who is let in or where to\n  help: if it does not, import a copy of the configuration without it",
+                    directive.place,
+                    named(name)
+                ),
             }
         }
         stream.notes = notes;
+        if stream.servers.iter().map(|server| server.listens.len()).sum::<usize>() > MOST_ADDRESSES {
+            bail!("error: the servers have more than {MOST_ADDRESSES} addresses together");
+        }
         stream.read_ways(&maps);
         stream.read_groups();
         Ok(stream)
@@ -143,7 +154,7 @@ impl<'a> Stream<'a> {
         unused.map(|(_, (block, _))| *block).collect()
     }
 
-    fn read_ways(&mut self, maps: &HashMap<&'a str, &'a Directive>) {
+    fn read_ways(&mut self, maps: &HashMap<String, &'a Directive>) {
         let mut read: HashMap<&str, Option<Rc<Map<'a>>>> = HashMap::new();
         for server in &self.servers {
             let Some(pass) = server.pass else {
@@ -167,7 +178,8 @@ impl<'a> Stream<'a> {
                     Way::Refused
                 }
                 [(variable, at)] => {
-                    let map = maps.get(variable).copied();
+                    // nginx does not tell capitals in the name of a variable from small letters.
+                    let map = maps.get(&variable.to_ascii_lowercase()).copied();
                     let map = if let Some(map) = map {
                         read.entry(&map.words[1]).or_insert_with(|| read_map(map, &mut self.notes)).clone()
                     } else {
@@ -263,7 +275,7 @@ impl<'a> Stream<'a> {
             let server = &self.servers[*index];
             for (written, place) in &server.names {
                 let (infinite, text) = match written {
-                    Written::Regex(text) => (!names.is_finite(text), format!("~{text}")),
+                    Written::Regex(text) => (names.written_out(text).is_none(), format!("~{text}")),
                     Written::Prefix(text) => (true, format!("{text}.*")),
                     Written::Name(text) => (false, text.clone()),
                     Written::Below(text, _) => (false, format!("*.{text}")),

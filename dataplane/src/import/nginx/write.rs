@@ -24,7 +24,7 @@ use super::upstream::{is_name, target};
 use crate::config::{Diagnostic, HostPattern, LARGEST, MOST_BINDS, MOST_LISTENERS, Source, format_duration, parse};
 
 /// Questions where a name goes: names times addresses.
-const MOST_QUESTIONS: usize = 20_000_000;
+const MOST_QUESTIONS: usize = 4_000_000;
 /// Notes at the head of the file.
 const SHOWN_NOTES: usize = 100;
 
