@@ -439,7 +439,13 @@ impl<'a> Stream<'a> {
                         .lost(place, format!("what goes on to a `listen` of this file is not carried over: {why}"));
                     return None;
                 }
-                self.decide_from(inner, key, hops + 1)?
+                let found = self.decide_from(inner, key, hops + 1)?;
+                if self.uses[found].send_proxy && !self.groups[inner].proxy_protocol {
+                    let message =
+                        format!("targets behind this hop learn the client's address; nginx told them {source}");
+                    self.notes.changed(self.servers[server].place, message);
+                }
+                found
             }
         };
         self.used.insert(server);
