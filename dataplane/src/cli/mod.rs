@@ -91,12 +91,15 @@ enum Command {
     /// Write another program's configuration as one of ours, to stdout; on stderr, what could not
     /// be carried over.
     ///
-    /// It reads whatever file `include` names: for files of your own.
+    /// A name goes where the other program sends it, or is refused. Exit 0: nothing is lost, 2:
+    /// something is lost, 1: nothing is written. It reads whatever file `include` names: for files
+    /// of your own.
     Import {
         /// Whose configuration it is.
         #[arg(value_enum)]
         from: Foreign,
-        /// Its main file; includes are followed.
+        /// Its main file; includes are followed. Of nginx also the output of `nginx -T`; `-` reads
+        /// standard input.
         file: PathBuf,
     },
     /// Say what this machine can do, and why an engine is refused.
@@ -271,7 +274,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
                 let _ = writeln!(std::io::stderr(), "{note}");
             }
             write!(out, "{}", imported.toml)?;
-            return Ok(ExitCode::from(if imported.is_less() { 2 } else { 0 }));
+            return Ok(ExitCode::from(if imported.has_losses() { 2 } else { 0 }));
         }
         Command::Doctor { output, upstreams: true } => {
             let answers = doctor::upstreams::ask(&shown_warnings(source::kept(path)?))?;

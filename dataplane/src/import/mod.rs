@@ -28,7 +28,7 @@ pub struct Imported {
 
 impl Imported {
     /// Whether something was lost.
-    pub fn is_less(&self) -> bool {
+    pub fn has_losses(&self) -> bool {
         self.notes.iter().any(|note| note.kind == Kind::Lost)
     }
 }
