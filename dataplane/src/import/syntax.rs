@@ -12,6 +12,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
+use crate::config::shown;
+
 /// Includes inside each other; deeper is a circle.
 const DEEPEST: usize = 16;
 /// Blocks inside each other; nginx has four.
@@ -34,7 +36,9 @@ pub struct Place {
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.file.display(), self.line)
+        // A file may be called anything.
+        let file: String = self.file.display().to_string().chars().map(shown).collect();
+        write!(f, "{file}:{}", self.line)
     }
 }
 
@@ -142,11 +146,10 @@ impl Reading {
             if depth == DEEPEST {
                 bail!("{}: error: `include {pattern}` goes round in a circle", directive.place);
             }
-            let files = self.included(&pattern);
-            if files.is_empty() && !is_pattern(&pattern) {
+            let Some(files) = self.included(&pattern) else {
                 expanded.push(directive);
                 continue;
-            }
+            };
             for (file, text) in files {
                 match text {
                     Some(text) => expanded.extend(self.file(&file, &text, depth + 1)?),
@@ -158,22 +161,22 @@ impl Reading {
     }
 
     /// The files that an include names, in the order of their names, and their texts if they can be
-    /// read.
-    fn included(&self, pattern: &str) -> Vec<(PathBuf, Option<String>)> {
+    /// read. `None`: what it names is not known.
+    fn included(&self, pattern: &str) -> Option<Vec<(PathBuf, Option<String>)>> {
         match &self.files {
-            Files::Nowhere => Vec::new(),
+            Files::Nowhere => None,
             Files::Dump(texts, home) => {
                 let wanted = home.join(pattern);
                 if let Some(text) = texts.get(&wanted) {
-                    return vec![(wanted, Some(text.clone()))];
+                    return Some(vec![(wanted, Some(text.clone()))]);
                 }
-                let Ok(glob) = glob::Pattern::new(&wanted.to_string_lossy()) else { return Vec::new() };
                 if !is_pattern(pattern) {
-                    return Vec::new();
+                    return None;
                 }
-                let options = glob::MatchOptions { require_literal_separator: true, ..Default::default() };
-                let found = texts.iter().filter(|(path, _)| glob.matches_path_with(path, options));
-                found.map(|(path, text)| (path.clone(), Some(text.clone()))).collect()
+                let glob = glob::Pattern::new(&as_glob(&wanted)).ok()?;
+                let fits = |path: &Path| glob.matches_path_with(path, GLOB) && !is_hidden(path, &wanted);
+                let found = texts.iter().filter(|(path, _)| fits(path));
+                Some(found.map(|(path, text)| (path.clone(), Some(text.clone()))).collect())
             }
             Files::Folder(home) => {
                 let path = home.join(pattern);
@@ -182,13 +185,33 @@ impl Reading {
                     (path, text)
                 };
                 if !is_pattern(pattern) {
-                    return if path.is_file() { vec![read(path)] } else { Vec::new() };
+                    return path.is_file().then(|| vec![read(path)]);
                 }
-                let found = glob::glob(&path.to_string_lossy()).into_iter().flatten().flatten();
-                found.filter(|path| path.is_file()).map(read).collect()
+                let found = glob::glob_with(&as_glob(&path), GLOB).ok()?;
+                let found = found.flatten().filter(|found| found.is_file() && !is_hidden(found, &path));
+                Some(found.map(read).collect())
             }
         }
     }
+}
+
+/// Whether a part of a path begins with a dot that the pattern does not have.
+fn is_hidden(path: &Path, pattern: &Path) -> bool {
+    let begins = |part: std::path::Component<'_>| part.as_os_str().as_encoded_bytes().starts_with(b".");
+    path.components().zip(pattern.components()).any(|(part, pattern)| begins(part) && !begins(pattern))
+}
+
+/// As glob(3) without flags, but for [`is_hidden`].
+const GLOB: glob::MatchOptions =
+    glob::MatchOptions { case_sensitive: true, require_literal_separator: true, require_literal_leading_dot: false };
+
+/// A pattern of glob(3) in the words of the crate: there `**` is any depth, and `[^` no negation.
+fn as_glob(pattern: &Path) -> String {
+    let mut text = pattern.to_string_lossy().replace("[^", "[!");
+    while text.contains("**") {
+        text = text.replace("**", "*");
+    }
+    text
 }
 
 /// The files in the output of `nginx -T`, the main one first.
@@ -256,6 +279,12 @@ pub fn parse(path: &Path, text: &str) -> Result<Vec<Directive>> {
                 let Some(directive) = directive(&mut words) else {
                     bail!("{}: error: `{{` belongs to nothing", at(line));
                 };
+                if directive.name.ends_with("_by_lua_block") {
+                    lexer.skip_lua().map_err(|line| anyhow::anyhow!("{}: error: this block does not end", at(line)))?;
+                    let directive = Directive { block: Some(Vec::new()), ..directive };
+                    open.last_mut().expect("the file is never closed").0.push(directive);
+                    continue;
+                }
                 if open.len() == DEEPEST_BLOCK {
                     bail!("{}: error: there are blocks inside each other, {DEEPEST_BLOCK} deep", at(line));
                 }
@@ -300,7 +329,7 @@ impl Lexer<'_> {
                         self.take();
                     }
                 }
-                c if c.is_whitespace() => drop(self.take()),
+                ' ' | '\t' | '\r' | '\n' => drop(self.take()),
                 _ => break,
             }
         }
@@ -327,13 +356,15 @@ impl Lexer<'_> {
                     return Ok(word);
                 }
                 (None, ';' | '{') if !(c == '{' && word.ends_with('$')) => return Ok(word),
-                (None, c) if c.is_whitespace() => return Ok(word),
+                (None, ' ' | '\t' | '\r' | '\n') => return Ok(word),
                 (_, '\\') => {
                     self.take();
                     match self.take() {
-                        // What else is escaped is a regular expression's, which keeps its
-                        // backslash.
-                        Some(c @ ('"' | '\'' | '\\' | ' ' | ';' | '{' | '}')) => word.push(c),
+                        Some(c @ ('"' | '\'' | '\\')) => word.push(c),
+                        Some('t') => word.push('\t'),
+                        Some('r') => word.push('\r'),
+                        Some('n') => word.push('\n'),
+                        // What else is escaped keeps its backslash (ngx_conf_read_token).
                         Some(c) => word.extend(['\\', c]),
                         None => word.push('\\'),
                     }
@@ -345,6 +376,28 @@ impl Lexer<'_> {
             Some(quote) => Err((begin, format!("a text that begins with {quote} does not end"))),
             None => Ok(word),
         }
+    }
+
+    /// Goes behind the brace that ends a block of Lua; an error with the line of its beginning.
+    fn skip_lua(&mut self) -> Result<(), usize> {
+        let begin = self.line;
+        let mut depth = 1;
+        while depth > 0 {
+            match self.take().ok_or(begin)? {
+                '{' => depth += 1,
+                '}' => depth -= 1,
+                '-' if self.text.peek() == Some(&'-') => while self.take().ok_or(begin)? != '\n' {},
+                quote @ ('"' | '\'') => loop {
+                    match self.take().ok_or(begin)? {
+                        '\\' => drop(self.take()),
+                        c if c == quote => break,
+                        _ => {}
+                    }
+                },
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     fn take(&mut self) -> Option<char> {

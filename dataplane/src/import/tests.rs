@@ -106,7 +106,7 @@ fn of_a_file_that_is_none_of_nginx_no_line_is_told() {
 fn words_are_read_as_nginx_reads_them() {
     let text = "# no word\nlog 'a \"b\" \\'c' \"d;{}\" e\\ f ~^\\d\\.x$ g#h ${i}j k'l; block m { n; }";
     let directives = syntax::parse(Path::new("x"), text).unwrap();
-    assert_eq!(directives[0].words, ["a \"b\" 'c", "d;{}", "e f", "~^\\d\\.x$", "g#h", "${i}j", "k'l"]);
+    assert_eq!(directives[0].words, ["a \"b\" 'c", "d;{}", "e\\ f", "~^\\d\\.x$", "g#h", "${i}j", "k'l"]);
     assert_eq!((directives[0].place.line, directives[0].block.is_none()), (2, true));
     assert_eq!((directives[1].text(), directives[1].inside()[0].name.as_str()), ("m".to_owned(), "n"));
 }
@@ -206,6 +206,66 @@ fn what_is_not_known_may_guard_and_is_refused() {
 }
 
 #[test]
+fn what_the_default_server_has_of_unknown_meaning_guards_all_names() {
+    let servers = |directive: &str| {
+        format!(
+            "stream {{ ssl_preread on; server {{ listen 1; proxy_pass 10.0.0.1:1; {directive} }} server {{ listen 1; server_name b.test; proxy_pass 10.0.0.2:1; }} }}"
+        )
+    };
+    assert!(text(&servers("")).toml.contains("10.0.0.2:1"));
+    assert!(nginx_text(Path::new("x"), &servers("js_access m.f;")).is_err());
+    // It ends connections of other names, and guards none.
+    let default = "stream { ssl_preread on; server { listen 1; return x; } server { listen 1; server_name b.test; proxy_pass 10.0.0.2:1; } }";
+    assert!(text(default).toml.contains("10.0.0.2:1"));
+}
+
+#[test]
+fn a_port_of_which_an_address_is_not_known_is_refused() {
+    let imported = text(
+        "stream { server { listen 1; proxy_pass 10.0.0.1:1; } server { listen host.test:1; proxy_pass 10.0.0.2:1; } server { listen 2; proxy_pass 10.0.0.3:1; } }",
+    );
+    assert!(imported.has_losses() && !imported.toml.contains("0.0.0.0:1\""), "{}", imported.toml);
+}
+
+#[test]
+fn patterns_of_includes_are_those_of_glob_3() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, port: u16| {
+        let path = folder.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, format!("server {{ listen {port}; proxy_pass 10.0.0.1:1; }}")).unwrap();
+    };
+    for (name, port) in [("a.conf", 1), (".b.conf", 2), ("z.conf", 3), ("in/c.conf", 4), ("in/to/d.conf", 5)] {
+        write(name, port);
+    }
+    for (pattern, ports) in [
+        ("*.conf", vec![1, 3]),
+        ("**.conf", vec![1, 3]),
+        ("[^z]*.conf", vec![1]),
+        ("[!z]*.conf", vec![1]),
+        ("**/*.conf", vec![4]),
+        (".*.conf", vec![2]),
+    ] {
+        let main = folder.path().join("nginx");
+        std::fs::write(&main, format!("stream {{ include {pattern}; server {{ listen 9; proxy_pass 10.0.0.1:1; }} }}"))
+            .unwrap();
+        let toml = nginx(&main).unwrap().toml;
+        let found: Vec<u16> = (1..9).filter(|port| toml.contains(&format!("0.0.0.0:{port}\""))).collect();
+        assert_eq!(found, ports, "{pattern}");
+    }
+}
+
+#[test]
+fn lua_is_skipped_and_names_of_files_are_shown() {
+    let lua = "http { content_by_lua_block { -- don't {\n x = { 'a}', \"}\" } } } stream { server { listen 1; proxy_pass 10.0.0.1:1; } }";
+    assert!(text(lua).toml.contains("10.0.0.1:1"));
+    let imported =
+        nginx_text(Path::new("a\nb"), "stream { server { listen 1; proxy_pass 10.0.0.1:1; limit_conn x 1; } }")
+            .unwrap();
+    assert!(imported.toml.lines().all(|line| !line.starts_with("b:")), "{}", imported.toml);
+}
+
+#[test]
 fn limits_that_would_be_lost_are_told() {
     for directive in
         ["proxy_download_rate 1k", "proxy_upload_rate 1k", "limit_conn zone 4", "proxy_bind $remote_addr transparent"]
@@ -296,6 +356,12 @@ fn texts_that_ask_for_much_are_bounded() {
             repeated(&|n| format!("allow 10.{}.{}.0/24; deny 10.0.0.0/8;\n", n % 256, n / 256 % 256), size)
         ),
         "stream { ".repeat(100_000),
+        format!("stream {{ server {{ listen 1; proxy_pass \"a:{}\"; }} }}", "$server_port".repeat(20_000)),
+        format!(
+            "stream {{ ssl_preread on; server {{ listen 1; proxy_pass a:1; }} server {{ listen 1; {} server_name {}; proxy_pass a:1; }} }}",
+            repeated(&|n| format!("allow 10.{}.{}.0/24; deny 10.0.0.0/8;\n", n % 256, n / 256 % 256), 60_000),
+            repeated(&|n| format!("a{n}.test\n"), 200_000)
+        ),
     ] {
         let _ = nginx_text(Path::new("nginx.conf"), &whole);
     }

@@ -1,6 +1,6 @@
 //! `allow` and `deny`: nginx takes the first that fits, here `deny` comes before `allow`.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
@@ -33,10 +33,11 @@ pub fn network(text: &str) -> Option<IpNet> {
     Some(network.trunc())
 }
 
-/// Whether it is part of the IPv4 addresses within IPv6, which nginx compares with IPv4 rules only
-/// and so never with this one.
-fn is_mapped(network: &IpNet) -> bool {
-    matches!(network, IpNet::V6(v6) if v6.prefix_len() >= 96 && v6.addr().to_ipv4_mapped().is_some())
+/// The part of the IPv4 addresses within IPv6 that a network is.
+fn mapped(network: &IpNet) -> Option<IpNet> {
+    let IpNet::V6(v6) = network else { return None };
+    let bits = v6.prefix_len().checked_sub(96)?;
+    Some(Ipv4Net::new(v6.addr().to_ipv4_mapped()?, bits).ok()?.into())
 }
 
 impl Access {
@@ -49,11 +50,30 @@ impl Access {
                 true
             }
             (_, Some(network)) => {
-                self.rules.extend((!is_mapped(&network)).then_some((allow, network)));
+                self.rules.push((allow, network));
                 true
             }
             (_, None) => false,
         }
+    }
+
+    /// The rules for sockets of one family, or for one that takes both. nginx compares the IPv4
+    /// addresses of the latter with IPv6 rules where there are none for IPv4.
+    pub fn on(&self, takes_both: bool) -> Self {
+        let translated = takes_both && self.rules.iter().all(|(_, network)| !is_v4(network));
+        let all_mapped: IpNet = Ipv6Net::new_assert(Ipv4Addr::UNSPECIFIED.to_ipv6_mapped(), 96).into();
+        let mut rules = Vec::new();
+        for (allow, network) in &self.rules {
+            if let Some(v4) = mapped(network) {
+                rules.extend(translated.then_some((*allow, v4)));
+                continue;
+            }
+            if translated && network.contains(&all_mapped) {
+                rules.push((*allow, Ipv4Net::default().into()));
+            }
+            rules.push((*allow, *network));
+        }
+        Self { rules }
     }
 
     /// Whether a client may connect.
@@ -152,7 +172,7 @@ mod tests {
     }
 
     fn shown(rules: &str) -> String {
-        let Lists { allow, deny } = access(rules).lists().unwrap();
+        let Lists { allow, deny } = access(rules).on(false).lists().unwrap();
         let list = |networks: Vec<IpNet>| networks.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
         format!("{} - {}", list(allow), list(deny))
     }
@@ -167,6 +187,20 @@ mod tests {
         assert_eq!(shown("deny all"), " - 0.0.0.0/0 ::/0");
         assert_eq!(shown("allow unix:; deny all"), " - 0.0.0.0/0 ::/0");
         assert_eq!(shown("allow ::ffff:10.0.0.0/104; deny all"), " - 0.0.0.0/0 ::/0");
+    }
+
+    #[test]
+    fn a_socket_of_both_families_has_ipv6_rules_for_ipv4_where_there_are_no_others() {
+        let v4: IpAddr = "10.9.0.1".parse().unwrap();
+        for (rules, both, one) in [
+            ("allow fd00::/8; deny ::/0", false, true),
+            ("deny ::ffff:10.9.0.1", false, true),
+            ("deny ::ffff:10.9.0.0/112; allow 192.0.2.1", true, true),
+            ("allow fd00::/8; deny all", false, false),
+        ] {
+            let access = access(rules);
+            assert_eq!((access.on(true).allows(v4), access.on(false).allows(v4)), (both, one), "{rules}");
+        }
     }
 
     #[test]

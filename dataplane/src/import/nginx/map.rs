@@ -35,13 +35,18 @@ pub fn read_map<'a>(block: &'a Directive, notes: &mut Notes) -> Option<Rc<Map<'a
     }
     let mut map = Map { place: &block.place, names: Names::default(), values: Vec::new(), default: None };
     let mut value_of: HashMap<&str, usize> = HashMap::new();
-    let hostnames = block.inside().iter().any(|d| d.name == "hostnames" && d.words.is_empty());
+    // It counts for what stands behind it.
+    let mut hostnames = false;
     let mut default = None;
     let mut infinite = Vec::new();
     for entry in block.inside() {
         let place = &entry.place;
         let (key, value) = match (&*entry.name, &entry.words[..]) {
-            ("hostnames" | "volatile", []) => continue,
+            ("hostnames", []) => {
+                hostnames = true;
+                continue;
+            }
+            ("volatile", []) => continue,
             ("include", _) if entry.is_missing_file() => {
                 map.names.is_partial = true;
                 notes.lost(
@@ -68,8 +73,11 @@ pub fn read_map<'a>(block: &'a Directive, notes: &mut Notes) -> Option<Rc<Map<'a
             }
             continue;
         }
-        let key = key.strip_prefix('\\').unwrap_or(key);
-        let written = Written::read(key, hostnames);
+        let written = match key.strip_prefix('\\') {
+            Some(literal) if literal.starts_with('~') => Written::Never("it is no name that a client sends"),
+            Some(literal) => Written::read(literal, hostnames),
+            None => Written::read(key, hostnames),
+        };
         match &written {
             Written::Never(why) => notes.changed(place, format!("`{key}` is not carried over: {why}")),
             Written::Prefix(_) => infinite.push((entry, index)),
@@ -106,11 +114,22 @@ pub fn variables(text: &str) -> Vec<(&str, std::ops::Range<usize>)> {
     found
 }
 
+/// The variables that a regular expression sets: `(?<name>…)`, `(?P<name>…)`, `(?'name'…)`.
+pub fn captures(expression: &str) -> impl Iterator<Item = &str> {
+    expression.split("(?").skip(1).filter_map(|rest| {
+        let rest = rest.strip_prefix('P').unwrap_or(rest);
+        let name = rest.strip_prefix(['<', '\''])?;
+        name.split(['>', '\'']).next()
+    })
+}
+
 /// A text with the port of the address for `$server_port`.
 pub fn with_port(text: &str, port: u16) -> String {
-    let mut text = text.to_owned();
-    while let Some((_, at)) = variables(&text).into_iter().find(|(name, _)| *name == PORT) {
-        text.replace_range(at, &port.to_string());
+    let mut out = String::new();
+    let mut at = 0;
+    for (_, range) in variables(text).into_iter().filter(|(name, _)| *name == PORT) {
+        out.extend([&text[at..range.start], &port.to_string()]);
+        at = range.end;
     }
-    text
+    out + &text[at..]
 }

@@ -3,7 +3,7 @@
 //! The order is that of `ngx_hash_find_combined` (src/core/ngx_hash.c) and of its callers: the name
 //! itself, the longest `*.x`, the longest `x.*`, the first regular expression, the default.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::super::syntax::Place;
 use super::regex;
@@ -56,6 +56,8 @@ pub enum Written {
     Prefix(String),
     /// What follows `~`.
     Regex(String),
+    /// A name that is not known.
+    Unknown,
     /// No client can send what it matches, and why.
     Never(&'static str),
 }
@@ -126,6 +128,8 @@ pub struct Names<T> {
     exact: HashMap<String, T>,
     /// By suffix; whether the suffix itself is meant too.
     below: HashMap<String, (T, bool)>,
+    /// Names of `.x` that were refused: nginx has them all the same.
+    occupied: HashSet<String>,
     prefixes: HashMap<String, T>,
     /// Of expressions before the first that is not written out.
     written_out: HashMap<String, T>,
@@ -143,6 +147,7 @@ impl<T> Default for Names<T> {
         Self {
             exact: HashMap::new(),
             below: HashMap::new(),
+            occupied: HashSet::new(),
             prefixes: HashMap::new(),
             written_out: HashMap::new(),
             of_prefixes: Alike::default(),
@@ -160,9 +165,14 @@ impl<T: Copy + PartialEq> Names<T> {
         let mut pattern = |pattern| self.patterns.push((pattern, place.clone()));
         match written {
             Written::Never(_) => true,
+            Written::Unknown => {
+                self.is_partial = true;
+                true
+            }
             Written::Name(name) => {
                 // nginx takes `.x` and `x` for the same name twice.
-                if self.exact.contains_key(&name) || matches!(self.below.get(&name), Some((_, true))) {
+                let is_below = matches!(self.below.get(&name), Some((_, true)));
+                if is_below || self.exact.contains_key(&name) || self.occupied.contains(&name) {
                     return false;
                 }
                 if !name.is_empty() {
@@ -173,6 +183,9 @@ impl<T: Copy + PartialEq> Names<T> {
             }
             Written::Below(suffix, itself) => {
                 if self.below.contains_key(&suffix) || (itself && self.exact.contains_key(&suffix)) {
+                    if itself {
+                        self.occupied.insert(suffix);
+                    }
                     return false;
                 }
                 if is_sent(&suffix) {

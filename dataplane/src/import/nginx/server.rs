@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -70,6 +71,9 @@ const READ: &[&str] = &[
     "include",
 ];
 
+/// What a server does with a connection in place of `proxy_pass`, once it was chosen.
+const CONTENT: &[&str] = &["return", "pass"];
+
 /// What has no counterpart and lets nobody in who would be refused, and what to do.
 const LOST: &[(&str, &str)] = &[
     ("limit_conn", "connections are limited for all listeners together: `max_connections_per_client` in [limits]"),
@@ -86,7 +90,7 @@ pub fn leave(directive: &Directive, notes: &mut Notes) -> bool {
         return true;
     }
     let lost = LOST.iter().find(|(known, _)| *known == name);
-    let is_off = matches!(directive.words.first().map(String::as_str), Some("off" | "0"));
+    let is_off = directive.words.first().is_some_and(|word| word == "0" || word.eq_ignore_ascii_case("off"));
     // Of what terminates TLS the `ssl` of `listen` and `proxy_ssl` decide.
     let is_of_tls = name.starts_with("ssl_") || name.starts_with("proxy_ssl_");
     if NEEDLESS.contains(&name) || is_of_tls || (lost.is_some() && is_off) {
@@ -142,7 +146,7 @@ impl<'a> Settings<'a> {
     }
 
     fn is_on(&self, server: &'a Directive, name: &str) -> bool {
-        self.one(server, name).is_some_and(|d| d.words.first().is_some_and(|word| word == "on"))
+        self.one(server, name).is_some_and(|d| d.words.first().is_some_and(|word| word.eq_ignore_ascii_case("on")))
     }
 }
 
@@ -159,6 +163,15 @@ pub struct Guard {
     /// Whose PROXY headers are believed.
     pub trusted: Vec<IpNet>,
     pub access: Access,
+}
+
+/// What of a server is not known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unknown {
+    /// What a file has that it includes and that cannot be read.
+    File,
+    /// What one of its directives means.
+    Directive,
 }
 
 /// One server.
@@ -179,14 +192,18 @@ pub struct Server<'a> {
     /// Why its rules cannot be kept, where that is so.
     pub guard: Result<Guard, (Place, String)>,
     pub resolvers: Vec<&'a Directive>,
-    /// A file that it includes cannot be read.
-    pub is_partial: bool,
+    /// What may decide who is let in.
+    pub unknown: Option<Unknown>,
+    /// Ports of addresses that are names, which are not looked up here.
+    pub unknown_hosts: Vec<u16>,
 }
 
 impl<'a> Server<'a> {
     /// Reads a block, with what stands for all servers.
     pub fn read(block: &'a Directive, settings: &Settings<'a>, notes: &mut Notes) -> Self {
-        let unknown = block.inside().iter().find(|directive| !leave(directive, notes));
+        let unknown: Vec<&Directive> = block.inside().iter().filter(|directive| !leave(directive, notes)).collect();
+        // One that guards counts more than one that only ends the connection.
+        let unknown = unknown.iter().copied().find(|d| !CONTENT.contains(&&*d.name)).or(unknown.first().copied());
         let mut server = Self {
             place: &block.place,
             listens: Vec::new(),
@@ -200,7 +217,12 @@ impl<'a> Server<'a> {
             preread_timeout: duration(settings.one(block, "preread_timeout"), notes),
             guard: guard(block, settings),
             resolvers: settings.of(block, "resolver"),
-            is_partial: block.inside().iter().any(Directive::is_missing_file),
+            unknown: match unknown {
+                _ if block.inside().iter().any(Directive::is_missing_file) => Some(Unknown::File),
+                Some(directive) if !CONTENT.contains(&&*directive.name) => Some(Unknown::Directive),
+                _ => None,
+            },
+            unknown_hosts: Vec::new(),
         };
         if let Some(directive) = settings.one(block, "proxy_timeout")
             && let Some(idle) = duration(Some(directive), notes)
@@ -241,6 +263,10 @@ impl<'a> Server<'a> {
                 );
                 continue;
             }
+            if directive.words.first().is_some_and(|address| address.starts_with("localhost:")) {
+                let message = "`localhost` is carried over as 127.0.0.1; nginx has ::1 as well, if the name has it";
+                notes.changed(&directive.place, message);
+            }
             match addresses(&directive.words) {
                 Ok(addresses) => {
                     for addr in addresses {
@@ -251,6 +277,8 @@ impl<'a> Server<'a> {
                     }
                 }
                 Err(why) => {
+                    let ports = directive.words.first().and_then(|address| Some(address.rsplit_once(':')?.1));
+                    self.unknown_hosts.extend(ports.and_then(ports_of).into_iter().flatten());
                     notes.lost(&directive.place, format!("`listen {}` is not carried over: {why}", directive.text()));
                 }
             }
@@ -263,6 +291,14 @@ impl<'a> Server<'a> {
     fn read_names(&mut self, block: &'a Directive, notes: &mut Notes) {
         for directive in block.inside().iter().filter(|d| d.name == "server_name") {
             for word in &directive.words {
+                if !word.starts_with('~') && word.contains('$') {
+                    let message = format!(
+                        "`{word}` is not carried over: it is not known here which name that is; other names that are not listed are refused"
+                    );
+                    notes.lost(&directive.place, message);
+                    self.names.push((Written::Unknown, &directive.place));
+                    continue;
+                }
                 let written = Written::read(word, true);
                 if let Written::Never(why) = written {
                     notes.changed(&directive.place, format!("`{word}` is not carried over: {why}"));
@@ -296,6 +332,14 @@ fn guard(block: &Directive, settings: &Settings<'_>) -> Result<Guard, (Place, St
     Ok(guard)
 }
 
+/// A port, or a range of ports.
+fn ports_of(text: &str) -> Option<RangeInclusive<u16>> {
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    let port = |text: &str| text.parse::<u16>().ok().filter(|port| *port > 0 && !text.starts_with('+'));
+    let (first, last) = (port(first)?, port(last)?);
+    (first <= last && last - first < MOST_PORTS).then_some(first..=last)
+}
+
 /// The addresses of a `listen`.
 fn addresses(words: &[String]) -> Result<Vec<SocketAddr>, String> {
     let address = words.first().ok_or("it has no address")?;
@@ -303,14 +347,9 @@ fn addresses(words: &[String]) -> Result<Vec<SocketAddr>, String> {
         return Err("it is no TCP port".into());
     }
     let (host, ports) = address.rsplit_once(':').unwrap_or(("*", address));
-    let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
-    let port = |text: &str| text.parse::<u16>().ok().filter(|port| *port > 0 && !text.starts_with('+'));
-    let (Some(first), Some(last)) = (port(first), port(last)) else {
-        return Err("it is no address with a port".into());
+    let Some(ports) = ports_of(ports) else {
+        return Err(format!("it is no address with a port, or with a range of at most {MOST_PORTS}"));
     };
-    if last < first || last - first >= MOST_PORTS {
-        return Err(format!("it is no range of at most {MOST_PORTS} ports"));
-    }
     let ip: IpAddr = match host {
         "*" => Ipv4Addr::UNSPECIFIED.into(),
         "localhost" => Ipv4Addr::LOCALHOST.into(),
@@ -323,9 +362,7 @@ fn addresses(words: &[String]) -> Result<Vec<SocketAddr>, String> {
             ip.ok_or("a name is not looked up here; write its address")?
         }
     };
-    let both = ip == IpAddr::from(Ipv6Addr::UNSPECIFIED) && words.iter().any(|word| word == "ipv6only=off");
-    let ips = if both { vec![Ipv4Addr::UNSPECIFIED.into(), ip] } else { vec![ip] };
-    Ok(ips.into_iter().flat_map(|ip| (first..=last).map(move |port| SocketAddr::new(ip, port))).collect())
+    Ok(ports.map(|port| SocketAddr::new(ip, port)).collect())
 }
 
 /// That of a directive. What is none is told.

@@ -9,10 +9,10 @@ use anyhow::{Result, bail};
 
 use super::super::syntax::{Directive, Place, named};
 use super::access::Access;
-use super::map::{INFINITE, Map, PORT, SNI, read_map, variables, with_port};
+use super::map::{INFINITE, Map, PORT, SNI, captures, read_map, variables, with_port};
 use super::names::{Found, Key, Names, Written};
 use super::notes::Notes;
-use super::server::{Guard, Server, Settings, leave};
+use super::server::{Guard, Listen, Server, Settings, Unknown, leave};
 use super::upstream::{self, Members};
 use crate::config::{HostPattern, Target, TargetHost};
 
@@ -43,6 +43,10 @@ pub struct Group {
     names: Names<usize>,
     /// `None`: it cannot be carried over, and that was told.
     pub guard: Option<Guard>,
+    /// Whether every client is let in.
+    is_open: bool,
+    /// Servers with rules that were meant to let in fewer than those that hold.
+    stricter: HashSet<usize>,
 }
 
 /// What `proxy_pass` says.
@@ -128,8 +132,18 @@ impl<'a> Stream<'a> {
                     }
                 }
                 // A server that uses what they set is told.
-                "geo" | "split_clients" | "js_set" | "js_var" | "js_import" | "js_path" | "js_engine" | "keyval"
-                | "keyval_zone" => {}
+                "geo"
+                | "split_clients"
+                | "js_set"
+                | "js_var"
+                | "js_import"
+                | "js_path"
+                | "js_engine"
+                | "keyval"
+                | "keyval_zone"
+                | "js_shared_dict_zone"
+                | "js_preload_object"
+                | "match" => {}
                 name if leave(directive, &mut notes) || name.starts_with("geoip") || name.starts_with("js_fetch_") => {}
                 name => bail!(
                     "{}: error: {} has no counterpart, stands for all servers, and may decide who is let in or where to\n  help: if it does not, import a copy of the configuration without it",
@@ -142,7 +156,7 @@ impl<'a> Stream<'a> {
         if stream.servers.iter().map(|server| server.listens.len()).sum::<usize>() > MOST_ADDRESSES {
             bail!("error: the servers have more than {MOST_ADDRESSES} addresses together");
         }
-        stream.read_ways(&maps);
+        stream.read_ways(&maps, &set_elsewhere(directives));
         stream.read_groups();
         Ok(stream)
     }
@@ -154,7 +168,7 @@ impl<'a> Stream<'a> {
         unused.map(|(_, (block, _))| *block).collect()
     }
 
-    fn read_ways(&mut self, maps: &HashMap<String, &'a Directive>) {
+    fn read_ways(&mut self, maps: &HashMap<String, &'a Directive>, elsewhere: &HashSet<String>) {
         let mut read: HashMap<&str, Option<Rc<Map<'a>>>> = HashMap::new();
         for server in &self.servers {
             let Some(pass) = server.pass else {
@@ -180,7 +194,11 @@ impl<'a> Stream<'a> {
                 [(variable, at)] => {
                     // nginx does not tell capitals in the name of a variable from small letters.
                     let map = maps.get(&variable.to_ascii_lowercase()).copied();
-                    let map = if let Some(map) = map {
+                    let map = if elsewhere.contains(&variable.to_ascii_lowercase()) {
+                        let why = format!("${variable} is not set by a `map` of the server name alone");
+                        self.notes.lost(&pass.place, refused(why));
+                        None
+                    } else if let Some(map) = map {
                         read.entry(&map.words[1]).or_insert_with(|| read_map(map, &mut self.notes)).clone()
                     } else {
                         self.notes.lost(&pass.place, refused(format!("no `map` here sets ${variable}")));
@@ -223,14 +241,28 @@ impl<'a> Stream<'a> {
         }
         let mut order: Vec<SocketAddr> = Vec::new();
         let mut sockets: HashMap<SocketAddr, Socket> = HashMap::new();
+        let all_v6 = |addr: &SocketAddr| addr.ip() == IpAddr::from(Ipv6Addr::UNSPECIFIED);
+        let has = |listen: &Listen<'_>, option: &str| listen.directive.words.iter().any(|word| word == option);
+        // It is a property of the socket, whichever server says so.
+        let listens = self.servers.iter().flat_map(|server| &server.listens);
+        let takes_both = listens.filter(|listen| all_v6(&listen.addr) && has(listen, "ipv6only=off"));
+        let takes_both: HashSet<u16> = takes_both.map(|listen| listen.addr.port()).collect();
+        let is_both = |addr: &SocketAddr| takes_both.contains(&addr.port()) && addr.ip().is_unspecified();
         for (index, server) in self.servers.iter().enumerate() {
-            for listen in &server.listens {
-                let socket = sockets.entry(listen.addr).or_insert_with(|| {
-                    order.push(listen.addr);
+            let of_v4 = |listen: &Listen<'_>| SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), listen.addr.port());
+            let addrs = server.listens.iter().flat_map(|listen| {
+                let both = all_v6(&listen.addr) && is_both(&listen.addr);
+                both.then(|| (of_v4(listen), listen)).into_iter().chain([(listen.addr, listen)])
+            });
+            for (addr, listen) in addrs {
+                let socket = sockets.entry(addr).or_insert_with(|| {
+                    order.push(addr);
                     Socket::default()
                 });
-                let has = |option: &str| listen.directive.words.iter().any(|word| word == option);
-                socket.servers.push(index);
+                let has = |option: &str| has(listen, option);
+                if socket.servers.last() != Some(&index) {
+                    socket.servers.push(index);
+                }
                 socket.proxy_protocol |= has("proxy_protocol");
                 if has("ssl") {
                     socket.ssl = true;
@@ -248,11 +280,12 @@ impl<'a> Stream<'a> {
             let Some(socket) = sockets.remove(&addr) else { continue };
             let port = socket.servers.iter().any(|server| self.asks_port(*server)).then_some(addr.port());
             let default = socket.default.unwrap_or(socket.servers[0]);
-            let key = (socket.servers, default, socket.proxy_protocol, socket.ssl, port);
+            let key = (socket.servers, default, socket.proxy_protocol, socket.ssl, port, is_both(&addr));
             let group = if let Some(group) = known.get(&key) {
                 *group
             } else {
-                let group = self.read_group(key.0.clone(), default, socket.proxy_protocol, socket.ssl, port);
+                let group =
+                    self.read_group(key.0.clone(), default, socket.proxy_protocol, socket.ssl, port, is_both(&addr));
                 self.groups.push(Rc::new(group));
                 known.insert(key, self.groups.len() - 1);
                 self.groups.len() - 1
@@ -269,6 +302,7 @@ impl<'a> Stream<'a> {
         proxy_protocol: bool,
         ssl: bool,
         port: Option<u16>,
+        takes_both: bool,
     ) -> Group {
         let mut names = Names::default();
         for index in &servers {
@@ -280,6 +314,7 @@ impl<'a> Stream<'a> {
                     Written::Name(text) => (false, text.clone()),
                     Written::Below(text, _) => (false, format!("*.{text}")),
                     Written::Never(_) => continue,
+                    Written::Unknown => (false, String::new()),
                 };
                 if infinite {
                     self.notes.lost(place, format!("`{text}` is not carried over: {INFINITE}"));
@@ -292,12 +327,17 @@ impl<'a> Stream<'a> {
         let first = &self.servers[default];
         let guard = if ssl {
             None
-        } else if let Some(partial) = servers.iter().map(|index| &self.servers[*index]).find(|server| server.is_partial)
+        } else if let Some(partial) =
+            servers.iter().map(|index| &self.servers[*index]).find(|server| server.unknown == Some(Unknown::File))
         {
             self.notes.lost(
                 partial.place,
                 "what listens here is not carried over: this server includes a file that is not here, which may say who is let in",
             );
+            None
+        } else if first.unknown.is_some() {
+            let message = "what listens here is not carried over: what is not known of the default server may decide who is let in to all of them";
+            self.notes.lost(first.place, message);
             None
         } else {
             match &first.guard {
@@ -305,21 +345,23 @@ impl<'a> Stream<'a> {
                     self.notes.lost(place, format!("what it guards is not carried over: {why}"));
                     None
                 }
-                Ok(guard) if proxy_protocol && guard.trusted.is_empty() && !guard.access.is_open() => {
+                Ok(guard) if proxy_protocol && guard.trusted.is_empty() && !guard.access.on(takes_both).is_open() => {
                     self.notes.lost(
                         first.place,
                         "this server is not carried over: without `set_real_ip_from` nginx judges `allow` and `deny` by the address of the proxy in front; here a PROXY header that is taken is believed, and anybody could forge one",
                     );
                     None
                 }
-                Ok(guard) => Some(guard.clone()),
+                Ok(guard) => Some(Guard { trusted: guard.trusted.clone(), access: guard.access.on(takes_both) }),
             }
         };
+        let mut stricter = HashSet::new();
         // What nginx never looks at is refused where it was meant to refuse.
         if let Some(guard) = &guard {
             for index in servers.iter().filter(|index| **index != default) {
                 let server = &self.servers[*index];
-                if differs(&server.guard, &guard.access) {
+                if differs(&server.guard, &guard.access, takes_both) {
+                    stricter.insert(*index);
                     self.notes.lost(
                         server.place,
                         format!(
@@ -339,7 +381,8 @@ impl<'a> Stream<'a> {
                 }
             }
         }
-        Group { servers, default, proxy_protocol, port, names, guard }
+        let is_open = guard.as_ref().is_some_and(|guard| guard.access.is_open());
+        Group { servers, default, proxy_protocol, port, names, guard, is_open, stricter }
     }
 
     /// The group of this index.
@@ -412,7 +455,7 @@ impl<'a> Stream<'a> {
                 return None;
             }
         };
-        if server != group.default && differs(&self.servers[server].guard, &guard.access) {
+        if group.stricter.contains(&server) {
             return None;
         }
         let send_proxy = self.servers[server].send_proxy;
@@ -433,14 +476,17 @@ impl<'a> Stream<'a> {
                     self.forged(server);
                     return None;
                 }
-                if let Err(why) = self.hop(server, inner, source, hops) {
-                    let place = self.servers[server].pass.map_or(self.servers[server].place, |pass| &pass.place);
-                    self.notes
-                        .lost(place, format!("what goes on to a `listen` of this file is not carried over: {why}"));
-                    return None;
-                }
+                let is_believed = match self.hop(server, inner, source, hops) {
+                    Ok(is_believed) => is_believed,
+                    Err(why) => {
+                        let place = self.servers[server].pass.map_or(self.servers[server].place, |pass| &pass.place);
+                        let message = format!("what goes on to a `listen` of this file is not carried over: {why}");
+                        self.notes.lost(place, message);
+                        return None;
+                    }
+                };
                 let found = self.decide_from(inner, key, hops + 1)?;
-                if self.uses[found].send_proxy && !self.groups[inner].proxy_protocol {
+                if self.uses[found].send_proxy && !is_believed {
                     let message =
                         format!("targets behind this hop learn the client's address; nginx told them {source}");
                     self.notes.changed(self.servers[server].place, message);
@@ -473,9 +519,9 @@ impl<'a> Stream<'a> {
         );
     }
 
-    /// Whether a connection that comes from a server to a listener of the same nginx is as one that
-    /// comes from the client.
-    fn hop(&self, server: usize, inner: usize, source: IpAddr, hops: usize) -> Result<(), String> {
+    /// Whether the client is known at a listener of the same nginx that a server connects to. An
+    /// error if a connection from there is not as one that comes from the client.
+    fn hop(&self, server: usize, inner: usize, source: IpAddr, hops: usize) -> Result<bool, String> {
         let inner = &self.groups[inner];
         if hops == MOST_HOPS {
             return Err("it goes round in a circle".into());
@@ -485,13 +531,13 @@ impl<'a> Stream<'a> {
         }
         let Some(guard) = &inner.guard else { return Err("that one could not be carried over".into()) };
         let is_believed = inner.proxy_protocol && guard.trusted.iter().any(|network| network.contains(&source));
-        if is_believed && !guard.access.is_open() {
+        if is_believed && !inner.is_open {
             return Err("that one has `allow` or `deny` for the clients behind this one".into());
         }
         if !is_believed && !guard.access.allows(source) {
             return Err(format!("that one denies {source}"));
         }
-        Ok(())
+        Ok(is_believed)
     }
 
     /// Where a server of a group sends connections of a name.
@@ -561,7 +607,9 @@ impl<'a> Stream<'a> {
         is_fixed: bool,
     ) -> Result<Resolved, Option<String>> {
         let name = text.to_ascii_lowercase();
-        let members = if let Some((block, members)) = self.blocks.get(&name) {
+        // nginx never finds a block by a name with a port.
+        let block = self.blocks.get(&name).filter(|_| !name.contains(':'));
+        let members = if let Some((block, members)) = block {
             self.used_blocks.insert(name);
             let Some(members) = members.clone() else { return Err(None) };
             self.resolvers.extend(block.inside().iter().filter(|d| d.name == "resolver"));
@@ -623,9 +671,38 @@ impl<'a> Stream<'a> {
 }
 
 /// Whether rules were meant to let in fewer than those that hold.
-fn differs(guard: &Result<Guard, (Place, String)>, holds: &Access) -> bool {
+fn differs(guard: &Result<Guard, (Place, String)>, holds: &Access, takes_both: bool) -> bool {
     match guard {
-        Ok(guard) => guard.access != *holds && !guard.access.is_open() && guard.access.lists() != holds.lists(),
+        Ok(guard) => {
+            let access = guard.access.on(takes_both);
+            access != *holds && !access.is_open() && access.lists() != holds.lists()
+        }
         Err(_) => true,
     }
+}
+
+/// The variables that something else than a `map` sets, in small letters: whichever comes last
+/// counts.
+fn set_elsewhere(directives: &[&Directive]) -> HashSet<String> {
+    let mut set = HashSet::new();
+    for directive in directives {
+        let inside = directive.inside();
+        let texts: Vec<&str> = match &*directive.name {
+            "map" => inside.iter().flat_map(|entry| captures(&entry.name)).collect(),
+            "server" => {
+                let names = inside.iter().filter(|d| d.name == "server_name").flat_map(|d| &d.words);
+                names.flat_map(|word| captures(word)).collect()
+            }
+            "geo" | "split_clients" | "js_set" | "js_var" | "keyval" => {
+                directive.words.iter().filter_map(|word| word.strip_prefix('$')).collect()
+            }
+            name if name.starts_with("geoip") => {
+                let words = directive.words.iter().chain(inside.iter().map(|d| &d.name));
+                words.filter_map(|word| word.strip_prefix('$')).collect()
+            }
+            _ => Vec::new(),
+        };
+        set.extend(texts.iter().map(|name| name.to_ascii_lowercase()));
+    }
+    set
 }

@@ -105,7 +105,7 @@ pub fn read(block: &Directive, notes: &mut Notes) -> Option<Members> {
                     directive.text()
                 ),
             ),
-            "zone" | "state" => notes.needless(directive),
+            "zone" => notes.needless(directive),
             "resolver" | "resolver_timeout" => {}
             "include" if directive.is_missing_file() => notes.lost(
                 place,

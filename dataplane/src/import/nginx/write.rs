@@ -21,7 +21,9 @@ use super::names::Key;
 use super::server::PREREAD_TIMEOUT;
 use super::stream::Stream;
 use super::upstream::{is_name, target};
-use crate::config::{Diagnostic, HostPattern, LARGEST, MOST_BINDS, MOST_LISTENERS, Source, format_duration, parse};
+use crate::config::{
+    Diagnostic, HostPattern, LARGEST, MOST_BINDS, MOST_LISTENERS, Source, format_duration, parse, shown,
+};
 
 /// Questions where a name goes: names times addresses.
 const MOST_QUESTIONS: usize = 4_000_000;
@@ -177,6 +179,9 @@ fn listeners(stream: &mut Stream<'_>, patterns: &[(HostPattern, Place)]) -> Resu
                 "{addr} is not carried over: there are at most {MOST_LISTENERS} listeners, with {MOST_BINDS} addresses"
             );
             stream.notes.lost(stream.servers[stream.group(group).default].place, message);
+            if !addr.ip().is_unspecified() {
+                bail!("error: there are more than {MOST_LISTENERS} listeners, with {MOST_BINDS} addresses");
+            }
             continue;
         }
         let index = *index_of.entry(key).or_insert_with(|| {
@@ -285,25 +290,37 @@ fn writable(pattern: &HostPattern) -> Result<(), String> {
     }
 }
 
-/// Addresses of which another takes every address of the port: one of the two cannot be bound. They
-/// are left out, with the other one if it does not do the same.
+/// Addresses that cannot be bound beside another that takes every address of the port, and those
+/// others if they do not do the same: what comes to an address that is left out would go there.
 fn without_clashes(stream: &mut Stream<'_>, found: &[(SocketAddr, usize, Way, Arc<Guard>)]) -> HashSet<SocketAddr> {
     let by_addr: HashMap<SocketAddr, usize> = found.iter().enumerate().map(|(at, (addr, ..))| (*addr, at)).collect();
+    let any_of = |ip: IpAddr, port| {
+        let unspecified: IpAddr = if ip.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
+        SocketAddr::new(unspecified, port)
+    };
     let mut left_out = HashSet::new();
-    for (addr, group, way, guard) in found {
-        let unspecified: IpAddr = if addr.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
-        let any = SocketAddr::new(unspecified, addr.port());
-        let Some((_, _, other, other_guard)) = by_addr.get(&any).map(|at| &found[*at]).filter(|_| any != *addr) else {
-            continue;
-        };
-        left_out.insert(*addr);
-        if (way, guard) != (other, other_guard) {
-            left_out.insert(any);
+    for (addr, group) in stream.sockets.clone() {
+        let any = any_of(addr.ip(), addr.port());
+        let Some(other) = by_addr.get(&any).map(|at| &found[*at]).filter(|_| any != addr) else { continue };
+        left_out.insert(addr);
+        let same = by_addr.get(&addr).is_some_and(|at| found[*at].2 == other.2 && found[*at].3 == other.3);
+        if !same && left_out.insert(any) {
             let message = format!(
                 "{addr} and {any} are not carried over: both cannot be bound here, and they do not do the same; write a listener for each address of this machine"
             );
-            let place = stream.servers[stream.group(*group).default].place;
-            stream.notes.lost(place, message);
+            stream.notes.lost(stream.servers[stream.group(group).default].place, message);
+        }
+    }
+    for index in 0..stream.servers.len() {
+        for port in stream.servers[index].unknown_hosts.clone() {
+            let anys = [any_of([0; 4].into(), port), any_of([0; 16].into(), port)];
+            for any in anys.into_iter().filter(|any| by_addr.contains_key(any)) {
+                left_out.insert(any);
+                let message = format!(
+                    "{any} is not carried over: an address of this port is not known, and what comes to it would go there"
+                );
+                stream.notes.lost(stream.servers[index].place, message);
+            }
         }
     }
     left_out
@@ -427,7 +444,8 @@ fn resolver(stream: &mut Stream<'_>) -> String {
 }
 
 fn head(path: &Path, notes: &[Note]) -> String {
-    let mut out = format!("# From {}. `dataplane check FILE` prints its routing table.\n", path.display());
+    let from: String = path.display().to_string().chars().map(shown).collect();
+    let mut out = format!("# From {from}. `dataplane check FILE` prints its routing table.\n");
     let notes = notes.iter().filter(|note| note.kind != Kind::Needless);
     let (count, mut notes) = (notes.clone().count(), notes.take(SHOWN_NOTES).peekable());
     if notes.peek().is_some() {
