@@ -195,10 +195,11 @@ impl Reading {
     }
 }
 
-/// Whether a part of a path begins with a dot that the pattern does not have.
+/// Whether a part of a path begins with a dot that the pattern does not have. From the end, for a
+/// `./` at the beginning of the pattern is not in what is found.
 fn is_hidden(path: &Path, pattern: &Path) -> bool {
     let begins = |part: std::path::Component<'_>| part.as_os_str().as_encoded_bytes().starts_with(b".");
-    path.components().zip(pattern.components()).any(|(part, pattern)| begins(part) && !begins(pattern))
+    path.components().rev().zip(pattern.components().rev()).any(|(part, pattern)| begins(part) && !begins(pattern))
 }
 
 /// As glob(3) without flags, but for [`is_hidden`].

@@ -220,6 +220,18 @@ fn what_the_default_server_has_of_unknown_meaning_guards_all_names() {
 }
 
 #[test]
+fn a_network_that_no_peer_is_in_for_nginx_is_not_believed_here() {
+    let server = |from: &str| {
+        format!(
+            "stream {{ server {{ listen 1 proxy_protocol; set_real_ip_from {from}; proxy_protocol on; proxy_pass 10.0.0.1:1; }} }}"
+        )
+    };
+    assert!(text(&server("10.0.0.0/8")).toml.contains("accept_proxy = [\"10.0.0.0/8\"]"));
+    let error = nginx_text(Path::new("x"), &server("::ffff:10.0.0.0/104")).unwrap_err().to_string();
+    assert!(error.contains("anybody can forge"), "{error}");
+}
+
+#[test]
 fn a_port_of_which_an_address_is_not_known_is_refused() {
     let imported = text(
         "stream { server { listen 1; proxy_pass 10.0.0.1:1; } server { listen host.test:1; proxy_pass 10.0.0.2:1; } server { listen 2; proxy_pass 10.0.0.3:1; } }",

@@ -33,8 +33,9 @@ pub fn network(text: &str) -> Option<IpNet> {
     Some(network.trunc())
 }
 
-/// The part of the IPv4 addresses within IPv6 that a network is.
-fn mapped(network: &IpNet) -> Option<IpNet> {
+/// The part of the IPv4 addresses within IPv6 that a network is. nginx compares such clients with
+/// IPv4 networks.
+pub fn mapped(network: &IpNet) -> Option<IpNet> {
     let IpNet::V6(v6) = network else { return None };
     let bits = v6.prefix_len().checked_sub(96)?;
     Some(Ipv4Net::new(v6.addr().to_ipv4_mapped()?, bits).ok()?.into())

@@ -8,7 +8,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 
 use super::super::syntax::{Directive, Place, named};
-use super::access::{Access, network};
+use super::access::{Access, mapped, network};
 use super::names::Written;
 use super::notes::Notes;
 
@@ -324,6 +324,8 @@ fn guard(block: &Directive, settings: &Settings<'_>) -> Result<Guard, (Place, St
     for from in settings.of(block, "set_real_ip_from") {
         let text = from.text();
         match network(&text) {
+            // No peer is in it for nginx, and here it would be a network of IPv4.
+            Some(network) if mapped(&network).is_some() => {}
             Some(network) => guard.trusted.push(network),
             None if text == "unix:" => {}
             None => return Err((from.place.clone(), format!("`set_real_ip_from {text}` is no network"))),
