@@ -98,7 +98,7 @@ fn is_sent(name: &str) -> bool {
 /// Names that expressions are written out as, in one map or for one address.
 const MOST_WRITTEN_OUT: usize = 10_000;
 
-/// Values of which only counts whether they are all the same.
+/// Values. What counts is only whether they are all the same.
 #[derive(Debug)]
 struct Alike<T> {
     first: Option<T>,
@@ -128,7 +128,7 @@ pub struct Names<T> {
     exact: HashMap<String, T>,
     /// By suffix; whether the suffix itself is meant too.
     below: HashMap<String, (T, bool)>,
-    /// Names of `.x` that were refused: nginx has them all the same.
+    /// `x` of each `.x` that was refused: nginx keeps it, and refuses an `x` that comes later.
     occupied: HashSet<String>,
     prefixes: HashMap<String, T>,
     /// Of expressions before the first that is not written out.

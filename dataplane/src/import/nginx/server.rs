@@ -16,7 +16,7 @@ use super::notes::Notes;
 const MOST_PORTS: u16 = 1024;
 
 /// What nginx does when nothing is written (src/stream/ngx_stream_proxy_module.c).
-pub const PROXY_TIMEOUT: Duration = Duration::from_secs(600);
+const PROXY_TIMEOUT: Duration = Duration::from_secs(600);
 /// The same (src/stream/ngx_stream_core_module.c).
 pub const PREREAD_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -157,6 +157,13 @@ pub struct Listen<'a> {
     pub directive: &'a Directive,
 }
 
+impl Listen<'_> {
+    /// Whether it has an option.
+    pub fn has(&self, option: &str) -> bool {
+        self.directive.words.iter().any(|word| word == option)
+    }
+}
+
 /// Who is let in, and who is believed about it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Guard {
@@ -165,12 +172,12 @@ pub struct Guard {
     pub access: Access,
 }
 
-/// What of a server is not known.
+/// What is not known of a server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unknown {
-    /// What a file has that it includes and that cannot be read.
+    /// The content of a file that it includes.
     File,
-    /// What one of its directives means.
+    /// The meaning of one of its directives.
     Directive,
 }
 
@@ -192,7 +199,7 @@ pub struct Server<'a> {
     /// Why its rules cannot be kept, where that is so.
     pub guard: Result<Guard, (Place, String)>,
     pub resolvers: Vec<&'a Directive>,
-    /// What may decide who is let in.
+    /// What is not known of it and may decide who is let in.
     pub unknown: Option<Unknown>,
     /// Ports of addresses that are names, which are not looked up here.
     pub unknown_hosts: Vec<u16>,
@@ -367,7 +374,7 @@ fn addresses(words: &[String]) -> Result<Vec<SocketAddr>, String> {
     Ok(ports.map(|port| SocketAddr::new(ip, port)).collect())
 }
 
-/// That of a directive. What is none is told.
+/// The duration of a directive. A text that is none is told.
 fn duration(directive: Option<&Directive>, notes: &mut Notes) -> Option<Duration> {
     let directive = directive?;
     let text = directive.text();

@@ -12,7 +12,7 @@ use super::access::Access;
 use super::map::{INFINITE, Map, PORT, SNI, captures, read_map, variables, with_port};
 use super::names::{Found, Key, Names, Written};
 use super::notes::Notes;
-use super::server::{Guard, Listen, Server, Settings, Unknown, leave};
+use super::server::{Guard, Server, Settings, Unknown, leave};
 use super::upstream::{self, Members};
 use crate::config::{HostPattern, Target, TargetHost};
 
@@ -29,6 +29,19 @@ pub struct Use {
     pub members: Members,
     pub send_proxy: bool,
     pub connect_timeout: Option<Duration>,
+}
+
+/// What is said of one address. Addresses of which the same is said are one group.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+struct Socket {
+    servers: Vec<usize>,
+    default: usize,
+    proxy_protocol: bool,
+    ssl: bool,
+    /// It takes clients of both families.
+    takes_both: bool,
+    /// See [`Group::port`].
+    port: Option<u16>,
 }
 
 /// The servers of one address.
@@ -84,7 +97,7 @@ pub struct Stream<'a> {
     resolved: HashMap<(usize, String), Resolved>,
     /// Servers that a connection which is carried over goes through.
     pub used: HashSet<usize>,
-    pub used_blocks: HashSet<String>,
+    used_blocks: HashSet<String>,
     pub resolvers: Vec<&'a Directive>,
 }
 
@@ -232,62 +245,50 @@ impl<'a> Stream<'a> {
 
     /// Groups the servers by their addresses, as `ngx_stream_add_addresses` does.
     fn read_groups(&mut self) {
-        #[derive(Default)]
-        struct Socket {
-            servers: Vec<usize>,
-            default: Option<usize>,
-            proxy_protocol: bool,
-            ssl: bool,
-        }
-        let mut order: Vec<SocketAddr> = Vec::new();
-        let mut sockets: HashMap<SocketAddr, Socket> = HashMap::new();
-        let all_v6 = |addr: &SocketAddr| addr.ip() == IpAddr::from(Ipv6Addr::UNSPECIFIED);
-        let has = |listen: &Listen<'_>, option: &str| listen.directive.words.iter().any(|word| word == option);
+        let is_all_v6 = |addr: &SocketAddr| addr.ip() == IpAddr::from(Ipv6Addr::UNSPECIFIED);
         // It is a property of the socket, whichever server says so.
         let listens = self.servers.iter().flat_map(|server| &server.listens);
-        let takes_both = listens.filter(|listen| all_v6(&listen.addr) && has(listen, "ipv6only=off"));
+        let takes_both = listens.filter(|listen| is_all_v6(&listen.addr) && listen.has("ipv6only=off"));
         let takes_both: HashSet<u16> = takes_both.map(|listen| listen.addr.port()).collect();
-        let is_both = |addr: &SocketAddr| takes_both.contains(&addr.port()) && addr.ip().is_unspecified();
+        let mut order: Vec<SocketAddr> = Vec::new();
+        let mut sockets: HashMap<SocketAddr, (Socket, bool)> = HashMap::new();
         for (index, server) in self.servers.iter().enumerate() {
-            let of_v4 = |listen: &Listen<'_>| SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), listen.addr.port());
-            let addrs = server.listens.iter().flat_map(|listen| {
-                let both = all_v6(&listen.addr) && is_both(&listen.addr);
-                both.then(|| (of_v4(listen), listen)).into_iter().chain([(listen.addr, listen)])
-            });
-            for (addr, listen) in addrs {
-                let socket = sockets.entry(addr).or_insert_with(|| {
-                    order.push(addr);
-                    Socket::default()
-                });
-                let has = |option: &str| has(listen, option);
-                if socket.servers.last() != Some(&index) {
-                    socket.servers.push(index);
+            for listen in &server.listens {
+                let port = listen.addr.port();
+                let takes_both = takes_both.contains(&port);
+                let v4 = (takes_both && is_all_v6(&listen.addr)).then(|| SocketAddr::from(([0; 4], port)));
+                for addr in v4.into_iter().chain([listen.addr]) {
+                    let (socket, has_default) = sockets.entry(addr).or_insert_with(|| {
+                        order.push(addr);
+                        let takes_both = takes_both && addr.ip().is_unspecified();
+                        (Socket { default: index, takes_both, ..Socket::default() }, false)
+                    });
+                    if socket.servers.last() != Some(&index) {
+                        socket.servers.push(index);
+                    }
+                    if listen.is_default && !*has_default {
+                        (socket.default, *has_default) = (index, true);
+                    }
+                    socket.proxy_protocol |= listen.has("proxy_protocol");
+                    socket.ssl |= listen.has("ssl");
                 }
-                socket.proxy_protocol |= has("proxy_protocol");
-                if has("ssl") {
-                    socket.ssl = true;
+                if listen.has("ssl") {
                     let message =
                         "what listens here is not carried over: it terminates TLS, which is the upstream's to do";
                     self.notes.lost(&listen.directive.place, message);
                 }
-                if listen.is_default {
-                    socket.default.get_or_insert(index);
-                }
             }
         }
-        let mut known = HashMap::new();
+        let mut known: HashMap<Socket, usize> = HashMap::new();
         for addr in order {
-            let Some(socket) = sockets.remove(&addr) else { continue };
-            let port = socket.servers.iter().any(|server| self.asks_port(*server)).then_some(addr.port());
-            let default = socket.default.unwrap_or(socket.servers[0]);
-            let key = (socket.servers, default, socket.proxy_protocol, socket.ssl, port, is_both(&addr));
-            let group = if let Some(group) = known.get(&key) {
+            let Some((mut socket, _)) = sockets.remove(&addr) else { continue };
+            socket.port = socket.servers.iter().any(|server| self.asks_port(*server)).then_some(addr.port());
+            let group = if let Some(group) = known.get(&socket) {
                 *group
             } else {
-                let group =
-                    self.read_group(key.0.clone(), default, socket.proxy_protocol, socket.ssl, port, is_both(&addr));
+                let group = self.read_group(socket.clone());
                 self.groups.push(Rc::new(group));
-                known.insert(key, self.groups.len() - 1);
+                known.insert(socket, self.groups.len() - 1);
                 self.groups.len() - 1
             };
             self.sockets.push((addr, group));
@@ -295,19 +296,29 @@ impl<'a> Stream<'a> {
         }
     }
 
-    fn read_group(
-        &mut self,
-        servers: Vec<usize>,
-        default: usize,
-        proxy_protocol: bool,
-        ssl: bool,
-        port: Option<u16>,
-        takes_both: bool,
-    ) -> Group {
+    fn read_group(&mut self, socket: Socket) -> Group {
+        let names = self.names_on(&socket);
+        let guard = self.guard_of(&socket);
+        let stricter = guard.as_ref().map_or_else(HashSet::new, |guard| self.stricter_than(guard, &socket));
+        let is_open = guard.as_ref().is_some_and(|guard| guard.access.is_open());
+        let Socket { servers, default, proxy_protocol, port, .. } = socket;
+        if guard.is_some() && !self.servers[default].preread {
+            for index in servers.iter().filter(|index| **index != default) {
+                let message = format!(
+                    "nothing comes to this server: the default server of its address ({}) has `ssl_preread off`",
+                    self.servers[default].place
+                );
+                self.notes.changed(self.servers[*index].place, message);
+            }
+        }
+        Group { servers, default, proxy_protocol, port, names, guard, is_open, stricter }
+    }
+
+    /// The names of all servers of an address.
+    fn names_on(&mut self, socket: &Socket) -> Names<usize> {
         let mut names = Names::default();
-        for index in &servers {
-            let server = &self.servers[*index];
-            for (written, place) in &server.names {
+        for index in &socket.servers {
+            for (written, place) in &self.servers[*index].names {
                 let (infinite, text) = match written {
                     Written::Regex(text) => (names.written_out(text).is_none(), format!("~{text}")),
                     Written::Prefix(text) => (true, format!("{text}.*")),
@@ -324,65 +335,58 @@ impl<'a> Stream<'a> {
                 }
             }
         }
-        let first = &self.servers[default];
-        let guard = if ssl {
-            None
-        } else if let Some(partial) =
-            servers.iter().map(|index| &self.servers[*index]).find(|server| server.unknown == Some(Unknown::File))
-        {
-            self.notes.lost(
-                partial.place,
-                "what listens here is not carried over: this server includes a file that is not here, which may say who is let in",
-            );
-            None
-        } else if first.unknown.is_some() {
+        names
+    }
+
+    /// The rules about clients on an address: those of its default server. `None`: they cannot be
+    /// carried over, and that was told.
+    fn guard_of(&mut self, socket: &Socket) -> Option<Guard> {
+        if socket.ssl {
+            return None;
+        }
+        let servers = socket.servers.iter().map(|index| &self.servers[*index]);
+        if let Some(partial) = servers.into_iter().find(|server| server.unknown == Some(Unknown::File)) {
+            let message = "what listens here is not carried over: this server includes a file that is not here, which may say who is let in";
+            self.notes.lost(partial.place, message);
+            return None;
+        }
+        let first = &self.servers[socket.default];
+        if first.unknown.is_some() {
             let message = "what listens here is not carried over: what is not known of the default server may decide who is let in to all of them";
             self.notes.lost(first.place, message);
-            None
-        } else {
-            match &first.guard {
-                Err((place, why)) => {
-                    self.notes.lost(place, format!("what it guards is not carried over: {why}"));
-                    None
-                }
-                Ok(guard) if proxy_protocol && guard.trusted.is_empty() && !guard.access.on(takes_both).is_open() => {
-                    self.notes.lost(
-                        first.place,
-                        "this server is not carried over: without `set_real_ip_from` nginx judges `allow` and `deny` by the address of the proxy in front; here a PROXY header that is taken is believed, and anybody could forge one",
-                    );
-                    None
-                }
-                Ok(guard) => Some(Guard { trusted: guard.trusted.clone(), access: guard.access.on(takes_both) }),
+            return None;
+        }
+        let guard = match &first.guard {
+            Ok(Guard { trusted, access }) => Guard { trusted: trusted.clone(), access: access.on(socket.takes_both) },
+            Err((place, why)) => {
+                self.notes.lost(place, format!("what it guards is not carried over: {why}"));
+                return None;
             }
         };
+        if socket.proxy_protocol && guard.trusted.is_empty() && !guard.access.is_open() {
+            let message = "this server is not carried over: without `set_real_ip_from` nginx judges `allow` and `deny` by the address of the proxy in front; here a PROXY header that is taken is believed, and anybody could forge one";
+            self.notes.lost(first.place, message);
+            return None;
+        }
+        Some(guard)
+    }
+
+    /// The servers of an address with rules that were meant to let in fewer than those that hold.
+    /// nginx never looks at them, so these servers are refused.
+    fn stricter_than(&mut self, guard: &Guard, socket: &Socket) -> HashSet<usize> {
         let mut stricter = HashSet::new();
-        // What nginx never looks at is refused where it was meant to refuse.
-        if let Some(guard) = &guard {
-            for index in servers.iter().filter(|index| **index != default) {
-                let server = &self.servers[*index];
-                if differs(&server.guard, &guard.access, takes_both) {
-                    stricter.insert(*index);
-                    self.notes.lost(
-                        server.place,
-                        format!(
-                            "the names of this server are refused: nginx judges clients by the rules of the default server of the address ({}), and never by those that stand here; give them a listener of their own",
-                            first.place
-                        ),
-                    );
-                }
-            }
-            if !first.preread && servers.len() > 1 {
-                for index in servers.iter().filter(|index| **index != default) {
-                    let message = format!(
-                        "nothing comes to this server: the default server of its address ({}) has `ssl_preread off`",
-                        first.place
-                    );
-                    self.notes.changed(self.servers[*index].place, message);
-                }
+        let first = self.servers[socket.default].place;
+        for index in socket.servers.iter().filter(|index| **index != socket.default) {
+            let server = &self.servers[*index];
+            if differs(&server.guard, &guard.access, socket.takes_both) {
+                stricter.insert(*index);
+                let message = format!(
+                    "the names of this server are refused: nginx judges clients by the rules of the default server of the address ({first}), and never by those that stand here; give them a listener of their own"
+                );
+                self.notes.lost(server.place, message);
             }
         }
-        let is_open = guard.as_ref().is_some_and(|guard| guard.access.is_open());
-        Group { servers, default, proxy_protocol, port, names, guard, is_open, stricter }
+        stricter
     }
 
     /// The group of this index.
@@ -465,7 +469,7 @@ impl<'a> Stream<'a> {
         let found = match resolved {
             Resolved::Refused => return None,
             Resolved::Use(found) => {
-                if forged && (send_proxy || self.uses[found].members.is_hashed) {
+                if forged && (send_proxy || self.uses[found].members.is_hashed()) {
                     self.forged(server);
                     return None;
                 }
@@ -621,7 +625,7 @@ impl<'a> Stream<'a> {
             if is_name && !known && self.servers[server].resolvers.is_empty() {
                 return Err(Some("there is no `resolver`, so nginx cannot look it up and refuses it".into()));
             }
-            Members::one(text.to_owned())
+            Members::one(target)
         };
         let own: Vec<Option<(usize, IpAddr)>> = members.targets.iter().map(|target| self.own(target)).collect();
         match &own[..] {
@@ -646,14 +650,13 @@ impl<'a> Stream<'a> {
     }
 
     /// The group behind a target that is an address of ours, and from where we would connect to it.
-    fn own(&self, target: &str) -> Option<(usize, IpAddr)> {
-        let Target { host, port, .. } = Target::parse(target, 0..0).ok()?;
-        let ip = match host {
-            TargetHost::Ip(ip) => ip,
+    fn own(&self, target: &Target) -> Option<(usize, IpAddr)> {
+        let ip = match &target.host {
+            TargetHost::Ip(ip) => *ip,
             TargetHost::Name(name) if name == "localhost" => Ipv4Addr::LOCALHOST.into(),
             TargetHost::Name(_) => return None,
         };
-        let group = |ip| self.by_addr.get(&SocketAddr::new(ip, port)).copied();
+        let group = |ip| self.by_addr.get(&SocketAddr::new(ip, target.port)).copied();
         let unspecified: IpAddr =
             if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
         let any = || group(unspecified).filter(|_| ip.is_loopback() || ip.is_unspecified());

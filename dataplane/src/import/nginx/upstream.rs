@@ -1,35 +1,36 @@
-//! One `upstream` block of nginx, as the lines of one of ours.
+//! One `upstream` block of nginx.
 
 use std::collections::HashSet;
-use std::fmt::Write as _;
 
 use super::super::syntax::{Directive, Place, named};
 use super::notes::Notes;
-use super::write::list;
 use crate::config::{Target, TargetHost};
 
 /// What a block comes to.
 #[derive(Debug, Clone)]
 pub struct Members {
     /// At least one, each once.
-    pub targets: Vec<String>,
-    /// Lines of the table, without `targets`.
-    pub lines: String,
-    /// The client's address chooses the target.
-    pub is_hashed: bool,
+    pub targets: Vec<Target>,
+    /// How to choose among several: the value of `balance`.
+    pub balance: &'static str,
+    /// For each target; 0: no limit.
+    pub max_connections: u32,
 }
 
 impl Members {
     /// Of one target that has no block.
-    pub fn one(target: String) -> Self {
-        Self { targets: vec![target], lines: String::new(), is_hashed: false }
+    pub fn one(target: Target) -> Self {
+        Self { targets: vec![target], balance: ROUND_ROBIN, max_connections: 0 }
     }
 
-    /// The lines of the table.
-    pub fn table(&self) -> String {
-        format!("targets = {}\n{}", list(&self.targets), self.lines)
+    /// Whether the client's address chooses the target.
+    pub fn is_hashed(&self) -> bool {
+        self.targets.len() > 1 && self.balance == HASH
     }
 }
+
+const ROUND_ROBIN: &str = "round-robin";
+const HASH: &str = "hash";
 
 /// `host:port`, if it is one that can be a target.
 pub fn target(text: &str) -> Result<Target, String> {
@@ -50,7 +51,7 @@ pub fn is_name(target: &Target) -> bool {
 /// Reads a block. `None`: no target is left, and that was told.
 pub fn read(block: &Directive, notes: &mut Notes) -> Option<Members> {
     let name = block.text();
-    let mut balance = "round-robin";
+    let mut balance = ROUND_ROBIN;
     let (mut first, mut backups) = (Vec::new(), Vec::new());
     for directive in block.inside() {
         let place = &directive.place;
@@ -66,15 +67,18 @@ pub fn read(block: &Directive, notes: &mut Notes) -> Option<Members> {
                     notes.lost(place, format!("`{address}` is not carried over: SRV records are not looked up"));
                     continue;
                 }
-                if let Err(why) = target(address) {
-                    notes.lost(place, format!("`{address}` is not carried over: {why}"));
-                    continue;
-                }
+                let target = match target(address) {
+                    Ok(target) => target,
+                    Err(why) => {
+                        notes.lost(place, format!("`{address}` is not carried over: {why}"));
+                        continue;
+                    }
+                };
                 let limit = options.iter().find_map(|o| o.strip_prefix("max_conns=")).unwrap_or("0");
                 if options.iter().any(|option| option == "backup") {
-                    backups.push((address.clone(), limit, place));
+                    backups.push((target, limit, place));
                 } else {
-                    first.push((address.clone(), limit, place));
+                    first.push((target, limit, place));
                 }
                 for option in options {
                     match option.split_once('=').map_or(&**option, |(key, _)| key) {
@@ -96,7 +100,7 @@ pub fn read(block: &Directive, notes: &mut Notes) -> Option<Members> {
                     Some("$remote_addr" | "$binary_remote_addr")
                 ) =>
             {
-                balance = "hash";
+                balance = HASH;
             }
             "hash" => notes.lost(
                 place,
@@ -115,7 +119,8 @@ pub fn read(block: &Directive, notes: &mut Notes) -> Option<Members> {
         }
     }
     let mut seen = HashSet::new();
-    let mut once = |(target, _, place): &(String, &str, &Place)| {
+    let mut once = |(target, _, place): &(Target, &str, &Place)| {
+        let target = &target.text;
         let new = seen.insert(target.to_ascii_lowercase());
         if !new {
             let message =
@@ -134,6 +139,7 @@ pub fn read(block: &Directive, notes: &mut Notes) -> Option<Members> {
         }
         _ => {
             for (target, _, place) in backups {
+                let target = target.text;
                 notes.lost(place, format!("`{target}` is not carried over: of several targets none is a backup (balance = \"first\" takes them in order)"));
             }
         }
@@ -142,21 +148,14 @@ pub fn read(block: &Directive, notes: &mut Notes) -> Option<Members> {
         notes.changed(&block.place, format!("upstream `{name}` has no target: what leads there is refused"));
         return None;
     }
-    let mut lines = String::new();
-    if first.len() > 1 {
-        let _ = writeln!(lines, "balance = \"{balance}\"");
-    }
-    let limit = first.iter().all(|(_, limit, _)| *limit == first[0].1).then_some(first[0].1);
-    match limit.and_then(|limit| limit.parse::<u32>().ok()) {
-        Some(0) => {}
-        Some(limit) => {
-            let _ = writeln!(lines, "max_connections_per_target = {limit}");
-        }
-        None => notes.lost(
+    let limit = first[0].1;
+    let limit = if first.iter().all(|(_, other, _)| *other == limit) { limit.parse().ok() } else { None };
+    if limit.is_none() {
+        notes.lost(
             &block.place,
             format!("`max_conns` of `{name}` is not carried over: it is one number for all targets"),
-        ),
+        );
     }
-    let targets: Vec<String> = first.into_iter().map(|(target, ..)| target).collect();
-    Some(Members { is_hashed: balance == "hash" && targets.len() > 1, targets, lines })
+    let targets = first.into_iter().map(|(target, ..)| target).collect();
+    Some(Members { targets, balance, max_connections: limit.unwrap_or(0) })
 }

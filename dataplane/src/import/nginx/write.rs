@@ -20,7 +20,7 @@ use super::access::{Lists, everybody};
 use super::names::Key;
 use super::server::PREREAD_TIMEOUT;
 use super::stream::Stream;
-use super::upstream::{is_name, target};
+use super::upstream::{Members, is_name};
 use crate::config::{
     Diagnostic, HostPattern, LARGEST, MOST_BINDS, MOST_LISTENERS, Source, format_duration, parse, shown,
 };
@@ -53,6 +53,14 @@ struct Guard {
     lists: Lists,
 }
 
+/// Names that listeners may tell apart from others.
+struct Pattern {
+    hosts: HostPattern,
+    place: Place,
+    /// Why our configuration cannot have it as it is.
+    unwritable: Option<String>,
+}
+
 /// A route; no upstream: it refuses.
 struct Route {
     hosts: Vec<String>,
@@ -68,6 +76,10 @@ struct Route {
 pub fn write(path: &Path, mut stream: Stream<'_>) -> Result<Imported> {
     let mut patterns = stream.patterns();
     patterns.push((HostPattern::Any, Place { file: path.into(), line: 1 }));
+    let patterns: Vec<Pattern> = patterns
+        .into_iter()
+        .map(|(hosts, place)| Pattern { unwritable: writable(&hosts).err(), hosts, place })
+        .collect();
     let listeners = listeners(&mut stream, &patterns)?;
     let routes = routes(&patterns, &listeners);
     let rest = rest(&mut stream, &listeners);
@@ -103,7 +115,15 @@ pub fn write(path: &Path, mut stream: Stream<'_>) -> Result<Imported> {
     let needed: HashSet<usize> = to_all.chain(routes.iter().filter_map(|route| route.upstream)).collect();
     for (used, name) in uses.iter().zip(&names).enumerate().filter(|(at, _)| needed.contains(at)).map(|(_, both)| both)
     {
-        let _ = write!(toml, "\n[upstreams.{}]\n{}", quoted_key(name), used.members.table());
+        let Members { targets, balance, max_connections } = &used.members;
+        let texts: Vec<_> = targets.iter().map(|target| &target.text).collect();
+        let _ = writeln!(toml, "\n[upstreams.{}]\ntargets = {}", quoted_key(name), list(&texts));
+        if targets.len() > 1 {
+            let _ = writeln!(toml, "balance = \"{balance}\"");
+        }
+        if *max_connections > 0 {
+            let _ = writeln!(toml, "max_connections_per_target = {max_connections}");
+        }
         if used.send_proxy {
             toml += "send_proxy = \"v1\"\n";
         }
@@ -144,7 +164,7 @@ fn checked(path: &Path, toml: String, notes: Vec<Note>, told: impl Fn(&[Note]) -
 }
 
 /// The listeners of all addresses; addresses with the same ways and guards are one.
-fn listeners(stream: &mut Stream<'_>, patterns: &[(HostPattern, Place)]) -> Result<Vec<Listener>> {
+fn listeners(stream: &mut Stream<'_>, patterns: &[Pattern]) -> Result<Vec<Listener>> {
     let mut of_group: HashMap<usize, Option<(Way, Arc<Guard>)>> = HashMap::new();
     let mut questions = 0;
     let mut found: Vec<(SocketAddr, usize, Way, Arc<Guard>)> = Vec::new();
@@ -200,85 +220,89 @@ fn listeners(stream: &mut Stream<'_>, patterns: &[(HostPattern, Place)]) -> Resu
 }
 
 /// What becomes of the connections of a group. `None`: nothing, and why was told.
-fn group(stream: &mut Stream<'_>, index: usize, patterns: &[(HostPattern, Place)]) -> Option<(Way, Arc<Guard>)> {
+fn group(stream: &mut Stream<'_>, index: usize, patterns: &[Pattern]) -> Option<(Way, Arc<Guard>)> {
     let group = stream.group(index);
     let guard = group.guard.as_ref()?;
-    let server = &stream.servers[group.default];
-    let (place, named, preread) = (server.place, !server.names.is_empty(), server.preread);
-    let nameless = stream.decide(index, Key::Nameless);
-    let mut ways: Vec<Option<usize>> =
-        patterns.iter().map(|(pattern, _)| stream.decide(index, Key::of(pattern))).collect();
-    let way = match nameless {
-        Some(all) if ways.iter().all(|way| *way == Some(all)) => {
-            if preread || named {
-                let message = format!(
-                    "every connection goes to `{}`, whatever its name: carried over as mode \"tcp\"; a listener of mode \"tls\" with routes would let listed names through alone",
-                    stream.uses[all].name
-                );
-                stream.notes.changed(place, message);
-            }
-            Way::All(all)
-        }
-        _ => {
-            for (way, (pattern, place)) in ways.iter_mut().zip(patterns) {
-                if let (Some(_), Err(why)) = (*way, writable(pattern)) {
-                    stream.notes.lost(place, format!("`{pattern}` is not carried over: {why}"));
-                    *way = None;
-                }
-            }
-            if patterns.is_empty() {
-                stream
-                    .notes
-                    .changed(place, "no connection that comes here is forwarded, so there is no listener for it");
-                return None;
-            }
-            if ways.iter().all(Option::is_none) {
-                stream.notes.lost(place, "this server is not carried over: none of its destinations could be");
-                return None;
-            }
-            let others = stream.place_of_others(index);
-            if let Some(Some(all)) = ways.last() {
-                let message = format!(
-                    "every name that is not listed goes to `{}`, as before: list the names that are meant and remove the route of \"*\"",
-                    stream.uses[*all].name
-                );
-                stream.notes.changed(others, message);
-            }
-            if let Some(all) = nameless {
-                let message = format!(
-                    "clients without a server name, and those that do not speak TLS, are refused; nginx sent them to `{}`",
-                    stream.uses[all].name
-                );
-                stream.notes.lost(others, message);
-            }
-            Way::ByName(ways)
-        }
-    };
-    let accept_proxy = match (group.proxy_protocol, guard.trusted.is_empty()) {
-        (false, _) => Vec::new(),
-        (true, false) => {
-            if let Way::All(upstream) = way
-                && !stream.uses[upstream].send_proxy
-            {
-                let message = "this server is not carried over: nginx takes away the PROXY header of a peer that it does not believe; here it would reach the target as if it came from this machine";
-                stream.notes.lost(place, message);
-                return None;
-            }
-            let message = "PROXY headers are asked for and believed from `set_real_ip_from` alone; other peers must send none, nginx asks everybody for one";
-            stream.notes.lost(place, message);
-            let mut networks = guard.trusted.clone();
-            networks.sort();
-            networks.dedup();
-            networks
-        }
-        (true, true) => {
-            let message = "every client must send a PROXY header here, and is believed: put the addresses of the proxies in front into `accept_proxy`";
-            stream.notes.changed(place, message);
-            everybody().into()
-        }
-    };
+    let way = way(stream, index, patterns)?;
+    let place = stream.servers[group.default].place;
+    let accept_proxy =
+        if group.proxy_protocol { accept_proxy(stream, &guard.trusted, &way, place)? } else { Vec::new() };
     let lists = guard.access.lists().unwrap_or_else(|| Lists { allow: Vec::new(), deny: everybody().into() });
     Some((way, Arc::new(Guard { accept_proxy, lists })))
+}
+
+/// Where the connections of a group go. `None`: nowhere, and why was told.
+fn way(stream: &mut Stream<'_>, index: usize, patterns: &[Pattern]) -> Option<Way> {
+    let server = &stream.servers[stream.group(index).default];
+    let (place, looks_at_names) = (server.place, server.preread || !server.names.is_empty());
+    let nameless = stream.decide(index, Key::Nameless);
+    let mut ways: Vec<Option<usize>> =
+        patterns.iter().map(|pattern| stream.decide(index, Key::of(&pattern.hosts))).collect();
+    if let Some(all) = nameless
+        && ways.iter().all(|way| *way == Some(all))
+    {
+        if looks_at_names {
+            let message = format!(
+                "every connection goes to `{}`, whatever its name: carried over as mode \"tcp\"; a listener of mode \"tls\" with routes would let listed names through alone",
+                stream.uses[all].name
+            );
+            stream.notes.changed(place, message);
+        }
+        return Some(Way::All(all));
+    }
+    for (way, Pattern { hosts, place, unwritable }) in ways.iter_mut().zip(patterns) {
+        if let (Some(_), Some(why)) = (*way, unwritable) {
+            stream.notes.lost(place, format!("`{hosts}` is not carried over: {why}"));
+            *way = None;
+        }
+    }
+    if patterns.is_empty() {
+        stream.notes.changed(place, "no connection that comes here is forwarded, so there is no listener for it");
+        return None;
+    }
+    if ways.iter().all(Option::is_none) {
+        stream.notes.lost(place, "this server is not carried over: none of its destinations could be");
+        return None;
+    }
+    let others = stream.place_of_others(index);
+    if let Some(Some(all)) = ways.last() {
+        let message = format!(
+            "every name that is not listed goes to `{}`, as before: list the names that are meant and remove the route of \"*\"",
+            stream.uses[*all].name
+        );
+        stream.notes.changed(others, message);
+    }
+    if let Some(all) = nameless {
+        let message = format!(
+            "clients without a server name, and those that do not speak TLS, are refused; nginx sent them to `{}`",
+            stream.uses[all].name
+        );
+        stream.notes.lost(others, message);
+    }
+    Some(Way::ByName(ways))
+}
+
+/// Whose PROXY headers are believed where nginx asks every client for one. `None`: that cannot be
+/// carried over, and why was told.
+fn accept_proxy(stream: &mut Stream<'_>, trusted: &[IpNet], way: &Way, place: &Place) -> Option<Vec<IpNet>> {
+    if trusted.is_empty() {
+        let message = "every client must send a PROXY header here, and is believed: put the addresses of the proxies in front into `accept_proxy`";
+        stream.notes.changed(place, message);
+        return Some(everybody().into());
+    }
+    if let Way::All(upstream) = way
+        && !stream.uses[*upstream].send_proxy
+    {
+        let message = "this server is not carried over: nginx takes away the PROXY header of a peer that it does not believe; here it would reach the target as if it came from this machine";
+        stream.notes.lost(place, message);
+        return None;
+    }
+    let message = "PROXY headers are asked for and believed from `set_real_ip_from` alone; other peers must send none, nginx asks everybody for one";
+    stream.notes.lost(place, message);
+    let mut networks = trusted.to_vec();
+    networks.sort();
+    networks.dedup();
+    Some(networks)
 }
 
 /// Whether our configuration reads a pattern as it is.
@@ -327,7 +351,7 @@ fn without_clashes(stream: &mut Stream<'_>, found: &[(SocketAddr, usize, Way, Ar
 }
 
 /// The routes of all listeners that look at names.
-fn routes(patterns: &[(HostPattern, Place)], listeners: &[Listener]) -> Vec<Route> {
+fn routes(patterns: &[Pattern], listeners: &[Listener]) -> Vec<Route> {
     let by_name: Vec<(usize, &[Option<usize>])> = listeners
         .iter()
         .enumerate()
@@ -345,7 +369,7 @@ fn routes(patterns: &[(HostPattern, Place)], listeners: &[Listener]) -> Vec<Rout
         });
         routes[index].hosts.push(host);
     };
-    for (at, (pattern, _)) in patterns.iter().enumerate() {
+    for (at, Pattern { hosts, .. }) in patterns.iter().enumerate() {
         let mut to: Vec<(usize, Vec<usize>)> = Vec::new();
         for (listener, ways) in &by_name {
             let Some(upstream) = ways[at] else { continue };
@@ -355,12 +379,12 @@ fn routes(patterns: &[(HostPattern, Place)], listeners: &[Listener]) -> Vec<Rout
             }
         }
         // A name that is refused has an entry of its own: a wider pattern may come later.
-        if to.is_empty() && *pattern != HostPattern::Any && !by_name.is_empty() {
-            add(pattern.to_string(), Vec::new(), None);
+        if to.is_empty() && *hosts != HostPattern::Any && !by_name.is_empty() {
+            add(hosts.to_string(), Vec::new(), None);
         }
         for (upstream, listeners) in to {
             let all = listeners.len() == by_name.len();
-            add(pattern.to_string(), if all { Vec::new() } else { listeners }, Some(upstream));
+            add(hosts.to_string(), if all { Vec::new() } else { listeners }, Some(upstream));
         }
     }
     routes
@@ -391,8 +415,7 @@ fn rest(stream: &mut Stream<'_>, listeners: &[Listener]) -> String {
         let own = used.iter().map(|index| stream.servers[*index].preread_timeout.unwrap_or(PREREAD_TIMEOUT));
         limit(&mut out, "hello_timeout", own.max().unwrap_or_default(), Duration::from_secs(3600));
     }
-    let asked = stream.uses.iter().flat_map(|used| &used.members.targets).filter_map(|text| target(text).ok());
-    if asked.into_iter().any(|target| is_name(&target)) {
+    if stream.uses.iter().flat_map(|used| &used.members.targets).any(is_name) {
         out += &resolver(stream);
     }
     let taken = |port: u16| listeners.iter().flat_map(|l| &l.binds).any(|bind| bind.port() == port);
@@ -491,6 +514,6 @@ fn quoted_key(name: &str) -> String {
 }
 
 /// A list of texts.
-pub fn list<T: ToString>(items: &[T]) -> String {
+fn list<T: ToString>(items: &[T]) -> String {
     format!("[{}]", items.iter().map(|item| quoted(&item.to_string())).collect::<Vec<_>>().join(", "))
 }
