@@ -1,6 +1,8 @@
 //! Medians, paired differences and ratios, and how sure one can be of them. Pure.
 
 use serde::{Deserialize, Serialize};
+// The crate, not the module below.
+use ::tests::random::Random;
 
 /// Resamples of a bootstrap.
 const RESAMPLES: usize = 4000;
@@ -83,19 +85,6 @@ fn median(sorted: &[f64]) -> Option<f64> {
     let middle = sorted.len() / 2;
     let upper = *sorted.get(middle)?;
     Some(if sorted.len().is_multiple_of(2) { f64::midpoint(sorted[middle - 1], upper) } else { upper })
-}
-
-/// SplitMix64 (Steele, Lea, Flood 2014).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) % limit as u64) as usize
-    }
 }
 
 #[cfg(test)]

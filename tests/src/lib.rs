@@ -19,6 +19,7 @@ pub mod forge;
 pub mod golang;
 pub mod netns;
 pub mod peers;
+pub mod random;
 pub mod rig;
 pub mod stream;
 pub mod systemd;

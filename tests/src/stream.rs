@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::SockRef;
 
+use crate::random::splitmix64;
+
 /// The period of a pattern, a prime: no buffer or pipe has a size that divides it, so what is lost,
 /// doubled or swapped shows.
 const PERIOD: usize = 4_194_301;
@@ -22,19 +24,11 @@ const RUN: usize = 256 << 10;
 static TABLE: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let mut table = Vec::with_capacity(PERIOD + RUN);
     for n in 0..PERIOD as u64 {
-        table.push(mix(n) as u8);
+        table.push(splitmix64(n) as u8);
     }
     table.extend_from_within(..RUN);
     table
 });
-
-/// SplitMix64's finaliser.
-fn mix(n: u64) -> u64 {
-    let z = n.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
 
 /// How a stream ended for its reader.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,7 +54,7 @@ impl Pattern {
 
     /// The bytes from `position` on, as many as `len` or 256 KiB.
     pub fn at(self, position: u64, len: u64) -> &'static [u8] {
-        let start = ((mix(self.0 ^ 0xdead_beef) % PERIOD as u64 + position) % PERIOD as u64) as usize;
+        let start = ((splitmix64(self.0 ^ 0xdead_beef) % PERIOD as u64 + position) % PERIOD as u64) as usize;
         &TABLE[start..start + len.min(RUN as u64) as usize]
     }
 

@@ -13,6 +13,7 @@ use tests::beside_others;
 use tests::daemon::{Daemon, binary};
 use tests::netns::{CLIENT, ENTRANCE, Net};
 use tests::peers::{Peer, Program, directory};
+use tests::random::Random;
 use tests::rig::Server;
 use tests::stream::client_hello;
 
@@ -322,16 +323,12 @@ fn names_go_where_nginx_sends_them_or_are_refused_and_said() {
     assert!(wrong.is_empty(), "{wrong}If this is right: UPDATE_GOLDEN=1 cargo test -p tests --test import");
 }
 
-/// Numbers that look like chance: `SplitMix64`.
-struct Numbers(u64);
+/// Choices that are the same for the same seed.
+struct Choice(Random);
 
-impl Numbers {
+impl Choice {
     fn below(&mut self, end: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) % end as u64) as usize
+        self.0.below(end)
     }
 
     fn one_of<'t>(&mut self, items: &[&'t str]) -> &'t str {
@@ -344,7 +341,7 @@ impl Numbers {
 }
 
 /// A configuration of the grammar that the import knows.
-fn made_up(numbers: &mut Numbers) -> String {
+fn made_up(choice: &mut Choice) -> String {
     const NAMES: &[&str] = &["a.x.test", "b.x.test", "c.a.x.test", "x.test", "y.test", "a.y.test"];
     const WILDCARDS: &[&str] = &[
         "*.x.test",
@@ -373,40 +370,40 @@ fn made_up(numbers: &mut Numbers) -> String {
     let mut text = String::from(
         "events {}\nstream {\nupstream one { server 10.9.71.1:443; }\nupstream two { server 10.9.71.2:443; server 10.9.71.2:443; }\nupstream gone { server 10.9.71.3:443 down; }\n",
     );
-    if numbers.some(50) {
+    if choice.some(50) {
         text += "ssl_preread on;\n";
     }
     for map in ["m", "n"] {
         let _ = writeln!(text, "map $ssl_preread_server_name ${map} {{ hostnames;");
         let mut seen = BTreeSet::new();
-        for _ in 0..numbers.below(7) {
-            let key = if numbers.some(50) { numbers.one_of(NAMES) } else { numbers.one_of(WILDCARDS) };
+        for _ in 0..choice.below(7) {
+            let key = if choice.some(50) { choice.one_of(NAMES) } else { choice.one_of(WILDCARDS) };
             // nginx takes `.x` beside `x` or `*.x` for a conflict.
             if seen.insert(key.trim_start_matches("*.").trim_start_matches('.')) {
                 // A hop to itself would go round in a circle.
-                let value = numbers.one_of(if map == "m" { VALUES } else { &VALUES[1..] });
+                let value = choice.one_of(if map == "m" { VALUES } else { &VALUES[1..] });
                 let _ = writeln!(text, "  {key} \"{value}\";");
             }
         }
-        if numbers.some(50) {
-            let _ = writeln!(text, "  default \"{}\";", numbers.one_of(&VALUES[1..]));
+        if choice.some(50) {
+            let _ = writeln!(text, "  default \"{}\";", choice.one_of(&VALUES[1..]));
         }
         text += "}\n";
     }
-    for server in 0..=numbers.below(5) {
+    for server in 0..=choice.below(5) {
         text += "server { ";
         for port in [443, 8443] {
-            if server == 0 || numbers.some(60) {
+            if server == 0 || choice.some(60) {
                 let _ = write!(text, "listen {port}; ");
             }
         }
         if !text.ends_with("; ") {
             text += "listen 7443; ";
         }
-        if numbers.some(70) {
+        if choice.some(70) {
             let mut seen = BTreeSet::new();
-            let named: Vec<&str> = (0..=numbers.below(2))
-                .map(|_| if numbers.some(60) { numbers.one_of(NAMES) } else { numbers.one_of(&WILDCARDS[..5]) })
+            let named: Vec<&str> = (0..=choice.below(2))
+                .map(|_| if choice.some(60) { choice.one_of(NAMES) } else { choice.one_of(&WILDCARDS[..5]) })
                 .collect();
             let named: Vec<&str> = named
                 .into_iter()
@@ -414,23 +411,23 @@ fn made_up(numbers: &mut Numbers) -> String {
                 .collect();
             let _ = write!(text, "server_name {}; ", named.join(" "));
         }
-        if numbers.some(30) {
-            let _ = write!(text, "ssl_preread {}; ", numbers.one_of(&["on", "off"]));
+        if choice.some(30) {
+            let _ = write!(text, "ssl_preread {}; ", choice.one_of(&["on", "off"]));
         }
-        if numbers.some(20) {
-            text += numbers.one_of(&[
+        if choice.some(20) {
+            text += choice.one_of(&[
                 "deny all; ",
                 "allow 192.168.7.0/24; deny all; ",
                 "allow 192.168.7.9; deny 192.168.7.0/24; ",
             ]);
         }
-        if numbers.some(15) {
+        if choice.some(15) {
             text += "proxy_protocol on; ";
         }
         let _ = writeln!(
             text,
             "proxy_pass {}; }}",
-            numbers.one_of(&["$m", "$n", "one", "two", "10.9.70.4:443", "127.0.0.1:9001"])
+            choice.one_of(&["$m", "$n", "one", "two", "10.9.70.4:443", "127.0.0.1:9001"])
         );
     }
     let mut hop = |text: &mut String, port: u16, rest: &str| {
@@ -441,8 +438,8 @@ fn made_up(numbers: &mut Numbers) -> String {
             "set_real_ip_from 127.0.0.1; proxy_protocol on; ",
             "set_real_ip_from 127.0.0.1; deny 192.168.7.9; ",
         ];
-        let headers = if numbers.some(60) { headers[0] } else { numbers.one_of(&headers) };
-        let listen = if numbers.some(30) { " proxy_protocol" } else { "" };
+        let headers = if choice.some(60) { headers[0] } else { choice.one_of(&headers) };
+        let listen = if choice.some(30) { " proxy_protocol" } else { "" };
         let _ = writeln!(text, "server {{ listen 127.0.0.1:{port}{listen}; {headers}{rest} }}");
     };
     hop(&mut text, 9001, "ssl_preread on; proxy_pass $n;");
@@ -456,7 +453,7 @@ fn names_of_made_up_configurations_go_where_nginx_sends_them_or_nowhere() {
     let mut site = Site::new();
     let count = std::env::var("DATAPLANE_TEST_IMPORTS").map_or(MADE_UP, |count| count.parse().expect("a number"));
     for seed in 0..count {
-        let text = made_up(&mut Numbers(seed));
+        let text = made_up(&mut Choice(Random(seed)));
         let file = site.net.file(&format!("made-up-{seed}.conf"), &text);
         site.compare(&format!("seed {seed}"), &text, &file);
     }
