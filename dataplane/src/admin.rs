@@ -8,7 +8,7 @@ use std::io;
 use std::net::TcpListener as StdTcpListener;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener as StdUnixListener, UnixStream as StdUnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -21,7 +21,8 @@ use axum::{Json, Router};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 
 use crate::bounded_server::{self, Bounds};
 use crate::config::Mode;
@@ -34,14 +35,25 @@ use crate::source::follow::ReloadRequest;
 struct App {
     shared: Arc<Shared>,
     reload: mpsc::Sender<ReloadRequest>,
+    upgrade: mpsc::Sender<UpgradeRequest>,
 }
 
-/// The bound sockets.
-pub struct Sockets {
-    /// For Prometheus and health checks; `None` when this machine does not have the address yet.
-    pub tcp: Option<StdTcpListener>,
-    /// For the command line; `None` when it could not be made.
-    pub unix: Option<StdUnixListener>,
+/// Asked by an operator: another process is to take over.
+pub struct UpgradeRequest {
+    /// What it is to run; `None`: what lies where this process's program lay.
+    pub program: Option<PathBuf>,
+    /// Where to send the outcome.
+    pub answer: oneshot::Sender<Result<String, String>>,
+}
+
+/// What is asked of the admin thread.
+pub enum Order {
+    /// Serve metrics and health there.
+    Public(StdTcpListener),
+    /// Take commands there.
+    Control(StdUnixListener),
+    /// Stop accepting, finish the answers that are under way, and say so.
+    Finish(oneshot::Sender<()>),
 }
 
 /// Connections to metrics and health at a time, and to the control socket.
@@ -53,38 +65,52 @@ const PUBLIC: Bounds = Bounds { connections: AT_A_TIME, age: Duration::from_secs
 const CONTROL: Bounds =
     Bounds { connections: AT_A_TIME, age: Duration::from_secs(30), grace: Duration::from_secs(3600) };
 
-/// Serves until the process ends. Where `[admin] bind` could not be bound yet, its socket may be
-/// sent later.
+/// Starts the thread, which serves where it is told to.
 pub fn start(
     shared: Arc<Shared>,
-    sockets: Sockets,
     reload: mpsc::Sender<ReloadRequest>,
-) -> io::Result<mpsc::UnboundedSender<StdTcpListener>> {
+    upgrade: mpsc::Sender<UpgradeRequest>,
+) -> io::Result<mpsc::UnboundedSender<Order>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let (later, mut bound) = mpsc::unbounded_channel();
-    if let Some(tcp) = sockets.tcp {
-        let _ = later.send(tcp);
-    }
+    let (orders, inbox) = mpsc::unbounded_channel();
     std::thread::Builder::new().name("admin".into()).spawn(move || {
-        let app = App { shared, reload };
-        let outcome = runtime.block_on(async {
-            let public = public(app.clone());
-            if let Some(unix) = sockets.unix {
-                unix.set_nonblocking(true)?;
-                let control = public.clone().merge(control(app));
-                tokio::spawn(bounded_server::serve(UnixListener::from_std(unix)?, control, CONTROL));
-            }
-            while let Some(tcp) = bound.recv().await {
-                tcp.set_nonblocking(true)?;
-                tokio::spawn(bounded_server::serve(TcpListener::from_std(tcp)?, public.clone(), PUBLIC));
-            }
-            io::Result::Ok(())
-        });
-        if let Err(error) = outcome {
+        let app = App { shared, reload, upgrade };
+        if let Err(error) = runtime.block_on(serve(app, inbox)) {
             tracing::error!(%error, "metrics and control ended; forwarding goes on");
         }
     })?;
-    Ok(later)
+    Ok(orders)
+}
+
+async fn serve(app: App, mut orders: mpsc::UnboundedReceiver<Order>) -> io::Result<()> {
+    let public = public(app.clone());
+    let control = public.clone().merge(control(app));
+    let (mut end, _) = watch::channel(false);
+    let mut serving = JoinSet::new();
+    while let Some(order) = orders.recv().await {
+        match order {
+            Order::Public(tcp) => {
+                tcp.set_nonblocking(true)?;
+                let listener = TcpListener::from_std(tcp)?;
+                serving.spawn(bounded_server::serve(listener, public.clone(), PUBLIC, end.subscribe()));
+            }
+            Order::Control(unix) => {
+                unix.set_nonblocking(true)?;
+                let listener = UnixListener::from_std(unix)?;
+                serving.spawn(bounded_server::serve(listener, control.clone(), CONTROL, end.subscribe()));
+            }
+            Order::Finish(finished) => {
+                end.send_replace(true);
+                end = watch::channel(false).0;
+                let ended = std::mem::take(&mut serving).join_all();
+                tokio::spawn(async move {
+                    ended.await;
+                    let _ = finished.send(());
+                });
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Binds the control socket. A socket left behind by a dead daemon is replaced. A live one is not,
@@ -143,6 +169,7 @@ fn control(app: App) -> Router {
         .route("/status", get(|State(app): State<App>| async move { Json(status(&app.shared)) }))
         .route("/connections", get(connections))
         .route("/reload", post(reload))
+        .route("/upgrade", post(upgrade))
         .route("/drain", post(|State(app), Query(query)| async move { set_drained(&app, &query, true) }))
         .route("/undrain", post(|State(app), Query(query)| async move { set_drained(&app, &query, false) }))
         .with_state(app)
@@ -172,13 +199,36 @@ async fn connections(State(app): State<App>) -> Json<Vec<Connection>> {
     Json(app.shared.registry.connections())
 }
 
+/// Where another program lies in the place of ours, it takes over, with the configuration of now.
 async fn reload(State(app): State<App>) -> (StatusCode, String) {
+    if app.shared.program.is_another() {
+        return take_over(&app, None).await;
+    }
     let (outcome, answer) = oneshot::channel();
-    let asked = app.reload.send(outcome).await;
-    match (asked, answer.await) {
-        (Ok(()), Ok(Ok(text))) => (StatusCode::OK, text),
-        (Ok(()), Ok(Err(text))) => (StatusCode::UNPROCESSABLE_ENTITY, text),
-        _ => (StatusCode::SERVICE_UNAVAILABLE, "the daemon is stopping\n".to_owned()),
+    let _ = app.reload.send(outcome).await;
+    said(answer).await
+}
+
+#[derive(Deserialize)]
+struct Binary {
+    binary: Option<PathBuf>,
+}
+
+async fn upgrade(State(app): State<App>, Query(Binary { binary }): Query<Binary>) -> (StatusCode, String) {
+    take_over(&app, binary).await
+}
+
+async fn take_over(app: &App, program: Option<PathBuf>) -> (StatusCode, String) {
+    let (outcome, answer) = oneshot::channel();
+    let _ = app.upgrade.send(UpgradeRequest { program, answer: outcome }).await;
+    said(answer).await
+}
+
+async fn said(answer: oneshot::Receiver<Result<String, String>>) -> (StatusCode, String) {
+    match answer.await {
+        Ok(Ok(text)) => (StatusCode::OK, text),
+        Ok(Err(text)) => (StatusCode::UNPROCESSABLE_ENTITY, text),
+        Err(_) => (StatusCode::SERVICE_UNAVAILABLE, "the daemon is stopping\n".to_owned()),
     }
 }
 
@@ -237,6 +287,7 @@ fn status(shared: &Shared) -> Value {
                 "interval": repository.interval.as_secs_f64(),
             })),
         },
+        "handover": shared.lineage.descent(),
         "shortages": shared.metrics.shortages.describe(),
         "waiting": shared.waiting.lock().expect("no panic while held").iter().map(|waiting| json!({
             "address": waiting.addr.to_string(),

@@ -139,6 +139,19 @@ impl Admission {
         entered.is_ok().then(|| Permit(self.clone()))
     }
 
+    /// A permit for a connection that another process let in: beyond the most, if it has to be.
+    pub fn adopt(self: &Arc<Self>) -> Permit {
+        self.open.fetch_add(1, SeqCst);
+        Permit(self.clone())
+    }
+
+    /// The same among its client's.
+    pub fn adopt_client(self: &Arc<Self>, client: IpAddr) -> ClientPermit {
+        let client = client_key(client);
+        *self.clients.lock().expect("no panic while held").entry(client).or_insert(0) += 1;
+        ClientPermit { admission: self.clone(), client }
+    }
+
     /// A permit; where all are taken, the oldest connection that has not sent its hello gives way,
     /// and this waits until it is gone. `None`: none is left that could.
     pub async fn enter_or_displace(self: &Arc<Self>) -> Option<Permit> {

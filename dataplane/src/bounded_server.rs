@@ -14,6 +14,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{sleep, timeout};
 
@@ -57,12 +58,17 @@ impl Listen for UnixListener {
     }
 }
 
-/// Serves until it is dropped.
-pub async fn serve(listener: impl Listen, router: Router, bounds: Bounds) {
+/// Serves until `end` says so, then finishes the answers that are under way.
+pub async fn serve(listener: impl Listen, router: Router, bounds: Bounds, mut end: watch::Receiver<bool>) {
     let mut open = JoinSet::new();
     let mut oldest: VecDeque<AbortHandle> = VecDeque::new();
     loop {
-        let stream = match listener.accept().await {
+        let accepted = tokio::select! {
+            biased;
+            _ = end.wait_for(|end| *end) => break,
+            accepted = listener.accept() => accepted,
+        };
+        let stream = match accepted {
             Ok(stream) => stream,
             Err(error) => {
                 tracing::debug!(%error, "admin");
@@ -77,21 +83,31 @@ pub async fn serve(listener: impl Listen, router: Router, bounds: Bounds) {
         {
             first.abort();
         }
-        oldest.push_back(open.spawn(connection(stream, router.clone(), bounds)));
+        oldest.push_back(open.spawn(connection(stream, router.clone(), bounds, end.clone())));
     }
+    drop(listener);
+    open.join_all().await;
 }
 
-async fn connection(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, router: Router, bounds: Bounds) {
+async fn connection(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    router: Router,
+    bounds: Bounds,
+    mut end: watch::Receiver<bool>,
+) {
     let served = http1::Builder::new()
         .max_buf_size(BUFFER)
         .header_read_timeout(HEAD)
         .timer(TokioTimer::new())
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
     let mut served = pin!(served);
-    if timeout(bounds.age, served.as_mut()).await.is_err() {
-        served.as_mut().graceful_shutdown();
-        let _ = timeout(bounds.grace, served).await;
+    tokio::select! {
+        _ = served.as_mut() => return,
+        () = sleep(bounds.age) => {}
+        _ = end.wait_for(|end| *end) => {}
     }
+    served.as_mut().graceful_shutdown();
+    let _ = timeout(bounds.grace, served).await;
 }
 
 #[cfg(test)]
@@ -106,7 +122,11 @@ mod tests {
     async fn server(bounds: Bounds) -> std::net::SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let at = listener.local_addr().unwrap();
-        tokio::spawn(serve(listener, Router::new().route("/x", get(|| async { "hello" })), bounds));
+        let (end, ends) = watch::channel(false);
+        tokio::spawn(async move {
+            serve(listener, Router::new().route("/x", get(|| async { "hello" })), bounds, ends).await;
+            drop(end);
+        });
         at
     }
 

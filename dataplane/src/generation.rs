@@ -8,14 +8,17 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use serde::{Deserialize, Serialize};
+
 use crate::config::{Config, Mode};
 use crate::engine::Selection;
 use crate::listen::metrics::ListenerMetrics;
 use crate::metrics::Metrics;
 use crate::registry::metrics::RouteMetrics;
 use crate::route::{Pattern, Table};
-use crate::upstream::Pool;
+use crate::upstream::handover::{self, UpstreamsState};
 use crate::upstream::inventory::Inventory;
+use crate::upstream::{Lease, Pool};
 
 pub struct Generation {
     /// What the owner wrote.
@@ -52,7 +55,8 @@ pub struct Destination {
 }
 
 /// What let a connection through.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Listed {
     /// Its listener has mode `tcp`.
     ByListener,
@@ -110,6 +114,28 @@ impl Generation {
             Listed::ByListener => matches!(self.config.listeners[index].mode, Mode::Tcp { .. }),
             Listed::ByRoute(pattern) => server_name.is_some_and(|name| self.table.lists(index, name, pattern)),
         }
+    }
+
+    /// What is known of targets, for a successor.
+    pub fn upstreams_state(&self) -> UpstreamsState {
+        handover::export(&self.pools, &self.inventory)
+    }
+
+    /// Takes over what a predecessor knew of targets; before anything else is done with them.
+    pub fn restore(&self, state: &UpstreamsState) {
+        handover::restore(&self.pools, state);
+    }
+
+    /// The place of a connection that another process had at a target, which may be gone from the
+    /// configuration by now. `counts`: among the target's connections.
+    pub fn adopt(&self, upstream: &Arc<str>, target: &Arc<str>, counts: bool) -> Lease {
+        let pool = self.pools.iter().find(|pool| pool.config.name == *upstream);
+        let lease = pool.and_then(|pool| pool.adopt(target));
+        let mut lease = lease.unwrap_or_else(|| Lease::orphan(upstream, target));
+        if !counts {
+            lease.give_up_place();
+        }
+        lease
     }
 
     /// The destination of a route.

@@ -24,6 +24,7 @@ pub mod rejection_log;
 
 pub mod config;
 pub mod generation;
+pub mod handover;
 pub mod import;
 pub mod shared;
 pub mod shortages;
@@ -38,6 +39,8 @@ pub mod doctor;
 pub mod logging;
 pub mod machine_memory;
 pub mod metrics;
+pub mod moment;
+pub mod parking;
 pub mod register;
 pub mod systemd;
 

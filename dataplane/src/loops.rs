@@ -87,6 +87,11 @@ impl InFlight {
         self.enter(mark.into(), id, most)
     }
 
+    /// Remembers one that was let in and sent by another process.
+    pub fn adopt(self: &Arc<Self>, mark: Mark, id: u64) -> Guard {
+        Guard { all: self.clone(), mark, id }
+    }
+
     /// `most`: how often the mark may be under way.
     fn enter(self: &Arc<Self>, mark: Mark, id: u64, most: usize) -> Result<Guard, Arc<Target>> {
         if let Some(flights) = self.shard(&mark).get_mut(&mark) {
@@ -114,6 +119,11 @@ pub struct Guard {
 }
 
 impl Guard {
+    /// What tells it from all others.
+    pub fn mark(&self) -> Mark {
+        self.mark
+    }
+
     /// It is about to be sent to this target.
     pub fn sent(&self, target: &Arc<Target>, traffic: &Arc<Traffic>) {
         let flight = Flight { id: self.id, target: target.clone(), traffic: Arc::downgrade(traffic) };

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use crate::engine::EngineMetrics;
+use crate::handover::metrics::HandoverMetrics;
 use crate::listen::metrics::ListenMetrics;
 use crate::register::Register;
 use crate::registry::metrics::RegistryMetrics;
@@ -19,6 +20,8 @@ pub struct Metrics {
     pub upstreams: UpstreamMetrics,
     pub engine: EngineMetrics,
     pub config: ConfigMetrics,
+    /// Of what was taken over.
+    pub handover: HandoverMetrics,
     /// What this machine has run out of.
     pub shortages: Arc<Shortages>,
 }
@@ -34,6 +37,7 @@ impl Metrics {
             upstreams: UpstreamMetrics::new(&register, shortages.clone()),
             engine: EngineMetrics::new(&register),
             config: ConfigMetrics::new(&register),
+            handover: HandoverMetrics::new(&register),
             shortages,
             register,
         }

@@ -8,6 +8,8 @@
 
 use std::collections::HashMap;
 
+use serde::{Deserialize, Serialize};
+
 use crate::config::{Action, Config, HostPattern};
 use crate::reject::Reason;
 
@@ -58,7 +60,8 @@ pub enum By<'a> {
 }
 
 /// [`By`] without the name, for whoever keeps that.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Pattern {
     /// The name itself is listed.
     Exact,

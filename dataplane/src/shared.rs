@@ -12,8 +12,11 @@ use rustix::io::Errno;
 
 use crate::admission::Admission;
 use crate::generation::Generation;
+use crate::handover::Lineage;
+use crate::handover::program::Program;
 use crate::loops::InFlight;
 use crate::metrics::Metrics;
+use crate::parking::Parking;
 use crate::registry::Registry;
 use crate::rejection_log::RejectionLog;
 
@@ -23,6 +26,8 @@ pub struct Shared {
     pub metrics: Metrics,
     pub registry: Arc<Registry>,
     pub admission: Arc<Admission>,
+    /// Where connections stop for another process to go on with them.
+    pub parking: Parking,
     /// Hellos of the connections that there are.
     pub in_flight: Arc<InFlight>,
     /// Which refusals are logged.
@@ -35,6 +40,10 @@ pub struct Shared {
     pub waiting: Mutex<Vec<Waiting>>,
     /// How the configuration and its source are.
     pub load: Mutex<LoadStatus>,
+    /// Who was in charge before.
+    pub lineage: Lineage,
+    /// What this process runs.
+    pub program: Program,
     /// When the daemon started.
     pub started: Instant,
     /// Numbers the connections, for UNIQUE_ID.

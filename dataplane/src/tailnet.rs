@@ -50,7 +50,7 @@ pub struct View {
 }
 
 /// Another node.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Peer {
     /// Its MagicDNS name in full, in lower case, without the last dot.
     pub name: String,
@@ -67,7 +67,7 @@ pub struct Peer {
 }
 
 /// The way that packets take to a peer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Way {
     /// UDP from machine to machine.

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Output, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -132,11 +132,15 @@ pub struct Limits {
     pub files: Option<u64>,
     /// Bytes of a control group of its own.
     pub memory: Option<u64>,
+    /// There is no service manager to tell anything.
+    pub alone: bool,
 }
 
 /// A running daemon; killed when dropped.
 pub struct Daemon {
     process: Process,
+    /// The process in charge: the first one, or the last successor.
+    in_charge: Arc<AtomicU32>,
     host: Host,
     dir: PathBuf,
     /// It has told systemd so.
@@ -178,6 +182,10 @@ impl Drop for MemoryGroup {
     fn drop(&mut self) {
         let _ = within(PATIENCE, || std::fs::remove_dir(&self.0).ok());
     }
+}
+
+fn as_pid(pid: u32) -> Pid {
+    Pid::from_raw(pid as i32).expect("a process id")
 }
 
 impl Daemon {
@@ -222,15 +230,20 @@ impl Daemon {
                 std::os::unix::fs::chown(path, Some(user), Some(user)).expect("chown");
             }
         }
+        rustix::process::set_child_subreaper(Some(rustix::process::getpid())).expect("prctl");
         let mut command = Command::new(binary());
         command
             .args(["run", "--log-format", "json", "--config"])
             .arg(&file)
-            .env("NOTIFY_SOCKET", &notify_path)
             .env("GIT_SSL_CAINFO", crate::forge::authority(net.dir()))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
+        if limits.alone {
+            command.env_remove("NOTIFY_SOCKET");
+        } else {
+            command.env("NOTIFY_SOCKET", &notify_path);
+        }
         if let Some(user) = limits.user {
             command.uid(user).gid(user);
         }
@@ -258,9 +271,10 @@ impl Daemon {
                 sink.lock().expect("no panic while held").push(line);
             }
         });
+        let in_charge = Arc::new(AtomicU32::new(process.pid()));
         let ready = Arc::new(AtomicBool::new(false));
         let told = Arc::new(Mutex::new(String::new()));
-        let (watcher, status) = (Arc::downgrade(&ready), Arc::clone(&told));
+        let (watcher, status, main) = (Arc::downgrade(&ready), Arc::clone(&told), Arc::clone(&in_charge));
         notify.set_read_timeout(Some(Duration::from_secs(1))).expect("a time limit");
         // Reads for as long as there is a daemon, as systemd does.
         std::thread::spawn(move || {
@@ -272,12 +286,15 @@ impl Daemon {
                 if let Some(text) = text.lines().find_map(|line| line.strip_prefix("STATUS=")) {
                     text.clone_into(&mut status.lock().expect("no panic while held"));
                 }
+                if let Some(pid) = text.lines().find_map(|line| line.strip_prefix("MAINPID=")) {
+                    main.store(pid.parse().expect("a process id"), Relaxed);
+                }
                 if text.lines().any(|line| line == "READY=1") {
                     ready.store(true, Relaxed);
                 }
             }
         });
-        Self { process, host: host.clone(), dir, ready, told, log, _group: group }
+        Self { process, in_charge, host: host.clone(), dir, ready, told, log, _group: group }
     }
 
     /// Waits for READY=1; panics with the log when the daemon ends before that.
@@ -338,16 +355,33 @@ impl Daemon {
         self.log().into_iter().filter(|line| line.contains("\"target\":\"access\"")).collect()
     }
 
+    /// Of the process in charge.
     pub fn pid(&self) -> u32 {
+        self.in_charge.load(Relaxed)
+    }
+
+    /// Has a successor take over; what that printed.
+    #[track_caller]
+    pub fn upgrade(&self) -> String {
+        let before = self.pid();
+        let out = self.cli(&["upgrade"]);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+        assert!(out.status.success(), "{}\n{}", text(&out.stderr), self.log().join("\n"));
+        eventually(PATIENCE, "a successor in charge", || (self.pid() != before).then_some(()));
+        text(&out.stdout)
+    }
+
+    /// Of the process that was started first.
+    pub fn first_pid(&self) -> u32 {
         self.process.pid()
     }
 
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_raw(self.pid() as i32).expect("a process id"), signal).expect("it is our child");
+        kill_process(as_pid(self.pid()), signal).expect("it is our child");
     }
 
-    /// Waits for its end.
+    /// Waits for its end, while no successor has taken over.
     #[track_caller]
     pub fn wait_end(&mut self, limit: Duration) -> ExitStatus {
         let child = self.process.child();
@@ -483,6 +517,12 @@ impl Drop for Daemon {
             let log = self.log();
             let tail = &log[log.len().saturating_sub(30)..];
             eprintln!("--- the daemon's last lines ---\n{}", tail.join("\n"));
+        }
+        let pid = self.pid();
+        if pid != self.process.pid() {
+            // A successor: it has become a child of this process when its predecessor ended.
+            let _ = kill_process(as_pid(pid), Signal::KILL);
+            let _ = rustix::process::waitpid(Some(as_pid(pid)), rustix::process::WaitOptions::empty());
         }
     }
 }

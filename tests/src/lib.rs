@@ -17,6 +17,7 @@ pub mod daemon;
 pub mod documents;
 pub mod forge;
 pub mod golang;
+pub mod load;
 pub mod netns;
 pub mod peers;
 pub mod random;

@@ -9,6 +9,7 @@
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Write as _};
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -19,8 +20,11 @@ use std::time::{Duration, Instant};
 
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-use crate::daemon::binary;
-use crate::netns::Net;
+use crate::daemon::{HOST, binary};
+use crate::eventually;
+use crate::netns::{CLUSTER, Net};
+use crate::rig::{PATIENCE, accept, accept_within, hello, public};
+use crate::stream::{Pattern, client_hello, is_alike, read_to_end};
 
 /// The service's name.
 const UNIT: &str = "dataplane.service";
@@ -184,6 +188,95 @@ impl Drop for Machine {
         self.cgroup.kill();
         let _ = self.nspawn.kill();
         let _ = self.nspawn.wait();
+    }
+}
+
+const PATTERN: Pattern = Pattern::new(13);
+
+/// A machine in the entrance node's place, and an upstream behind it.
+pub struct Node {
+    pub machine: Machine,
+    pub upstream: TcpListener,
+    pub net: Net,
+}
+
+impl Node {
+    /// Booted, the daemon not started.
+    #[track_caller]
+    pub fn booted() -> Self {
+        let net = Net::new();
+        let upstream = net.cluster.listen(&format!("{}:443", CLUSTER[0]));
+        Self { machine: Machine::boot(&net), upstream, net }
+    }
+
+    /// A node whose daemon routes [`HOST`] and runs.
+    #[track_caller]
+    pub fn started() -> Self {
+        let node = Self::booted();
+        node.machine.write(CONFIG, &config(HOST));
+        node.machine.output(&["systemctl", "start", "dataplane"]);
+        node
+    }
+
+    /// A client that has sent its hello.
+    #[track_caller]
+    pub fn says_hello(&self, name: &str) -> TcpStream {
+        let mut client = self.net.client.connect(public()).expect("the daemon accepts");
+        client.write_all(&client_hello(Some(name), &["h2", "http/1.1"])).expect("sent");
+        client
+    }
+
+    /// Both ends of a connection through the daemon.
+    #[track_caller]
+    pub fn pair(&self) -> (TcpStream, TcpStream) {
+        let client = self.says_hello(HOST);
+        let (server, preamble) = accept(&self.upstream, false);
+        assert!(is_alike(&preamble.hello, &hello()));
+        (client, server)
+    }
+
+    /// A connection for this name is forwarded.
+    #[track_caller]
+    pub fn forwards(&self, name: &str) {
+        let client = self.says_hello(name);
+        let (server, _) = accept(&self.upstream, false);
+        works(&(client, server));
+    }
+
+    /// It is not.
+    #[track_caller]
+    pub fn refuses(&self, name: &str) {
+        let (answer, _) = read_to_end(&self.says_hello(name), PATIENCE);
+        assert_eq!(answer.first(), Some(&21), "a TLS alert (RFC 8446 section 6): {answer:02x?}");
+        assert!(accept_within(&self.upstream, Duration::from_millis(50)).is_none(), "{name} reaches the upstream");
+    }
+
+    /// Waits until systemd has started the daemon so often by itself.
+    #[track_caller]
+    pub fn wait_restarts(&self, n: &str) {
+        let machine = &self.machine;
+        eventually(PATIENCE, "systemd starts the daemon again", || {
+            (machine.property("NRestarts") == n && machine.property("ActiveState") == "active").then_some(())
+        });
+    }
+}
+
+/// A configuration that forwards this host.
+pub fn config(host: &str) -> String {
+    format!(
+        "[listeners.public]\nbind = [\"0.0.0.0:443\", \"[::]:443\"]\n\
+         [upstreams.cluster]\ntargets = [\"{}:443\"]\n\
+         [[routes]]\nhosts = [\"{host}\"]\nupstream = \"cluster\"\n",
+        CLUSTER[0]
+    )
+}
+
+/// Verifies a connection, of which both ends are given, each way.
+#[track_caller]
+pub fn works((client, server): &(TcpStream, TcpStream)) {
+    for (from, to) in [(client, server), (server, client)] {
+        PATTERN.send(from, 0, 10_000).expect("sent");
+        PATTERN.receive_exactly(to, 0, 10_000);
     }
 }
 

@@ -10,7 +10,7 @@ use aya::programs::{ProgramInfo, loaded_programs};
 use aya::sys::{Stats, enable_stats};
 use dataplane::engine::sockmap::Table;
 use dataplane::engine::sockmap::programs::{self, Programs};
-use dataplane::engine::{InKernel, Kind, Left, Legs, Outcome, PerSide, StreamState, Timeouts, Traffic};
+use dataplane::engine::{Halt, InKernel, Kind, Left, Legs, Outcome, PerSide, StreamState, Timeouts, Traffic, Unsent};
 use dataplane::metrics::Metrics;
 use rustix::net::sockopt::socket_cookie;
 
@@ -198,12 +198,9 @@ fn a_connection_of_which_only_one_socket_can_be_inserted_goes_on_with_the_relay(
             stream.set_nonblocking(true).expect("fcntl");
             tokio::net::TcpStream::from_std(stream).expect("registered")
         };
-        let legs = Legs {
-            client: tokio_stream(client_near),
-            upstream: tokio_stream(upstream_near),
-            streams: PerSide::new(|_| StreamState::Open),
-        };
-        let Outcome::Left(legs, why) = table.clone().forward(legs, false, timeouts, &traffic).await else {
+        let legs = Legs::new(tokio_stream(client_near), tokio_stream(upstream_near), Unsent::Nothing);
+        let halt = Halt::default();
+        let Outcome::Left(legs, why) = table.clone().forward(legs, false, timeouts, &traffic, &halt).await else {
             panic!("the connection ended");
         };
         assert_eq!((why, legs.streams), (Left::Refused, PerSide::new(|_| StreamState::Open)));

@@ -1,100 +1,15 @@
 //! The daemon as the unit in `dist` runs it, under a real systemd: what an administrator does with
 //! it, and what the hardening leaves it.
 
-use std::io::Write;
-use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 use tests::daemon::HOST;
 use tests::forge::{Forge, HTTPS_PORT, SECRET, SSH_PORT, TOKEN, signature};
-use tests::netns::{CLUSTER, Net};
-use tests::rig::{PATIENCE, accept, accept_within, hello, public};
-use tests::stream::{Pattern, client_hello, read_to_end};
-use tests::systemd::{CONFIG, Machine, install, text};
+use tests::netns::CLUSTER;
+use tests::rig::{PATIENCE, public};
+use tests::systemd::{CONFIG, Node, config, install, text, works};
 use tests::{beside_others, eventually};
-
-const PATTERN: Pattern = Pattern::new(13);
-
-/// A machine in the entrance node's place, and an upstream behind it.
-struct Node {
-    machine: Machine,
-    upstream: TcpListener,
-    net: Net,
-}
-
-impl Node {
-    #[track_caller]
-    fn new() -> Self {
-        let net = Net::new();
-        let upstream = net.cluster.listen(&format!("{}:443", CLUSTER[0]));
-        Self { machine: Machine::boot(&net), upstream, net }
-    }
-
-    /// A node whose daemon routes [`HOST`] and runs.
-    #[track_caller]
-    fn started() -> Self {
-        let node = Self::new();
-        node.machine.write(CONFIG, &config(HOST));
-        node.machine.output(&["systemctl", "start", "dataplane"]);
-        node
-    }
-
-    #[track_caller]
-    fn says_hello(&self, name: &str) -> TcpStream {
-        let mut client = self.net.client.connect(public()).expect("the daemon accepts");
-        client.write_all(&client_hello(Some(name), &["h2", "http/1.1"])).expect("sent");
-        client
-    }
-
-    /// Both ends of a connection through the daemon.
-    #[track_caller]
-    fn pair(&self) -> (TcpStream, TcpStream) {
-        let client = self.says_hello(HOST);
-        let (server, preamble) = accept(&self.upstream, false);
-        assert!(tests::stream::is_alike(&preamble.hello, &hello()));
-        (client, server)
-    }
-
-    #[track_caller]
-    fn forwards(&self, name: &str) {
-        let client = self.says_hello(name);
-        let (server, _) = accept(&self.upstream, false);
-        works(&(client, server));
-    }
-
-    #[track_caller]
-    fn refuses(&self, name: &str) {
-        let (answer, _) = read_to_end(&self.says_hello(name), PATIENCE);
-        assert_eq!(answer.first(), Some(&21), "a TLS alert (RFC 8446 section 6): {answer:02x?}");
-        assert!(accept_within(&self.upstream, Duration::from_millis(50)).is_none(), "{name} reaches the upstream");
-    }
-
-    #[track_caller]
-    fn wait_restarts(&self, n: &str) {
-        let machine = &self.machine;
-        eventually(PATIENCE, "systemd starts the daemon again", || {
-            (machine.property("NRestarts") == n && machine.property("ActiveState") == "active").then_some(())
-        });
-    }
-}
-
-fn config(host: &str) -> String {
-    format!(
-        "[listeners.public]\nbind = [\"0.0.0.0:443\", \"[::]:443\"]\n\
-         [upstreams.cluster]\ntargets = [\"{}:443\"]\n\
-         [[routes]]\nhosts = [\"{host}\"]\nupstream = \"cluster\"\n",
-        CLUSTER[0]
-    )
-}
-
-#[track_caller]
-fn works((client, server): &(TcpStream, TcpStream)) {
-    for (from, to) in [(client, server), (server, client)] {
-        PATTERN.send(from, 0, 10_000).expect("sent");
-        PATTERN.receive_exactly(to, 0, 10_000);
-    }
-}
 
 #[test]
 fn install_keeps_an_edited_configuration_and_lets_the_service_read_it() {
@@ -130,7 +45,7 @@ fn install_keeps_an_edited_configuration_and_lets_the_service_read_it() {
 #[test]
 fn a_fresh_install_starts_and_has_all_it_needs_and_no_more() {
     let _turn = beside_others();
-    let node = Node::new();
+    let node = Node::booted();
     let machine = &node.machine;
     let unit = "/etc/systemd/system/dataplane.service";
     let verified = machine.run(&["systemd-analyze", "verify", "--man=no", unit]);
@@ -181,7 +96,7 @@ fn a_fresh_install_starts_and_has_all_it_needs_and_no_more() {
 #[test]
 fn start_waits_until_it_is_ready_and_fails_with_the_mistake_in_the_journal() {
     let _turn = beside_others();
-    let node = Node::new();
+    let node = Node::booted();
     let machine = &node.machine;
     machine.write(CONFIG, &config(HOST).replace("upstream = \"cluster\"", "upstream = \"clutser\""));
     let failed = machine.run(&["systemctl", "start", "dataplane"]);
@@ -230,7 +145,7 @@ fn reload_takes_effect_or_fails_with_the_mistake_shown_and_changes_nothing() {
 #[test]
 fn a_killed_daemon_and_one_that_hangs_are_started_again_and_a_sound_one_is_not() {
     let _turn = beside_others();
-    let node = Node::new();
+    let node = Node::booted();
     let machine = &node.machine;
     machine.write(CONFIG, &config(HOST));
     machine.write("/etc/systemd/system/dataplane.service.d/test.conf", "[Service]\nWatchdogSec=2s\n");
@@ -276,7 +191,7 @@ fn stop_refuses_new_connections_lets_established_ones_finish_and_succeeds() {
 #[test]
 fn the_service_follows_a_repository_of_another_user_and_starts_again_without_it() {
     let _turn = beside_others();
-    let node = Node::new();
+    let node = Node::booted();
     let machine = &node.machine;
     let git = |arguments: &[&str]| {
         let owner = ["git", "-C", "/srv/clone", "-c", "user.name=owner", "-c", "user.email=owner@example.com"];
@@ -310,7 +225,7 @@ fn the_service_follows_a_repository_of_another_user_and_starts_again_without_it(
 #[test]
 fn secrets_are_the_services_own_credentials_by_http_by_ssh_and_for_the_webhook() {
     let _turn = beside_others();
-    let node = Node::new();
+    let node = Node::booted();
     let machine = &node.machine;
     let forge = Forge::start(&node.net, &node.net.cluster);
     let push = |host: &str| forge.push(&[("dataplane.toml", &config(host))]);

@@ -65,10 +65,15 @@ pub fn run(options: &Options) -> Result<()> {
 
     if is_live {
         // What sd_booted(3) looks at.
+        let mut is_running = false;
         if Path::new("/run/systemd/system").exists() {
             run::run(Command::new("systemctl").arg("daemon-reload"))?;
+            is_running = Command::new("systemctl").args(["is-active", "--quiet", "dataplane"]).status()?.success();
         }
-        print_next_steps(configuration, is_new);
+        if is_running {
+            take_over(&program)?;
+        }
+        print_next_steps(configuration, is_new, is_running);
     }
     Ok(())
 }
@@ -116,15 +121,30 @@ fn build() -> Result<PathBuf> {
     Ok(run::binaries(true)?.join("dataplane"))
 }
 
-fn print_next_steps(configuration: &Path, is_new: bool) {
+/// Has what was installed take over from the daemon that runs, with its connections.
+fn take_over(program: &Path) -> Result<()> {
+    step("the new program takes over from the running one");
+    let out = Command::new(program).arg("upgrade").output().context("cannot start the daemon just installed")?;
+    if !out.status.success() {
+        bail!(
+            "the running daemon goes on:\n{}\n`systemctl restart dataplane` starts the new one in any case",
+            String::from_utf8_lossy(&out.stderr).trim_end()
+        );
+    }
+    print!("{}", String::from_utf8_lossy(&out.stdout));
+    Ok(())
+}
+
+fn print_next_steps(configuration: &Path, is_new: bool, is_running: bool) {
     println!("\nNext:");
     if is_new {
         println!("  {}   list your domains and cluster nodes", configuration.display());
     }
     println!("  dataplane check                   says what the configuration means, or what is wrong with it");
     println!("  dataplane doctor                  says what this machine can do");
-    println!("  systemctl enable --now dataplane  starts it, now and at boot");
-    println!("  systemctl restart dataplane       if it ran before");
+    if !is_running {
+        println!("  systemctl enable --now dataplane  starts it, now and at boot");
+    }
 }
 
 /// Installs one file, and says so.

@@ -16,6 +16,15 @@ pub fn about(command: &str, target: &str) -> String {
     format!("{command}?target={}", escape(target))
 }
 
+/// The request to have this program take over, or the one that lies where the running one lay. The
+/// daemon may have another working directory.
+pub fn upgrade_to(program: Option<&Path>) -> Result<String> {
+    let Some(program) = program else { return Ok("/upgrade".to_owned()) };
+    let program = std::path::absolute(program)?;
+    let program = program.to_str().context("the program's path is not UTF-8")?;
+    Ok(format!("/upgrade?binary={}", escape(program)))
+}
+
 /// Asks the daemon that runs on this configuration.
 pub fn ask(path: &Path, method: Method, request: &str) -> Result<String> {
     ask_at(&control_socket(path), method, request)
@@ -29,7 +38,7 @@ fn control_socket(path: &Path) -> PathBuf {
     let document: toml::Table = text.parse().unwrap_or_default();
     let socket = document.get("admin").and_then(|admin| admin.get("socket")).and_then(toml::Value::as_str);
     if let (None, true) = (socket, document.contains_key("include"))
-        && let Ok(loaded) = source::kept(path)
+        && let Ok(loaded) = source::kept(path, None)
     {
         return loaded.config.admin.socket;
     }

@@ -15,13 +15,13 @@ use clap::{CommandFactory, Parser, Subcommand};
 use hyper::Method;
 use serde_json::{Value, json};
 
-use client::{about, ask};
+use client::{about, ask, upgrade_to};
 use show::{describe_connections, describe_status, shown};
 
 use crate::config::{self, Config, LoadError};
 use crate::source::{self, Loaded};
 use crate::upstream::resolver;
-use crate::{daemon, doctor, import, logging};
+use crate::{daemon, doctor, handover, import, logging};
 
 /// Forwards TLS connections by server name to the nodes of a cluster, without decrypting them.
 #[derive(Parser)]
@@ -137,8 +137,27 @@ enum Command {
         #[command(flatten)]
         output: Output,
     },
-    /// Make the running daemon read its configuration again.
+    /// Make the running daemon read its configuration again. Where another program lies in its
+    /// place by now, that takes over, as with `upgrade`.
     Reload,
+    /// Have another process take over from the running daemon, with every connection.
+    ///
+    /// It starts beside the running one, reads the configuration, tests the machine, and takes over
+    /// when all is well; otherwise the running one goes on, and this says why.
+    Upgrade {
+        /// The program that takes over; the one that lies where the running one lay when left out.
+        binary: Option<PathBuf>,
+    },
+    /// Wait for a daemon that has taken over from this process.
+    #[command(hide = true)]
+    Supervise,
+    /// Start a daemon that is to take over.
+    #[command(hide = true)]
+    Launch {
+        program: PathBuf,
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<std::ffi::OsString>,
+    },
     /// Print the completions of a shell.
     Completions {
         /// Whose.
@@ -249,7 +268,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
         Command::Diff { old, new, output, repository, path: inside, node } => {
             let load = |given: &Path| {
                 if !repository {
-                    return Ok(source::kept(given)?.config);
+                    return Ok(source::kept(given, None)?.config);
                 }
                 // Both have files of the same names.
                 let content = source::content(given, inside, node.as_deref());
@@ -277,7 +296,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             return Ok(ExitCode::from(if imported.has_losses() { 2 } else { 0 }));
         }
         Command::Doctor { output, upstreams: true } => {
-            let answers = doctor::upstreams::ask(&shown_warnings(source::kept(path)?))?;
+            let answers = doctor::upstreams::ask(&shown_warnings(source::kept(path, None)?))?;
             if output.is_json() {
                 writeln!(out, "{:#}", serde_json::to_value(&answers)?)?;
             } else {
@@ -307,7 +326,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             write!(out, "{}", shown(connections, output.is_json(), describe_connections)?)?;
         }
         Command::Explain { host, listener, alpn, output } => {
-            let config = shown_warnings(source::kept(path)?);
+            let config = shown_warnings(source::kept(path, None)?);
             let found = explain::explain(&config, host, listener.as_deref(), alpn)?;
             if output.is_json() {
                 writeln!(out, "{:#}", serde_json::to_value(&found)?)?;
@@ -322,6 +341,9 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
         Command::Man { folder } => {
             manual::write(Arguments::command().disable_help_subcommand(true), folder)?;
         }
+        Command::Upgrade { binary } => write!(out, "{}", ask(path, Method::POST, &upgrade_to(binary.as_deref())?)?)?,
+        Command::Launch { program, arguments } => handover::program::launch(program, arguments)?,
+        Command::Supervise => return handover::supervisor::run(),
         Command::Reload => write!(out, "{}", ask(path, Method::POST, "/reload")?)?,
         Command::Drain { target } => write!(out, "{}", ask(path, Method::POST, &about("/drain", target))?)?,
         Command::Undrain { target } => write!(out, "{}", ask(path, Method::POST, &about("/undrain", target))?)?,

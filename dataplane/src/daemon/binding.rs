@@ -5,11 +5,14 @@ use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 
-use crate::admin::{self, Sockets};
+use crate::admin;
 use crate::config::{Bind, Config, Diagnostic, Webhook};
+use crate::handover::Listening;
 use crate::listen;
 use crate::shared::{Role, Waiting};
 use crate::source::webhook;
@@ -54,10 +57,22 @@ fn is_missing(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::AddrNotAvailable
 }
 
-pub(super) fn bind_admin(config: &Config, waiting: &mut Vec<Waiting>) -> Result<Sockets> {
+/// The sockets of the admin thread.
+#[derive(Debug, Default)]
+pub(super) struct AdminSockets {
+    /// For Prometheus and health checks; `None` when this machine does not have the address yet.
+    pub(super) public: Option<TcpListener>,
+    /// For the command line; `None` when it could not be made.
+    pub(super) control: Option<(PathBuf, UnixListener)>,
+}
+
+/// Binds them, but for those that a predecessor has.
+pub(super) fn bind_admin(config: &Config, offered: &[Listening], waiting: &mut Vec<Waiting>) -> Result<AdminSockets> {
     let bind = &config.admin.bind;
-    let tcp = match listen::bind_one(bind.addr) {
-        Ok(tcp) => Some(tcp),
+    let is_offered = |socket: &Listening| offered.contains(socket);
+    let bound = if is_offered(&Listening::Admin(bind.addr)) { Ok(None) } else { listen::bind_one(bind.addr).map(Some) };
+    let public = match bound {
+        Ok(public) => public,
         Err(error) if is_missing(&error) => {
             waiting.push(Waiting::new(bind.addr, Role::Admin, &error));
             None
@@ -65,8 +80,11 @@ pub(super) fn bind_admin(config: &Config, waiting: &mut Vec<Waiting>) -> Result<
         Err(error) => bail!(bind_failure(config, bind, &error)),
     };
     let socket = &config.admin.socket;
-    let unix = match admin::bind_unix(socket) {
-        Ok(unix) => Some(unix),
+    if is_offered(&Listening::Control(socket.clone())) {
+        return Ok(AdminSockets { public, control: None });
+    }
+    let control = match admin::bind_unix(socket) {
+        Ok(unix) => Some((socket.clone(), unix)),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             tracing::warn!(
                 socket = %socket.display(),
@@ -84,19 +102,23 @@ pub(super) fn bind_admin(config: &Config, waiting: &mut Vec<Waiting>) -> Result<
             bail!("cannot make the control socket {}: {error}\n  help: {remedy}", socket.display())
         }
     };
-    Ok(Sockets { tcp, unix })
+    Ok(AdminSockets { public, control })
 }
 
 /// The webhook's socket, and what is served with a copy of it.
 pub(super) type Serving = (TcpListener, webhook::Served);
 
-/// Binds the webhook's address, unless it is bound already.
+/// Binds the webhook's address, unless it is bound already, or a predecessor has it.
 pub(super) fn bind_webhook(
     config: &Config,
+    offered: &[Listening],
     bound: Option<&TcpListener>,
     waiting: &mut Vec<Waiting>,
 ) -> Result<Option<Serving>> {
     let Some(webhook) = config.webhook() else { return Ok(None) };
+    if offered.contains(&Listening::Webhook(webhook.bind.addr)) {
+        return Ok(None);
+    }
     match try_webhook(webhook, bound) {
         Ok(serving) => Ok(Some(serving)),
         Err(error) if is_missing(&error) => {

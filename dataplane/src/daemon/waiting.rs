@@ -8,7 +8,6 @@ use sd_notify::NotifyState;
 
 use super::Daemon;
 use super::binding::try_webhook;
-use super::worker::Command;
 use crate::listen;
 use crate::shared::{Role, Waiting};
 use crate::systemd::notify;
@@ -32,13 +31,20 @@ impl Daemon {
         let generation = self.shared.generation.load();
         let listeners = generation.config.listeners.iter().flat_map(|l| l.bind.iter().map(|b| (&*l.name, b.addr)));
         let is_bound = |addr: SocketAddr| waiting.iter().all(|waiting| waiting.addr != addr);
-        let mut all: Vec<_> = listeners.map(|(name, addr)| (name, addr, self.bound.contains(&addr))).collect();
+        let mut all: Vec<_> = listeners.map(|(name, addr)| (name, addr, self.listening.contains_key(&addr))).collect();
         let admin = generation.config.admin.bind.addr;
         all.push(("admin", admin, is_bound(admin)));
         if let Some(webhook) = generation.config.webhook() {
             all.push(("webhook", webhook.bind.addr, is_bound(webhook.bind.addr)));
         }
         self.shared.metrics.listen.set_bound(all);
+        *self.shared.waiting.lock().expect("no panic while held") = waiting;
+        self.tell_status();
+    }
+
+    /// For systemd.
+    pub(super) fn tell_status(&self) {
+        let waiting = self.shared.waiting.lock().expect("no panic while held");
         let text = match &waiting[..] {
             [] => "serving".to_owned(),
             some => {
@@ -46,8 +52,8 @@ impl Daemon {
                 format!("serving; not listening on {}", some.join("; "))
             }
         };
+        drop(waiting);
         notify(&[NotifyState::Status(&text)]);
-        *self.shared.waiting.lock().expect("no panic while held") = waiting;
     }
 
     /// Tries each of the addresses that were missing. What is in the way is told when that changes.
@@ -59,16 +65,14 @@ impl Daemon {
         for mut one in waiting {
             let bound = match &one.role {
                 Role::Listener(_) => {
-                    let beside =
-                        self.bound.iter().any(|b| b.port() == one.addr.port() && b.is_ipv4() == one.addr.is_ipv4());
-                    listen::bind(one.addr, self.workers.len(), beside).map(|sockets| {
-                        for (worker, socket) in self.workers.iter().zip(sockets) {
-                            worker.send(Command::Listen(one.addr, socket));
-                        }
-                        self.bound.push(one.addr);
-                    })
+                    let beside = self
+                        .listening
+                        .keys()
+                        .any(|bound| bound.port() == one.addr.port() && bound.is_ipv4() == one.addr.is_ipv4());
+                    listen::bind(one.addr, self.workers.len(), beside)
+                        .and_then(|sockets| self.listen(one.addr, sockets))
                 }
-                Role::Admin => listen::bind_one(one.addr).map(|tcp| drop(self.admin.send(tcp))),
+                Role::Admin => listen::bind_one(one.addr).and_then(|tcp| self.serve_metrics(tcp)),
                 Role::Webhook => generation.config.webhook().map_or(Ok(()), |webhook| {
                     try_webhook(webhook, None).map(|serving| self.serve_webhook(Some(serving)))
                 }),
@@ -89,6 +93,7 @@ impl Daemon {
         }
         if changed {
             self.tell_waiting(left);
+            self.keep_sockets();
         }
     }
 }

@@ -11,7 +11,10 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
-use crate::listen;
+use crate::connection;
+use crate::handover::Inherited;
+use crate::listen::{self, Stop};
+use crate::parking::Parcel;
 use crate::shared::Shared;
 
 /// What the control thread asks of a worker.
@@ -21,6 +24,11 @@ pub enum Command {
     /// Stop accepting on this address, and answer when all that the kernel had completed was
     /// accepted; its connections go on.
     Close(SocketAddr, oneshot::Sender<()>),
+    /// Stop accepting everywhere, at once: what the kernel has completed stays in the queues for
+    /// whoever accepts next. Answer when that is done.
+    Rest(oneshot::Sender<()>),
+    /// Go on with these connections, and answer what became of them.
+    Resume(Vec<Parcel>, oneshot::Sender<Inherited>),
     /// Answer, to prove that the thread is not stuck.
     Ping(oneshot::Sender<()>),
     /// End now: connections that are left are reset.
@@ -66,34 +74,59 @@ impl Worker {
     }
 }
 
+/// A loop that accepts, and how it is told to stop.
+type Accepting = (oneshot::Sender<Stop>, JoinHandle<()>);
+
 async fn work(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<Command>) {
-    let mut listening: HashMap<SocketAddr, (oneshot::Sender<()>, JoinHandle<()>)> = HashMap::new();
+    // A predecessor may have had more sockets on an address than there are workers.
+    let mut listening: HashMap<SocketAddr, Vec<Accepting>> = HashMap::new();
     while let Some(command) = inbox.recv().await {
         match command {
             Command::Listen(addr, listener) => match TcpListener::from_std(listener) {
                 Ok(listener) => {
                     let (stop, stopped) = oneshot::channel();
                     let accepting = tokio::spawn(listen::accept(shared.clone(), addr, listener, stopped));
-                    listening.insert(addr, (stop, accepting));
+                    listening.entry(addr).or_default().push((stop, accepting));
                 }
                 Err(error) => tracing::error!(%addr, %error, "a listener could not be registered with epoll"),
             },
-            Command::Close(addr, closed) => {
-                let accepting = listening.remove(&addr).map(|(stop, accepting)| {
-                    drop(stop);
-                    accepting
-                });
-                // In a task of its own: the next command does not wait for clients that keep
-                // coming.
-                tokio::spawn(async move {
-                    if let Some(accepting) = accepting {
-                        let _ = accepting.await;
+            Command::Close(addr, closed) => stop(listening.remove(&addr), Stop::Drain, closed),
+            Command::Rest(rests) => stop(listening.drain().map(|(_, all)| all), Stop::Leave, rests),
+            Command::Resume(parcels, resumed) => {
+                let generation = shared.generation.load_full();
+                let mut inherited = Inherited::default();
+                for parcel in parcels {
+                    match connection::resume(&shared, &generation, parcel) {
+                        Ok(()) => inherited.kept += 1,
+                        Err(error) => {
+                            inherited.reset += 1;
+                            tracing::warn!(error = format!("{error:#}"), "a connection is reset");
+                        }
                     }
-                    let _ = closed.send(());
-                });
+                }
+                let _ = resumed.send(inherited);
             }
             Command::Ping(pong) => drop(pong.send(())),
             Command::End => break,
         }
     }
+}
+
+/// Has loops stop, and answers when they have. In a task of its own: the next command does not wait
+/// for clients that keep coming.
+fn stop(loops: impl IntoIterator<Item = Vec<Accepting>>, how: Stop, stopped: oneshot::Sender<()>) {
+    let loops: Vec<_> = loops
+        .into_iter()
+        .flatten()
+        .map(|(stop, accepting)| {
+            let _ = stop.send(how);
+            accepting
+        })
+        .collect();
+    tokio::spawn(async move {
+        for accepting in loops {
+            let _ = accepting.await;
+        }
+        let _ = stopped.send(());
+    });
 }

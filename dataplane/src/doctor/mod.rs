@@ -38,7 +38,7 @@ const CAPABILITIES: [(&str, u32, &str); 4] = [
 
 impl Findings {
     pub fn gather(path: &Path, running: Option<&Value>) -> Self {
-        let config = source::kept(path).map(|loaded| loaded.config).map_err(|e| e.to_string());
+        let config = source::kept(path, None).map(|loaded| loaded.config).map_err(|e| e.to_string());
         // Room for the self-test's connections.
         let support = Support::test(16, Metrics::new().engine.spills());
         let choice = config.as_ref().map_or(EngineChoice::Auto, |c| c.engine);

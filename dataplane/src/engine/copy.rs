@@ -55,6 +55,15 @@ pub fn step(from: impl AsFd, to: impl AsFd) -> io::Result<Step> {
     })
 }
 
+/// Reads once, behind what is there already.
+pub fn read(from: impl AsFd, rest: &mut Vec<u8>) -> io::Result<usize> {
+    SCRATCH.with_borrow_mut(|scratch| {
+        let (read, _) = recv(from, &mut scratch[..], RecvFlags::DONTWAIT)?;
+        rest.extend_from_slice(&scratch[..read]);
+        Ok(read)
+    })
+}
+
 /// Writes what the receiver takes.
 pub fn write(to: impl AsFd, bytes: &[u8]) -> io::Result<usize> {
     Ok(send(to, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?)

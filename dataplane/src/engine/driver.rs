@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::in_kernel::{InKernel, Left, Outcome};
-use super::pair::{End, Kind, Legs, Pair, PerSide, StreamState, Timeouts};
+use super::pair::{Forwarded, Halt, Kind, Legs, Timeouts};
 use super::promotion::{Conduct, Promotion};
 use super::relay::{self, Relayed};
 use super::traffic::Traffic;
@@ -31,27 +31,27 @@ impl Plan {
     }
 }
 
-/// Forwards until the connection ends. On [`End::Done`] both sockets were closed with FIN, on
-/// anything else with RST.
-pub async fn forward(plan: &Plan, pair: Pair, timeouts: Timeouts, traffic: &Traffic) -> End {
-    let Pair { client, upstream, mut first } = pair;
-    let mut legs = Legs { client, upstream, streams: PerSide::new(|_| StreamState::Open) };
+/// Forwards until the connection ends, or until it is told to stop. On [`End::Done`] both sockets
+/// were closed with FIN, on any other end with RST.
+///
+/// [`End::Done`]: super::End::Done
+pub async fn forward(plan: &Plan, mut legs: Legs, timeouts: Timeouts, traffic: &Traffic, halt: &Halt) -> Forwarded {
     let mut promotion = plan.promotion();
     loop {
-        let first = std::mem::take(&mut first);
-        legs = match relay::run(plan.relay, legs, first, promotion.clone(), timeouts, traffic).await {
-            Relayed::Ended(end) => return end,
+        legs = match relay::run(plan.relay, legs, promotion.clone(), timeouts, traffic, halt).await {
+            Relayed::Ended(end) => return Forwarded::Ended(end),
+            Relayed::Halted(legs) => return Forwarded::Halted(legs),
             Relayed::Promoted(legs) => legs,
         };
         let Some(engine) = &plan.in_kernel else { unreachable!("promoted to an engine that is not there") };
         let why;
-        (legs, why) = match engine.clone().forward(legs, plan.must_earn, timeouts, traffic).await {
-            Outcome::Ended(end) => return end,
+        (legs, why) = match engine.clone().forward(legs, plan.must_earn, timeouts, traffic, halt).await {
+            Outcome::Ended(end) => return Forwarded::Ended(end),
             Outcome::Left(legs, why) => (legs, why),
         };
         promotion = match why {
             Left::Bulk | Left::Refused => promotion.after_return(),
-            Left::Ending => Promotion::Never,
+            Left::Ending | Left::Halted => Promotion::Never,
         };
     }
 }

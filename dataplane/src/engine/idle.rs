@@ -34,12 +34,13 @@ pub struct IdleTimer {
 }
 
 impl IdleTimer {
-    /// For a connection of which every byte is noticed by [`bytes_moved`](Self::bytes_moved).
-    pub fn new(timeouts: Timeouts) -> Self {
+    /// For a connection of which every byte is noticed by [`bytes_moved`](Self::bytes_moved);
+    /// `last_bytes`: when some last did.
+    pub fn new(timeouts: Timeouts, last_bytes: std::time::Instant) -> Self {
         let now = Instant::now();
         Self {
             timeouts,
-            last_bytes: now,
+            last_bytes: now.min(last_bytes.into()),
             next_look: Some(now + dead_peer::interval(timeouts.dead_peer)),
             legs: [Leg::default(), Leg::default()],
             acknowledged: [None; 2],
@@ -50,8 +51,8 @@ impl IdleTimer {
     }
 
     /// For one whose bytes the kernel moves: looks at it for as long as it lives.
-    pub fn unattended(timeouts: Timeouts) -> Self {
-        Self { unattended: true, ..Self::new(timeouts) }
+    pub fn unattended(timeouts: Timeouts, last_bytes: std::time::Instant) -> Self {
+        Self { unattended: true, ..Self::new(timeouts, last_bytes) }
     }
 
     /// When to call [`look`](Self::look).

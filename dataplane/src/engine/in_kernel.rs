@@ -5,7 +5,7 @@ use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use super::pair::{End, Kind, Legs, Timeouts};
+use super::pair::{End, Halt, Kind, Legs, Timeouts};
 use super::traffic::Traffic;
 
 /// Takes connections over from the relay, and gives them back.
@@ -17,13 +17,14 @@ pub trait InKernel: fmt::Debug + Send + Sync {
 
     /// Forwards, for as long as that is good for the connection. `leave_on_bulk`: the relay is
     /// better at bulk.
-    fn forward(
+    fn forward<'a>(
         self: Arc<Self>,
         legs: Legs,
         leave_on_bulk: bool,
         timeouts: Timeouts,
-        traffic: &Traffic,
-    ) -> Forwarding<'_>;
+        traffic: &'a Traffic,
+        halt: &'a Halt,
+    ) -> Forwarding<'a>;
 }
 
 /// In a box: most connections never get here, and should not pay for the room.
@@ -45,4 +46,6 @@ pub enum Left {
     Bulk,
     /// One side has ended; passing that on is the relay's.
     Ending,
+    /// It was told to stop.
+    Halted,
 }

@@ -2,12 +2,17 @@
 
 use std::io;
 use std::ops::{Index, IndexMut};
+use std::sync::atomic::{AtomicU8, Ordering::SeqCst};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 
+use super::splice::Pipe;
+
 /// What carries the bytes of a connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Kind {
     /// Through a buffer in userspace: the reference, runs anywhere.
     Copy,
@@ -52,7 +57,8 @@ impl Side {
 pub const SIDES: [Side; 2] = [Side::Client, Side::Upstream];
 
 /// One of each side. Of a direction it is the side of its source, where nothing else is said.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PerSide<T> {
     pub client: T,
     pub upstream: T,
@@ -95,26 +101,7 @@ impl<T> IndexMut<Side> for PerSide<T> {
 }
 
 /// A client and an upstream, both connected, with SO_LINGER {on, 0} set: dropping it resets both.
-#[derive(Debug)]
-pub struct Pair {
-    /// The accepted socket.
-    pub client: TcpStream,
-    /// The dialled socket.
-    pub upstream: TcpStream,
-    /// To be sent to the upstream before anything else.
-    pub first: First,
-}
-
-/// Bytes for the upstream that the engine did not read from the client itself.
-#[derive(Debug, Default)]
-pub struct First {
-    /// A header of ours, then what was already read of the client.
-    pub bytes: Vec<u8>,
-    /// Length of the header in front, which is not the client's payload.
-    pub header: usize,
-}
-
-/// The sockets of a connection between two engines: all that was read was also sent.
+/// What an engine begins with, and what it leaves to the next one.
 #[derive(Debug)]
 pub struct Legs {
     /// The accepted socket.
@@ -123,14 +110,56 @@ pub struct Legs {
     pub upstream: TcpStream,
     /// By side of the source.
     pub streams: PerSide<StreamState>,
+    /// By side of the source: to be sent before anything else is read.
+    pub unsent: PerSide<Unsent>,
+}
+
+impl Legs {
+    /// Of a new connection; `first` is for the upstream.
+    pub fn new(client: TcpStream, upstream: TcpStream, first: Unsent) -> Self {
+        let unsent = PerSide { client: first, upstream: Unsent::Nothing };
+        Self { client, upstream, streams: PerSide::default(), unsent }
+    }
+}
+
+/// What was read of a direction, and was not sent yet.
+#[derive(Debug, Default)]
+pub enum Unsent {
+    #[default]
+    Nothing,
+    Bytes {
+        bytes: Vec<u8>,
+        /// Length of a header of ours in front, which is not payload.
+        header: usize,
+    },
+    /// In a pipe, which holds at least one byte.
+    Pipe(Pipe),
+}
+
+impl Unsent {
+    /// These bytes, none of which is a header.
+    pub fn payload(bytes: Vec<u8>) -> Self {
+        Self::bytes(bytes, 0)
+    }
+
+    /// These bytes, a header of so many in front.
+    pub fn bytes(bytes: Vec<u8>, header: usize) -> Self {
+        if bytes.is_empty() { Self::Nothing } else { Self::Bytes { bytes, header } }
+    }
+
+    pub const fn is_empty(&self) -> bool {
+        matches!(self, Self::Nothing)
+    }
 }
 
 /// How far a direction of a connection between two engines is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum StreamState {
     /// Bytes may come.
+    #[default]
     Open,
-    /// Its source has sent FIN, and all before it was sent on.
+    /// Its source has sent FIN; what is unsent goes first.
     Ended,
     /// FIN was sent on, too.
     Finished,
@@ -145,6 +174,52 @@ pub struct Timeouts {
     pub half_closed: Duration,
     /// A peer that acknowledges nothing for so long: [`End::Vanished`].
     pub dead_peer: Duration,
+}
+
+/// How an engine is told to stop, so that another process can go on. Whoever tells it polls the
+/// engine afterwards: nobody is woken.
+#[derive(Debug, Default)]
+pub struct Halt(AtomicU8);
+
+/// How far a connection has to stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Stop {
+    No,
+    /// The kernel does not forward it any more. That takes a while: the relay goes on meanwhile.
+    LeaveKernel,
+    /// Nobody forwards it any more.
+    All,
+}
+
+impl Halt {
+    /// Of a connection that has to stop as far as that from the beginning on.
+    pub const fn new(stop: Stop) -> Self {
+        Self(AtomicU8::new(stop as u8))
+    }
+
+    /// The engine is to stop, as soon as nothing is lost by that.
+    pub fn ask(&self, stop: Stop) {
+        self.0.fetch_max(stop as u8, SeqCst);
+    }
+
+    /// It need not stop any more.
+    pub fn withdraw(&self) {
+        self.0.store(Stop::No as u8, SeqCst);
+    }
+
+    /// Whether it is to stop as far as that, or farther.
+    pub fn is_asked(&self, stop: Stop) -> bool {
+        self.0.load(SeqCst) >= stop as u8
+    }
+}
+
+/// What became of a connection that an engine forwarded.
+#[derive(Debug)]
+pub enum Forwarded {
+    Ended(End),
+    /// It was told to stop: somebody else goes on.
+    Halted(Legs),
 }
 
 /// How a connection ended.

@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::copy;
 use super::idle::IdleTimer;
-use super::pair::{End, First, Kind, Legs, PerSide, Side, StreamState, Timeouts, ended_by};
+use super::pair::{End, Halt, Kind, Legs, PerSide, Side, Stop, StreamState, Timeouts, Unsent, ended_by};
 use super::promotion::Promotion;
 use super::splice::Pipe;
 use super::traffic::{Counter, Path, Traffic};
@@ -39,44 +39,69 @@ const NEWS: Interest = Interest::ERROR.add(Interest::PRIORITY);
 /// What became of a connection.
 pub enum Relayed {
     Ended(End),
-    /// It is to move to the sockmap: nothing is held.
+    /// It is to move to the sockmap: nothing is unsent.
     Promoted(Legs),
+    /// It was told to stop.
+    Halted(Legs),
 }
 
-/// Forwards until the connection ends, or moves; sends `first` to the upstream before anything
-/// else.
+/// Why the loop is left.
+enum Exit {
+    Ended(End),
+    Promoted,
+    Halted,
+}
+
+/// Forwards until the connection ends, moves, or is told to stop.
 pub async fn run(
     kind: Kind,
     legs: Legs,
-    first: First,
     promotion: Promotion,
     timeouts: Timeouts,
     traffic: &Traffic,
+    halt: &Halt,
 ) -> Relayed {
-    let end = forward(kind, &legs, first, promotion, timeouts, traffic).await;
-    let Some(end) = end else { return Relayed::Promoted(legs) };
-    if end == End::Done {
-        // Both directions are complete and proven: only now may close() mean FIN instead of RST.
-        for leg in [&legs.client, &legs.upstream] {
-            socket::close_with_fin(leg);
+    let Legs { client, upstream, streams, unsent } = legs;
+    let mut directions = Directions {
+        up: Direction::new(kind, Side::Client, unsent.client, streams.client),
+        down: Direction::new(kind, Side::Upstream, unsent.upstream, streams.upstream),
+    };
+    let exit = forward(&client, &upstream, &mut directions, promotion, timeouts, traffic, halt).await;
+    let Directions { up, down } = directions;
+    let streams = PerSide { client: up.state(), upstream: down.state() };
+    let unsent = PerSide { client: up.unsent(), upstream: down.unsent() };
+    let legs = Legs { client, upstream, streams, unsent };
+    match exit {
+        Exit::Promoted => Relayed::Promoted(legs),
+        Exit::Halted => Relayed::Halted(legs),
+        Exit::Ended(end) => {
+            if end == End::Done {
+                // Both directions are complete and proven: only now may close() mean FIN instead of
+                // RST.
+                for leg in [&legs.client, &legs.upstream] {
+                    socket::close_with_fin(leg);
+                }
+            }
+            Relayed::Ended(end)
         }
     }
-    Relayed::Ended(end)
 }
 
-/// `None`: it is to move.
+struct Directions {
+    up: Direction,
+    down: Direction,
+}
+
 async fn forward(
-    kind: Kind,
-    legs: &Legs,
-    first: First,
+    client: &TcpStream,
+    upstream: &TcpStream,
+    Directions { up, down }: &mut Directions,
     mut promotion: Promotion,
     timeouts: Timeouts,
     traffic: &Traffic,
-) -> Option<End> {
-    let Legs { client, upstream, streams } = legs;
-    let mut up = Direction::new(kind, Side::Client, first, streams.client);
-    let mut down = Direction::new(kind, Side::Upstream, First::default(), streams.upstream);
-    let mut idle = IdleTimer::new(timeouts);
+    halt: &Halt,
+) -> Exit {
+    let mut idle = IdleTimer::new(timeouts, traffic.last_bytes());
     let mut timer = pin!(sleep_until(idle.deadline()));
     let mut has_closed = PerSide::<bool>::default();
     let mut target_closed = false;
@@ -91,18 +116,18 @@ async fn forward(
         // A write that failed has taken the error off the socket: read now, it would look like a
         // clean end of stream.
         if let Poll::Ready(Err(broken)) = up_done {
-            return Poll::Ready(Some(broken.end(Side::Client, Side::Upstream)));
+            return Poll::Ready(Exit::Ended(broken.end(Side::Client, Side::Upstream)));
         }
         let down_done = down.poll(cx, upstream, client, &traffic.to_client, &mut promotion, up.is_finished());
         if let Poll::Ready(Err(broken)) = down_done {
-            return Poll::Ready(Some(broken.end(Side::Upstream, Side::Client)));
+            return Poll::Ready(Exit::Ended(broken.end(Side::Upstream, Side::Client)));
         }
         // The kernel gives up soon on a closed socket whose reader is slow, so it is kept until the
         // last byte could be sent.
         let finished = up.is_finished() && down.is_finished();
         if finished {
             if all_sent(client) && all_sent(upstream) {
-                return Poll::Ready(Some(End::Done));
+                return Poll::Ready(Exit::Ended(End::Done));
             }
             idle.keep_looking();
             timer.as_mut().reset(idle.deadline());
@@ -112,7 +137,7 @@ async fn forward(
         {
             while let Poll::Ready(ready) = news.as_mut().poll(cx) {
                 if !ready.is_ok_and(|ready| !ready.is_error()) {
-                    return Poll::Ready(Some(ended_by(side, leg.take_error())));
+                    return Poll::Ready(Exit::Ended(ended_by(side, leg.take_error())));
                 }
                 has_closed[side] = true;
                 news.set(leg.ready(Interest::ERROR));
@@ -131,12 +156,17 @@ async fn forward(
                 timer.as_mut().reset(idle.deadline());
             }
         }
-        if up.is_empty() && down.is_empty() && promotion.is_due(Instant::now()) {
-            return Poll::Ready(None);
+        // A failure is told by the next poll.
+        if halt.is_asked(Stop::All) && !up.has_failed() && !down.has_failed() {
+            return Poll::Ready(Exit::Halted);
+        }
+        let may_move = up.is_empty() && down.is_empty() && !halt.is_asked(Stop::LeaveKernel);
+        if may_move && promotion.is_due(Instant::now()) {
+            return Poll::Ready(Exit::Promoted);
         }
         while timer.as_mut().poll(cx).is_ready() {
             if let Some(end) = idle.look(client, upstream) {
-                return Poll::Ready(Some(end));
+                return Poll::Ready(Exit::Ended(end));
             }
             if finished {
                 idle.keep_looking();
@@ -217,14 +247,42 @@ pub(super) fn prove_fin(from: &TcpStream, has_our_fin: bool) -> io::Result<()> {
 }
 
 impl Direction {
-    fn new(kind: Kind, from: Side, first: First, state: StreamState) -> Self {
-        let held = if first.bytes.is_empty() { Held::Nothing } else { Held::Buffer { bytes: first.bytes, sent: 0 } };
+    fn new(kind: Kind, from: Side, unsent: Unsent, state: StreamState) -> Self {
+        let (held, header) = match unsent {
+            Unsent::Nothing => (Held::Nothing, 0),
+            Unsent::Bytes { bytes, header } => (Held::Buffer { bytes, sent: 0 }, header),
+            Unsent::Pipe(pipe) => (Held::Pipe(pipe), 0),
+        };
         let flow = match state {
             StreamState::Open => Flow::Open,
             StreamState::Ended => Flow::SourceEnded,
             StreamState::Finished => Flow::Finished,
         };
-        Self { from, splice: kind == Kind::Splice, held, header: first.header, flow, bulk: false, moved: 0 }
+        Self { from, splice: kind == Kind::Splice, held, header, flow, bulk: false, moved: 0 }
+    }
+
+    fn state(&self) -> StreamState {
+        match self.flow {
+            Flow::Open => StreamState::Open,
+            Flow::SourceEnded => StreamState::Ended,
+            Flow::Finished => StreamState::Finished,
+        }
+    }
+
+    /// What was read and not sent.
+    fn unsent(self) -> Unsent {
+        match self.held {
+            Held::Nothing | Held::Failed(_) => Unsent::Nothing,
+            Held::Buffer { mut bytes, sent } => {
+                bytes.drain(..sent);
+                Unsent::bytes(bytes, self.header)
+            }
+            Held::Pipe(pipe) => Unsent::Pipe(pipe),
+        }
+    }
+
+    fn has_failed(&self) -> bool {
+        matches!(self.held, Held::Failed(_))
     }
 
     /// Whether it is open and holds nothing.

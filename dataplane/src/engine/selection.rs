@@ -37,6 +37,12 @@ impl Support {
         Self { splice: splice::self_test(), in_kernel: vec![sockmap(connections, spills)] }
     }
 
+    /// What can be known at once, without an engine in the kernel: for a start that connections
+    /// wait for. [`test`](Self::test) comes later.
+    pub fn at_once() -> Self {
+        Self { splice: splice::self_test(), in_kernel: Vec::new() }
+    }
+
     /// Bounds what is queued in the kernel, bytes.
     pub fn set_memory(&self, bytes: u64) {
         for engine in self.in_kernel.iter().filter_map(|candidate| candidate.engine.as_ref().ok()) {

@@ -39,9 +39,20 @@ pub fn existing() -> usize {
 /// A pipe and the number of bytes in it. Dropped with bytes in it, it is closed.
 #[derive(Debug)]
 pub struct Pipe {
-    read: OwnedFd,
-    write: OwnedFd,
+    /// To read from, to write to.
+    ends: [OwnedFd; 2],
     len: usize,
+    _existing: Existing,
+}
+
+/// One of [`EXISTING`].
+#[derive(Debug)]
+struct Existing;
+
+impl Drop for Existing {
+    fn drop(&mut self) {
+        EXISTING.fetch_sub(1, Relaxed);
+    }
 }
 
 impl Pipe {
@@ -51,17 +62,28 @@ impl Pipe {
         if let Some(pipe) = IDLE.with_borrow_mut(Vec::pop) {
             return Some(pipe);
         }
-        if EXISTING.fetch_add(1, Relaxed) >= LIMIT.load(Relaxed) {
-            EXISTING.fetch_sub(1, Relaxed);
+        let is_one_too_many = EXISTING.fetch_add(1, Relaxed) >= LIMIT.load(Relaxed);
+        let existing = Existing;
+        if is_one_too_many {
             return None;
         }
-        let Ok((read, write)) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK) else {
-            EXISTING.fetch_sub(1, Relaxed);
-            return None;
-        };
+        let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).ok()?;
         // A smaller pipe than asked for works as well.
         let _ = fcntl_setpipe_size(&write, CAPACITY);
-        Some(Self { read, write, len: 0 })
+        Some(Self { ends: [read, write], len: 0, _existing: existing })
+    }
+
+    /// A pipe of another process, its end to read from first, with so many bytes in it. It exists:
+    /// there may be more than the bound by that.
+    pub fn adopt(ends: [OwnedFd; 2], len: usize) -> Self {
+        EXISTING.fetch_add(1, Relaxed);
+        Self { ends, len, _existing: Existing }
+    }
+
+    /// Its two ends, as [`adopt`](Self::adopt) takes them, and the bytes in it.
+    pub fn into_parts(self) -> ([OwnedFd; 2], usize) {
+        let Self { ends, len, _existing: _ } = self;
+        (ends, len)
     }
 
     /// Gives an empty pipe back.
@@ -82,14 +104,14 @@ impl Pipe {
     /// EAGAIN can only mean that the socket is. 0 is the end of the stream.
     pub fn fill(&mut self, from: impl AsFd) -> io::Result<usize> {
         debug_assert_eq!(self.len, 0);
-        let n = splice(from, None, &self.write, None, CAPACITY, SpliceFlags::NONBLOCK | SpliceFlags::MOVE)?;
+        let n = splice(from, None, &self.ends[1], None, CAPACITY, SpliceFlags::NONBLOCK | SpliceFlags::MOVE)?;
         self.len += n;
         Ok(n)
     }
 
     /// Moves what is in this pipe to the socket, as much as it accepts.
     pub fn drain(&mut self, to: impl AsFd) -> io::Result<usize> {
-        let n = splice(&self.read, None, to, None, self.len, SpliceFlags::NONBLOCK | SpliceFlags::MOVE)?;
+        let n = splice(&self.ends[0], None, to, None, self.len, SpliceFlags::NONBLOCK | SpliceFlags::MOVE)?;
         self.len -= n;
         Ok(n)
     }
@@ -97,12 +119,6 @@ impl Pipe {
     /// Whether no byte is in it.
     pub fn is_empty(&self) -> bool {
         self.len == 0
-    }
-}
-
-impl Drop for Pipe {
-    fn drop(&mut self) {
-        EXISTING.fetch_sub(1, Relaxed);
     }
 }
 

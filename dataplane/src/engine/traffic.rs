@@ -5,9 +5,11 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
 use super::pair::{Kind, SIDES, Side};
+use crate::moment::Moment;
 
 /// The way that bytes took.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,6 +66,43 @@ impl Traffic {
         }
     }
 
+    /// Of a connection that was forwarded before, by another process perhaps.
+    pub fn resumed(relay: Kind, carried: &Carried) -> Self {
+        let begun = carried.begun.instant();
+        let last_bytes = carried.last_bytes.instant().saturating_duration_since(begun);
+        let counter = |[kernel, userspace]: [u64; 2]| Counter { kernel: kernel.into(), userspace: userspace.into() };
+        Self {
+            to_upstream: counter(carried.to_upstream),
+            to_client: counter(carried.to_client),
+            begun,
+            last_bytes: AtomicU64::new(last_bytes.as_millis() as u64),
+            promoted: carried.promoted.map_or_else(OnceLock::new, Into::into),
+            ..Self::by(relay)
+        }
+    }
+
+    /// What there is to know when somebody else goes on with it. No engine in the kernel has it.
+    pub fn carried(&self) -> Carried {
+        let Look { to_upstream, to_client, .. } = self.look();
+        Carried {
+            begun: self.begun.into(),
+            last_bytes: self.last_bytes().into(),
+            to_upstream,
+            to_client,
+            promoted: self.promoted.get().copied(),
+        }
+    }
+
+    /// When the connection began.
+    pub fn begun(&self) -> Instant {
+        self.begun
+    }
+
+    /// When a byte last moved; if none has, when the connection began.
+    pub fn last_bytes(&self) -> Instant {
+        self.begun + Duration::from_millis(self.last_bytes.load(Relaxed))
+    }
+
     /// The furthest that the connection got: for the record of one that has ended.
     pub fn last_engine(&self) -> Kind {
         self.promoted.get().copied().unwrap_or(self.relay)
@@ -110,6 +149,11 @@ impl Traffic {
         }
     }
 
+    /// Whether an engine in the kernel has it.
+    pub fn is_offloaded(&self) -> bool {
+        self.offload().is_some()
+    }
+
     /// Bytes queued in the kernel on behalf of this connection.
     pub fn backlog(&self) -> u64 {
         self.offload().as_ref().map_or(0, |offload| offload.backlog())
@@ -137,6 +181,19 @@ impl Traffic {
     fn offload(&self) -> MutexGuard<'_, Option<Arc<dyn Offload>>> {
         self.offload.lock().expect("no panic while held")
     }
+}
+
+/// What a connection has carried, for another process that goes on with it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Carried {
+    begun: Moment,
+    last_bytes: Moment,
+    /// Bytes by path: kernel, userspace.
+    to_upstream: [u64; 2],
+    to_client: [u64; 2],
+    /// What forwarded it in the kernel, if it ever was there.
+    promoted: Option<Kind>,
 }
 
 /// A connection that an engine forwards inside the kernel, for whoever looks at it meanwhile.

@@ -195,11 +195,6 @@ impl Machine {
         &self.raw
     }
 
-    /// All bytes that came: the hello and what followed it.
-    pub fn into_bytes(self) -> Vec<u8> {
-        self.raw
-    }
-
     /// Looks at the bytes that are new.
     fn advance(&mut self) -> Result<(), Reason> {
         while self.at < self.raw.len() {
@@ -302,5 +297,12 @@ impl Machine {
     /// The whole message.
     fn message(&self) -> &[u8] {
         if self.joined.is_empty() { &self.raw[RECORD_HEADER..self.record_end] } else { &self.joined }
+    }
+}
+
+/// All bytes that came: the hello and what followed it.
+impl From<Machine> for Vec<u8> {
+    fn from(machine: Machine) -> Self {
+        machine.raw
     }
 }

@@ -260,7 +260,7 @@ fn bytes_come_out_as_they_came_in_with_what_followed_the_hello() {
             assert_eq!(machine.bytes(), stream);
             assert_eq!(Answer::from(machine.input(Input::Bytes(b"more"))), verdict);
             stream.extend_from_slice(b"more");
-            assert_eq!(machine.into_bytes(), stream);
+            assert_eq!(Vec::from(machine), stream);
         }
     }
 }

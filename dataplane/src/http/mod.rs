@@ -155,6 +155,13 @@ impl Machine {
     }
 }
 
+/// All bytes that came.
+impl From<Machine> for Vec<u8> {
+    fn from(machine: Machine) -> Self {
+        machine.raw
+    }
+}
+
 /// RFC 9110 section 5.6.2.
 fn is_token(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)

@@ -4,6 +4,7 @@
 //! Knows no connection, no route and no configuration.
 
 pub mod btf;
+pub mod descriptors;
 pub mod ebpf;
 pub mod socket;
 pub mod sys;

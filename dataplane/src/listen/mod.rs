@@ -87,8 +87,17 @@ pub fn is_no_ipv6(addr: SocketAddr, error: &io::Error) -> bool {
     addr.is_ipv6() && addr.ip().is_unspecified() && missing
 }
 
-/// Accepts until `stop` is sent or dropped, and then what the kernel had completed by then.
-pub async fn accept(shared: Arc<Shared>, bound: SocketAddr, listener: TcpListener, stop: oneshot::Receiver<()>) {
+/// How a listener stops.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// Nobody will accept there any more: what the kernel has completed is accepted first.
+    Drain,
+    /// Somebody else accepts next: that is theirs.
+    Leave,
+}
+
+/// Accepts until it is told to stop.
+pub async fn accept(shared: Arc<Shared>, bound: SocketAddr, listener: TcpListener, stop: oneshot::Receiver<Stop>) {
     let mut spare = Spare::new();
     let mut turn = Turn::Open(stop);
     while let Some(accepted) = turn.next(|context| listener.poll_accept(context)).await {
@@ -99,7 +108,7 @@ pub async fn accept(shared: Arc<Shared>, bound: SocketAddr, listener: TcpListene
 /// How long a listener goes on.
 enum Turn {
     /// Until this is sent or dropped.
-    Open(oneshot::Receiver<()>),
+    Open(oneshot::Receiver<Stop>),
     /// For so many connections that are there at once: the kernel resets what is left in the queue
     /// of a socket that closes, but clients that keep coming fill it again for ever.
     Draining(i32),
@@ -111,7 +120,10 @@ impl Turn {
         if let Self::Open(stop) = self {
             tokio::select! {
                 biased;
-                _ = stop => *self = Self::Draining(BACKLOG + 1),
+                stop = stop => match stop {
+                    Ok(Stop::Leave) => return None,
+                    Ok(Stop::Drain) | Err(_) => *self = Self::Draining(BACKLOG + 1),
+                },
                 accepted = poll_fn(&mut poll) => return Some(accepted),
             }
         }
@@ -207,7 +219,7 @@ mod tests {
 
     #[tokio::test]
     async fn clients_that_keep_coming_do_not_keep_a_listener_open() {
-        let (stop, stopped) = oneshot::channel::<()>();
+        let (stop, stopped) = oneshot::channel::<Stop>();
         let (mut turn, mut taken) = (Turn::Open(stopped), 0);
         let mut stop = Some(stop);
         while turn.next(|_| Poll::Ready(())).await.is_some() {

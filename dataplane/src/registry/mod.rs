@@ -19,7 +19,7 @@ use tokio::time::sleep_until;
 use metrics::RouteMetrics;
 
 use crate::config::OnRemovedRoute;
-use crate::engine::{End, Kind, Look, Path, Traffic};
+use crate::engine::{End, Kind, Look, Path, Stop, Traffic};
 use crate::generation::{Generation, Listed};
 use crate::logging::unix_seconds;
 
@@ -65,29 +65,57 @@ pub struct Record {
     pub dialled: Option<(u16, IpAddr)>,
     /// What forwards it, and payload so far.
     pub traffic: Arc<Traffic>,
-    /// Whether its route is still there.
-    pub removal: Removal,
+    /// What is asked of it.
+    pub orders: Orders,
 }
 
-/// Whether the route of a connection was removed, and when it has to end therefore.
+/// What the control thread asks of a connection.
 #[derive(Debug, Default)]
-pub struct Removal {
-    deadline: Mutex<Option<Instant>>,
+pub struct Orders {
+    state: Mutex<OrderState>,
     changed: Notify,
 }
 
-impl Removal {
-    /// Waits until the connection has to end.
-    pub async fn due(&self) {
+#[derive(Debug, Default)]
+struct OrderState {
+    /// Its route was removed: when it has to end therefore.
+    end: Option<Instant>,
+    /// It is to stop so far, for another process to go on with it.
+    stop: Option<Stop>,
+}
+
+/// See [`Orders`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// To end, since its route was removed.
+    End,
+    /// To stop so far, for another process to go on. Given once.
+    Stop(Stop),
+}
+
+impl Orders {
+    /// Of a connection whose route was removed already, or was not.
+    pub fn new(end: Option<Instant>) -> Self {
+        Self { state: Mutex::new(OrderState { end, stop: None }), changed: Notify::new() }
+    }
+
+    /// Waits until there is something to do.
+    pub async fn due(&self) -> Order {
         loop {
-            let deadline = *self.deadline();
+            let deadline = {
+                let mut state = self.state();
+                if let Some(stop) = state.stop.take() {
+                    return Order::Stop(stop);
+                }
+                state.end
+            };
             match deadline {
                 None => self.changed.notified().await,
                 // In a box: few connections get here, none should pay for the room.
                 Some(deadline) => {
                     let late = Box::pin(sleep_until(deadline.into()));
                     tokio::select! {
-                        () = late => return,
+                        () = late => return Order::End,
                         () = self.changed.notified() => {}
                     }
                 }
@@ -95,21 +123,31 @@ impl Removal {
         }
     }
 
-    fn set(&self, deadline: Option<Instant>) {
-        let mut now = self.deadline();
-        let new = match (*now, deadline) {
+    /// When the connection has to end because its route was removed.
+    pub fn end(&self) -> Option<Instant> {
+        self.state().end
+    }
+
+    fn set_end(&self, deadline: Option<Instant>) {
+        let mut now = self.state();
+        let new = match (now.end, deadline) {
             (Some(before), Some(deadline)) => Some(before.min(deadline)),
             (_, deadline) => deadline,
         };
-        if new != *now {
-            *now = new;
+        if new != now.end {
+            now.end = new;
             // Kept for whoever does not wait yet.
             self.changed.notify_one();
         }
     }
 
-    fn deadline(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.deadline.lock().expect("no panic while held")
+    fn stop(&self, stop: Stop) {
+        self.state().stop = Some(stop);
+        self.changed.notify_one();
+    }
+
+    fn state(&self) -> MutexGuard<'_, OrderState> {
+        self.state.lock().expect("no panic while held")
     }
 }
 
@@ -164,7 +202,7 @@ impl Record {
             OnRemovedRoute::Drain => generation.config.limits.drain_timeout,
             OnRemovedRoute::Close => Duration::ZERO,
         };
-        self.removal.set(removed.then(|| Instant::now() + grace));
+        self.orders.set_end(removed.then(|| Instant::now() + grace));
         removed
     }
 
@@ -198,9 +236,23 @@ impl Registry {
         let engine = record.traffic.look().engine;
         metrics.active(engine).inc();
         let record = Arc::new(record);
-        let live = Live { record: record.clone(), metrics: metrics.clone(), collected: [0; 4], engine };
+        // What it carried before is in the metrics of whoever had it.
+        let Look { to_upstream, to_client, .. } = record.traffic.look();
+        let collected = [to_upstream[0], to_upstream[1], to_client[0], to_client[1]];
+        let live = Live { record: record.clone(), metrics: metrics.clone(), collected, engine };
         self.live().insert(id, live);
-        Entry { id, record, metrics, registry: self.clone(), end: End::Drained }
+        Entry { id, record, metrics, registry: self.clone(), end: Some(End::Drained) }
+    }
+
+    /// Has all connections stop, for another process to go on.
+    pub fn stop(&self, stop: Stop) {
+        let live = self.live();
+        live.values().for_each(|live| live.record.orders.stop(stop));
+    }
+
+    /// How many connections the kernel forwards.
+    pub fn in_kernel(&self) -> usize {
+        self.live().values().filter(|live| live.record.traffic.is_offloaded()).count()
     }
 
     /// Brings `dataplane_bytes_total` and `dataplane_connections_active` up to date. Bytes queued
@@ -267,13 +319,20 @@ pub struct Entry {
     pub record: Arc<Record>,
     metrics: Arc<RouteMetrics>,
     registry: Arc<Registry>,
-    end: End,
+    /// `None`: another process goes on with it.
+    end: Option<End>,
 }
 
 impl Entry {
     /// Counts and logs the end.
     pub fn finish(mut self, end: End) {
-        self.end = end;
+        self.end = Some(end);
+    }
+
+    /// The connection does not end: another process goes on with it.
+    pub fn hand_over(mut self) -> Arc<Record> {
+        self.end = None;
+        self.record.clone()
     }
 }
 
@@ -284,8 +343,10 @@ impl Drop for Entry {
             live.collect();
             live.metrics.active(live.engine).dec();
         }
-        self.metrics.closed(self.end).inc();
-        self.record.log(self.end);
+        if let Some(end) = self.end {
+            self.metrics.closed(end).inc();
+            self.record.log(end);
+        }
     }
 }
 
@@ -295,22 +356,22 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_route_that_comes_back_in_time_spares_its_connections() {
-        let removal = Removal::default();
+        let orders = Orders::default();
         let minute = Duration::from_secs(60);
         let now = || tokio::time::Instant::now().into_std();
-        let is_due = async |after: Duration| tokio::time::timeout(after, removal.due()).await.is_ok();
+        let is_due = async |after: Duration| tokio::time::timeout(after, orders.due()).await.is_ok();
         assert!(!is_due(minute * 60).await);
-        removal.set(Some(now() + minute));
+        orders.set_end(Some(now() + minute));
         assert!(!is_due(minute / 2).await);
-        removal.set(None);
+        orders.set_end(None);
         assert!(!is_due(minute * 60).await);
-        removal.set(Some(now() + minute));
-        removal.set(Some(now() + minute * 2));
+        orders.set_end(Some(now() + minute));
+        orders.set_end(Some(now() + minute * 2));
         assert!(!is_due(minute / 2).await, "the first removal counts");
         assert!(is_due(minute).await);
-        let removal = Removal::default();
-        removal.set(Some(now() + minute));
-        removal.set(Some(now()));
-        assert!(tokio::time::timeout(minute / 2, removal.due()).await.is_ok(), "closed while it drained");
+        let orders = Orders::default();
+        orders.set_end(Some(now() + minute));
+        orders.set_end(Some(now()));
+        assert!(tokio::time::timeout(minute / 2, orders.due()).await.is_ok(), "closed while it drained");
     }
 }

@@ -178,10 +178,9 @@ impl<F: Fetch> Follower<F> {
         outcome
     }
 
-    async fn put_in_force(&mut self, mut loaded: Box<Loaded>, seen: Option<Seen>) -> Result<String, String> {
+    async fn put_in_force(&mut self, loaded: Box<Loaded>, seen: Option<Seen>) -> Result<String, String> {
         let stopping = || "the daemon is stopping".to_owned();
-        let snapshot = loaded.snapshot.take();
-        let config = loaded.config.clone();
+        let (config, snapshot) = (loaded.config.clone(), loaded.snapshot.clone());
         let (answer, outcome) = oneshot::channel();
         self.news.send(News::Load(loaded, answer)).await.map_err(|_| stopping())?;
         let text = outcome.await.map_err(|_| stopping())?.inspect_err(|_| {

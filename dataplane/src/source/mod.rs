@@ -111,11 +111,12 @@ fn matching<'p>(paths: impl Iterator<Item = &'p Path>, folder: &Path, pattern: &
     Ok(paths.filter(|path| glob.matches_path_with(path, config::WILDCARDS)).map(Path::to_path_buf).collect())
 }
 
-/// Loads without a network: the commit that is kept stands for the repository.
-pub fn kept(path: &Path) -> Result<Loaded, LoadError> {
+/// Loads without a network: the commit that is kept stands for the repository, or the one that a
+/// predecessor had in force.
+pub fn kept(path: &Path, inherited: Option<&kept::Document>) -> Result<Loaded, LoadError> {
     let local = config::read(path)?;
     let Some(repository) = repository(&local)? else { return whole(local, None) };
-    match kept::load(&repository) {
+    match kept::load(&repository, inherited) {
         Ok(snapshot) => whole(local, Some((&repository, snapshot))),
         Err(error) => Err(Unreachable::from(error).report(&local)),
     }
@@ -159,8 +160,8 @@ pub fn newest(path: &Path, before: impl FnOnce(&Repository)) -> Result<Loaded, L
 ///
 /// # Errors
 /// Why there is neither: an outage does not hide what is wrong with what is kept.
-pub fn at_start(path: &Path) -> anyhow::Result<(Loaded, Option<String>)> {
-    let error = match kept(path) {
+pub fn at_start(path: &Path, inherited: Option<&kept::Document>) -> anyhow::Result<(Loaded, Option<String>)> {
+    let error = match kept(path, inherited) {
         Ok(loaded) => return Ok((loaded, None)),
         Err(error) => error,
     };

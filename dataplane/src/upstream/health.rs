@@ -10,7 +10,9 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+
+use crate::moment;
 
 /// How long a target is ejected the first time; doubles with each further one.
 const EJECTION_FIRST: Duration = Duration::from_secs(1);
@@ -93,7 +95,8 @@ pub struct Outcome {
 }
 
 /// A change, as the operator sees it.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Change {
     /// Unix time, seconds.
     pub at: f64,
@@ -104,7 +107,8 @@ pub struct Change {
 }
 
 /// The state of one target.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Health {
     check: Check,
     /// By upstream: why its check is not answered by the same machine.
@@ -112,14 +116,17 @@ pub struct Health {
     ejection: Option<Ejection>,
     /// Times that it was ejected without a long time in between.
     times_ejected: u32,
+    #[serde(with = "moment::maybe")]
     back_since: Option<Instant>,
+    #[serde(with = "moment::maybe")]
     last_failure: Option<Instant>,
     offline: bool,
     unresolved: Option<String>,
     history: VecDeque<Change>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Check {
     passes: u32,
     failures: u32,
@@ -128,8 +135,10 @@ struct Check {
     silent: bool,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Ejection {
+    #[serde(with = "moment::instant")]
     until: Instant,
     reason: String,
     /// It answered, if only with a reset.
@@ -233,6 +242,11 @@ impl Health {
     /// When it is time to try whether a target that was ejected answers again.
     pub fn probe_due(&self) -> Option<Instant> {
         self.ejection.as_ref().map(|ejection| ejection.until)
+    }
+
+    /// Forgets what the checks of upstreams said that have none any more.
+    pub fn retain_elsewhere(&mut self, mut checks: impl FnMut(&str) -> bool) {
+        self.elsewhere.retain(|upstream, _| checks(upstream));
     }
 
     /// Keeps a change for the operator.

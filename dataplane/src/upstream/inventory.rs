@@ -3,7 +3,7 @@
 //!
 //! It must not know what is done with either.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, Weak};
@@ -33,6 +33,12 @@ impl Inventory {
     /// The last good answer for a name.
     pub fn last_answer(&self, name: &str) -> Option<Arc<[IpAddr]>> {
         self.answers.lock().expect("no panic while held").get(&normal(name)).cloned()
+    }
+
+    /// All last good answers.
+    pub fn answers(&self) -> BTreeMap<String, Vec<IpAddr>> {
+        let answers = self.answers.lock().expect("no panic while held");
+        answers.iter().map(|(name, answer)| (name.clone(), answer.to_vec())).collect()
     }
 
     /// Keeps a good answer.
@@ -84,6 +90,6 @@ fn host(host: &TargetHost) -> String {
 
 /// Names are equal whatever their case, and with or without the last dot (RFC 4343, RFC 1034
 /// section 3.1).
-fn normal(name: &str) -> String {
+pub fn normal(name: &str) -> String {
     name.trim_end_matches('.').to_ascii_lowercase()
 }

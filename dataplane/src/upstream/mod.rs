@@ -9,6 +9,7 @@
 pub mod balance;
 pub mod connect;
 pub mod dial;
+pub mod handover;
 pub mod health;
 pub mod inventory;
 pub mod maintenance;
@@ -153,13 +154,18 @@ impl Lease {
         let cap = pool.config.max_connections_per_target;
         let room = |active: u32| (cap == 0 || active < cap).then_some(active + 1);
         target.active.fetch_update(Relaxed, Relaxed, room).ok()?;
-        Some(Self {
+        Some(Self::of_pool(target, pool))
+    }
+
+    /// Of a connection that is counted already.
+    fn of_pool(target: &Arc<Target>, pool: &Pool) -> Self {
+        Self {
             target: target.clone(),
-            queue: (cap > 0).then(|| pool.queue.clone()),
+            queue: (pool.config.max_connections_per_target > 0).then(|| pool.queue.clone()),
             has_place: true,
             lost: (pool.config.on_down == OnDown::Reset).then(|| target.lost.subscribe()),
             since: Instant::now(),
-        })
+        }
     }
 
     /// The connection is made. What happened to its target before is none of its concern.

@@ -26,7 +26,7 @@ use super::table::{Signal, Table};
 use crate::engine::copy;
 use crate::engine::idle::IdleTimer;
 use crate::engine::in_kernel::{Left, Outcome};
-use crate::engine::pair::{End, Legs, PerSide, SIDES, Side, StreamState, Timeouts, ended_by};
+use crate::engine::pair::{End, Halt, Legs, PerSide, SIDES, Side, Stop, StreamState, Timeouts, Unsent, ended_by};
 use crate::engine::traffic::{Offload, Path, Traffic};
 use crate::kernel::sys;
 
@@ -37,10 +37,11 @@ pub async fn forward(
     leave_on_bulk: bool,
     timeouts: Timeouts,
     traffic: &Traffic,
+    halt: &Halt,
 ) -> Outcome {
-    match Flow::engage(&table, legs, leave_on_bulk, traffic) {
+    match Flow::engage(&table, legs, leave_on_bulk, traffic, halt) {
         Ok(flow) => flow.run(timeouts).await,
-        Err(Refused::Whole(legs)) => Outcome::Left(legs, Left::Refused),
+        Err(Refused::Whole(legs)) => Outcome::Left(*legs, Left::Refused),
         Err(Refused::Broken(error)) => lost(&error),
     }
 }
@@ -52,7 +53,7 @@ fn lost(error: &io::Error) -> Outcome {
 
 enum Refused {
     /// Nothing was done to the connection.
-    Whole(Legs),
+    Whole(Box<Legs>),
     Broken(io::Error),
 }
 
@@ -93,6 +94,9 @@ struct Flow<'a> {
     kept_away: PerSide<bool>,
     /// It was told that the target has closed.
     target_closed: bool,
+    halt: &'a Halt,
+    /// It was seen that the flow is to stop.
+    halts: bool,
 }
 
 /// A direction's sockets.
@@ -140,6 +144,10 @@ impl Ports for Sockets<'_> {
         copy::step(self.source(), self.sink())
     }
 
+    fn read(&mut self, rest: &mut Vec<u8>) -> io::Result<usize> {
+        copy::read(self.source(), rest)
+    }
+
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         copy::write(self.sink(), bytes)
     }
@@ -174,12 +182,18 @@ fn read_exactly(socket: impl AsFd + Copy) -> io::Result<Option<u64>> {
 impl<'a> Flow<'a> {
     /// Puts both sockets into the map, on hold. If only one can be put in, because the other's peer
     /// has just sent FIN, the flow has to leave at once.
-    fn engage(table: &Arc<Table>, legs: Legs, leave_on_bulk: bool, traffic: &'a Traffic) -> Result<Self, Refused> {
+    fn engage(
+        table: &Arc<Table>,
+        legs: Legs,
+        leave_on_bulk: bool,
+        traffic: &'a Traffic,
+        halt: &'a Halt,
+    ) -> Result<Self, Refused> {
         let (Some(mut slot), Ok(epoll)) = (table.take(), reactor::of_this_worker(table)) else {
-            return Err(Refused::Whole(legs));
+            return Err(Refused::Whole(Box::new(legs)));
         };
         let read = [read_exactly(&legs.client)?, read_exactly(&legs.upstream)?];
-        let [Some(client), Some(upstream)] = read else { return Err(Refused::Whole(legs)) };
+        let [Some(client), Some(upstream)] = read else { return Err(Refused::Whole(Box::new(legs))) };
         let received_before = PerSide { client, upstream };
         let accepted_before =
             PerSide { client: accepted_exactly(&legs.client)?, upstream: accepted_exactly(&legs.upstream)? };
@@ -215,12 +229,14 @@ impl<'a> Flow<'a> {
             fin_sent: PerSide::default(),
             kept_away: PerSide::default(),
             target_closed: false,
+            halt,
+            halts: false,
             traffic: Shared(traffic),
         })
     }
 
     async fn run(mut self, timeouts: Timeouts) -> Outcome {
-        let mut idle = IdleTimer::unattended(timeouts);
+        let mut idle = IdleTimer::unattended(timeouts, self.traffic.0.last_bytes());
         let is_torn = SIDES.into_iter().any(|side| !self.is_in_map(side));
         let mut leaving = Leaving::new(Instant::now(), is_torn.then_some(Left::Refused));
         let mut moved = (0, 0);
@@ -240,22 +256,29 @@ impl<'a> Flow<'a> {
         idle: &mut IdleTimer,
         moved: &mut (u64, u64),
     ) -> Result<Option<Left>, End> {
-        let next = self.advance(leaving.want())?;
+        let next = self.advance(leaving.want(Instant::now()))?;
         if self.streams.iter().any(|stream| stream.source_ended) {
             idle.half_closed(Instant::now());
         }
         if self.streams.upstream.source_ended && !std::mem::replace(&mut self.target_closed, true) {
             self.traffic.0.note_target_closed();
         }
-        if leaving.note(self.reason_to_leave()) {
+        let now = Instant::now();
+        self.halts = self.halt.is_asked(Stop::LeaveKernel);
+        if self.halts && leaving.halt(now) || leaving.note(self.reason_to_leave()) {
             // What is wanted of both directions has changed.
             return Ok(None);
         }
-        let now = Instant::now();
         let in_map = SIDES.into_iter().filter(|side| self.is_in_map(*side));
         let view =
             View::of(in_map.clone().map(|side| &self.streams[side]), SIDES.into_iter().any(|side| self.owes_fin(side)));
-        let is_drained = || in_map.clone().all(|side| self.streams[side].is_drained(self.engaged.slot.row(side)));
+        let collects = leaving.collects(now);
+        let is_drained = || {
+            in_map.clone().all(|side| {
+                let (stream, row) = (&self.streams[side], self.engaged.slot.row(side));
+                if collects { stream.is_collected(row) } else { stream.is_drained(row) }
+            })
+        };
         let wake = match leaving.step(now, view, is_drained) {
             Step::Wait(wake) => wake,
             Step::KeepDataAway => {
@@ -414,6 +437,7 @@ impl<'a> Flow<'a> {
         self.is_in_map(side)
             && !self.fin_sent[side]
             && self.streams[side.other()].phase == Phase::Complete
+            && !self.streams[side.other()].is_blocked()
             && !self.streams[side].source_ended
     }
 
@@ -451,12 +475,13 @@ impl<'a> Flow<'a> {
             Phase::Complete => StreamState::Ended,
             _ => StreamState::Open,
         });
+        let unsent = PerSide::new(|from: Side| Unsent::payload(self.streams[from].rest().to_vec()));
         let Some(Engaged { sockets: PerSide { client, upstream }, slot, .. }) = Arc::into_inner(self.engaged) else {
             unreachable!("only looked at under the lock of Traffic");
         };
         drop(slot);
         match (TcpStream::from_std(client), TcpStream::from_std(upstream)) {
-            (Ok(client), Ok(upstream)) => Outcome::Left(Legs { client, upstream, streams }, why),
+            (Ok(client), Ok(upstream)) => Outcome::Left(Legs { client, upstream, streams, unsent }, why),
             (Err(error), _) | (_, Err(error)) => lost(&error),
         }
     }
@@ -474,8 +499,10 @@ impl<'a> Flow<'a> {
         let bits = {
             let signal = self.engaged.slot.signal();
             let mut timer = pin!(sleep_until(deadline));
+            let halts = |seen: bool| !seen && self.halt.is_asked(Stop::LeaveKernel);
             poll_fn(|cx| match signal.poll(cx) {
                 Poll::Ready(bits) => Poll::Ready(bits),
+                Poll::Pending if halts(self.halts) => Poll::Ready(0),
                 Poll::Pending => timer.as_mut().poll(cx).map(|()| 0),
             })
             .await

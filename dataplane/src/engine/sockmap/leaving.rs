@@ -4,7 +4,8 @@
 //! A socket's entry may only be deleted while no verdict runs for it: the program's verdict on
 //! bytes that are acknowledged already would be lost with it. So data is kept away from the socket
 //! first, then whatever had begun before is waited for. And nothing may be unread: passed bytes go
-//! with the entry.
+//! with the entry. So a slow reader keeps a connection in the map; but not one that is to be handed
+//! to another process: then what its readers did not take is read, and goes along.
 
 use std::time::Duration;
 
@@ -16,6 +17,16 @@ use crate::engine::in_kernel::Left;
 /// How long data is kept away from a socket that leaves the map, until both directions have nothing
 /// left to forward. Its sender sees a loss.
 const PATIENCE: Duration = Duration::from_millis(100);
+
+/// The same for a connection that is to be handed to another process: then the attempt must not
+/// fail, however much there is to read.
+const HALT_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long a slow reader of such a connection may keep it in the map, before data is kept away all
+/// the same; and how long it may still take what is there then, before the rest is read and goes
+/// along.
+const HALT_WAITS: Duration = Duration::from_millis(200);
+const COLLECT_AFTER: Duration = Duration::from_millis(30);
 
 /// How soon to look again meanwhile.
 const TICK: Duration = Duration::from_millis(1);
@@ -45,11 +56,20 @@ pub enum Step {
     Finish,
 }
 
+/// What keeps a connection in the map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hindrance {
+    Nothing,
+    /// Userspace forwards, and a reader keeps it waiting.
+    Reader,
+    /// The kernel forwards some direction.
+    Kernel,
+}
+
 /// What is looked at.
 #[derive(Debug, Clone, Copy)]
 pub struct View {
-    /// An attempt has prospects: userspace forwards, and no reader keeps it waiting.
-    pub may_leave: bool,
+    pub hindrance: Hindrance,
     /// Some direction has not ended.
     pub is_open: bool,
     /// A peer has still to be told that the other side has ended.
@@ -59,16 +79,18 @@ pub struct View {
 impl View {
     /// Of the directions whose sources are in the map.
     pub fn of<'s>(streams: impl Iterator<Item = &'s Stream>, owes_fin: bool) -> Self {
-        let (mut may_leave, mut is_open) = (true, false);
+        let (mut is_ours, mut is_blocked, mut is_open) = (true, false, false);
         for stream in streams {
-            may_leave &= match stream.phase {
-                Phase::Complete => true,
-                Phase::Userspace => !stream.is_blocked(),
-                Phase::Kernel | Phase::Proving => false,
-            };
+            is_ours &= matches!(stream.phase, Phase::Complete | Phase::Userspace);
+            is_blocked |= stream.is_blocked();
             is_open |= stream.phase != Phase::Complete;
         }
-        Self { may_leave, is_open, owes_fin }
+        let hindrance = match (is_ours, is_blocked) {
+            (false, _) => Hindrance::Kernel,
+            (true, true) => Hindrance::Reader,
+            (true, false) => Hindrance::Nothing,
+        };
+        Self { hindrance, is_open, owes_fin }
     }
 }
 
@@ -77,20 +99,42 @@ pub struct Leaving {
     why: Option<Left>,
     not_before: Instant,
     pause: Duration,
-    /// Data is kept away, for no longer than this.
-    quiet_until: Option<Instant>,
+    /// When it was told to leave for another process.
+    halted: Option<Instant>,
+    /// Data is kept away since then.
+    quiet_since: Option<Instant>,
     fin_due: Option<Instant>,
 }
 
 impl Leaving {
     /// Of a connection that has just gone in; `why` says that it cannot stay.
     pub fn new(now: Instant, why: Option<Left>) -> Self {
-        Self { why, not_before: now, pause: LEAVE_AGAIN, quiet_until: None, fin_due: None }
+        Self { why, not_before: now, pause: LEAVE_AGAIN, halted: None, quiet_since: None, fin_due: None }
     }
 
     /// Who is to forward meanwhile.
-    pub fn want(&self) -> Want {
-        if self.why.is_some() { Want::Userspace } else { Want::Kernel }
+    pub fn want(&self, now: Instant) -> Want {
+        match self.why {
+            None => Want::Kernel,
+            Some(_) if self.collects(now) => Want::Collect,
+            Some(_) => Want::Userspace,
+        }
+    }
+
+    /// The connection is to leave at once, for another process to go on with it: whatever it leaves
+    /// for already, and whatever its readers do. True when that is news.
+    pub fn halt(&mut self, now: Instant) -> bool {
+        let is_new = self.halted.is_none();
+        if is_new {
+            (self.why, self.halted, self.not_before) = (Some(Left::Halted), Some(now), now);
+        }
+        is_new
+    }
+
+    /// Whether what a sink does not take is read, and leaves with the connection: only while data
+    /// is kept away, else there would be no end of it.
+    pub fn collects(&self, now: Instant) -> bool {
+        self.halted.is_some() && self.quiet_since.is_some_and(|since| now >= since + COLLECT_AFTER)
     }
 
     /// There is a reason to leave, or none; true when that has changed what is
@@ -103,11 +147,11 @@ impl Leaving {
 
     /// What to do now. `is_drained`: nothing is left to forward.
     pub fn step(&mut self, now: Instant, view: View, is_drained: impl FnOnce() -> bool) -> Step {
-        if let (Some(until), Some(why)) = (self.quiet_until, self.why) {
+        if let (Some(since), Some(why)) = (self.quiet_since, self.why) {
             if is_drained() {
                 return Step::TakeOut(why);
             }
-            if now >= until {
+            if now >= since + if self.halted.is_some() { HALT_PATIENCE } else { PATIENCE } {
                 self.failed(now);
                 return Step::LetDataIn;
             }
@@ -115,12 +159,16 @@ impl Leaving {
         }
         let mut wake = None;
         if let Some(why) = self.why
-            && view.may_leave
+            && (view.hindrance == Hindrance::Nothing || view.hindrance == Hindrance::Reader && self.halted.is_some())
         {
-            if now >= self.not_before {
+            let due = match self.halted {
+                Some(halted) if view.hindrance == Hindrance::Reader => self.not_before.max(halted + HALT_WAITS),
+                _ => self.not_before,
+            };
+            if now >= due {
                 return if view.is_open { Step::KeepDataAway } else { Step::TakeOut(why) };
             }
-            wake = Some(self.not_before);
+            wake = Some(due);
         }
         if !view.owes_fin {
             self.fin_due = None;
@@ -132,12 +180,16 @@ impl Leaving {
 
     /// Data is kept away by now.
     pub fn kept_away(&mut self, now: Instant) {
-        self.quiet_until = Some(now + PATIENCE);
+        self.quiet_since = Some(now);
     }
 
     /// The attempt has failed: the next one is later.
     pub fn failed(&mut self, now: Instant) {
-        self.quiet_until = None;
+        self.quiet_since = None;
+        if self.halted.is_some() {
+            self.not_before = now;
+            return;
+        }
         self.not_before = now + self.pause;
         self.pause = (self.pause * 2).min(LONGEST_LEAVE_AGAIN);
     }

@@ -26,7 +26,7 @@ use std::sync::Arc;
 pub use table::Table;
 
 use super::in_kernel::{Forwarding, InKernel};
-use super::pair::{Kind, Legs, Timeouts};
+use super::pair::{Halt, Kind, Legs, Timeouts};
 use super::traffic::Traffic;
 
 impl InKernel for Table {
@@ -38,13 +38,14 @@ impl InKernel for Table {
         Table::set_memory(self, bytes);
     }
 
-    fn forward(
+    fn forward<'a>(
         self: Arc<Self>,
         legs: Legs,
         leave_on_bulk: bool,
         timeouts: Timeouts,
-        traffic: &Traffic,
-    ) -> Forwarding<'_> {
-        Box::pin(flow::forward(self, legs, leave_on_bulk, timeouts, traffic))
+        traffic: &'a Traffic,
+        halt: &'a Halt,
+    ) -> Forwarding<'a> {
+        Box::pin(flow::forward(self, legs, leave_on_bulk, timeouts, traffic, halt))
     }
 }

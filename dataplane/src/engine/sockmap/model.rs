@@ -669,28 +669,7 @@ impl Ports for Direction<'_> {
     }
 
     fn step(&mut self) -> io::Result<copy::Step> {
-        self.world.meanwhile();
-        let mut kernel = self.world.kernel.borrow_mut();
-        self.world.lock(&mut kernel, self.from);
-        // What came before the socket was in the map has its verdict now (net/ipv4/tcp_bpf.c,
-        // `tcp_bpf_recvmsg_parser`).
-        while self.world.verdict(&mut kernel, self.from) {}
-        let Some(head) = kernel.sides[self.from].readable.front().copied() else {
-            if kernel.sides[self.from].fin {
-                return Ok(copy::Step { read: 0, written: 0, rest: Vec::new(), write_error: None });
-            }
-            return Err(io::ErrorKind::WouldBlock.into());
-        };
-        let read = head.len.min(kernel.dice.some(copy::CHUNK as u64));
-        let readable = &mut kernel.sides[self.from].readable;
-        if read == head.len {
-            readable.pop_front();
-        } else {
-            readable[0] = Span { at: head.at + read, len: head.len - read };
-        }
-        drop(kernel);
-
-        let bytes = content(Span { at: head.at, len: read });
+        let bytes = self.take()?;
         let mut written = 0;
         while written < bytes.len() {
             match self.write(&bytes[written..]) {
@@ -701,9 +680,38 @@ impl Ports for Direction<'_> {
         Ok(copy::Step { read: bytes.len(), written, rest: bytes[written..].to_vec(), write_error: None })
     }
 
+    fn read(&mut self, rest: &mut Vec<u8>) -> io::Result<usize> {
+        let read = self.take()?;
+        rest.extend_from_slice(&read);
+        Ok(read.len())
+    }
+
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.world.meanwhile();
         self.world.kernel.borrow_mut().write(1 - self.from, bytes)
+    }
+}
+
+impl Direction<'_> {
+    /// Takes some of what the source has for userspace; nothing at the end of the stream.
+    fn take(&mut self) -> io::Result<Vec<u8>> {
+        self.world.meanwhile();
+        let mut kernel = self.world.kernel.borrow_mut();
+        self.world.lock(&mut kernel, self.from);
+        // What came before the socket was in the map has its verdict now (net/ipv4/tcp_bpf.c,
+        // `tcp_bpf_recvmsg_parser`).
+        while self.world.verdict(&mut kernel, self.from) {}
+        let Some(head) = kernel.sides[self.from].readable.front().copied() else {
+            return if kernel.sides[self.from].fin { Ok(Vec::new()) } else { Err(io::ErrorKind::WouldBlock.into()) };
+        };
+        let read = head.len.min(kernel.dice.some(copy::CHUNK as u64));
+        let readable = &mut kernel.sides[self.from].readable;
+        if read == head.len {
+            readable.pop_front();
+        } else {
+            readable[0] = Span { at: head.at + read, len: head.len - read };
+        }
+        Ok(content(Span { at: head.at, len: read }))
     }
 }
 
@@ -713,6 +721,9 @@ struct Ended {
     complete: [bool; 2],
     /// It was taken out of the map.
     left: bool,
+    /// That was for another process, and bytes went along.
+    halted: bool,
+    unsent: bool,
     broken: Option<&'static str>,
     lost: [bool; 2],
     redirected: u64,
@@ -737,6 +748,8 @@ struct Daemon<'a> {
     next: Next,
     want: Want,
     leaving: Leaving,
+    /// The connection is to be handed to another process.
+    halts: bool,
     ended: Ended,
 }
 
@@ -750,6 +763,7 @@ impl<'a> Daemon<'a> {
             next: Next::Turn,
             want: Want::Kernel,
             leaving: Leaving::new(now, None),
+            halts: false,
             ended: Ended::default(),
         }
     }
@@ -770,7 +784,7 @@ impl<'a> Daemon<'a> {
     fn run(&mut self, case: &Case) -> Result<(), String> {
         self.hear();
         let fickle = case.fickle && self.world.kernel.borrow_mut().dice.one_in(8);
-        self.want = if fickle { Want::Userspace } else { self.leaving.want() };
+        self.want = if fickle { Want::Userspace } else { self.leaving.want(self.now) };
         self.next = Next::Event;
         for from in 0..2 {
             let was = self.streams[from].phase;
@@ -786,7 +800,7 @@ impl<'a> Daemon<'a> {
             self.next = sooner(self.next, next);
             let phase = self.streams[from].phase;
             self.ended.returns += u32::from(was != Phase::Kernel && phase == Phase::Kernel);
-            if phase == Phase::Complete && !self.ended.complete[from] {
+            if phase == Phase::Complete && !self.ended.complete[from] && !self.streams[from].is_blocked() {
                 self.ended.complete[from] = true;
                 self.all_accepted(from, "complete")?;
             }
@@ -797,7 +811,10 @@ impl<'a> Daemon<'a> {
         if self.ended.complete != [false; 2] {
             self.leave_soon(Left::Ending);
         }
-        if case.leaves {
+        if self.halts && self.leaving.halt(self.now) {
+            self.next = Next::Turn;
+        }
+        if case.leaves || self.halts {
             self.leave()?;
         }
         let mut kernel = self.world.kernel.borrow_mut();
@@ -847,7 +864,13 @@ impl<'a> Daemon<'a> {
     fn leave(&mut self) -> Result<(), String> {
         let view = View::of(self.streams.iter(), false);
         let (streams, rows) = (&self.streams, &self.world.rows);
-        let is_drained = || streams.iter().zip(rows).all(|(stream, row)| stream.is_drained(row));
+        let collects = self.leaving.collects(self.now);
+        let is_drained = || {
+            let of = |(stream, row): (&Stream, &Row)| {
+                if collects { stream.is_collected(row) } else { stream.is_drained(row) }
+            };
+            streams.iter().zip(rows).all(of)
+        };
         match self.leaving.step(self.now, view, is_drained) {
             Step::Wait(None) => {}
             Step::Wait(Some(at)) => self.next = sooner(self.next, Next::At(at)),
@@ -872,6 +895,8 @@ impl<'a> Daemon<'a> {
             Step::TakeOut(_) => {
                 self.world.meanwhile();
                 self.ended.left = true;
+                self.ended.halted = self.halts;
+                self.ended.unsent = self.streams.iter().any(Stream::is_blocked);
                 return (0..2).try_for_each(|side| self.all_accepted(side, "drained"));
             }
             Step::Finish => return Err("a FIN that nobody owes".to_owned()),
@@ -887,11 +912,17 @@ impl<'a> Daemon<'a> {
             return Err(format!("{what} before the end of the stream"));
         }
         let left_behind = source.charged() + sink.waiting().0;
-        if sink.accepted != source.received || left_behind != 0 {
+        let unsent = self.streams[from].rest();
+        if sink.accepted + unsent.len() as u64 != source.received || left_behind != 0 {
             return Err(format!(
-                "{what}: of {} bytes received {} are accepted, and {left_behind} are still on their way",
-                source.received, sink.accepted
+                "{what}: of {} bytes received {} are accepted and {} go along, and {left_behind} are still on their way",
+                source.received,
+                sink.accepted,
+                unsent.len()
             ));
+        }
+        if content(Span { at: sink.accepted, len: unsent.len() as u64 }) != unsent {
+            return Err(format!("order: what goes along is not what follows {}", sink.accepted));
         }
         Ok(())
     }
@@ -908,10 +939,20 @@ fn sooner(a: Next, b: Next) -> Next {
 
 /// Plays a connection to its end; the error says what must not be.
 fn play(case: &Case, fault: Fault) -> Result<Ended, String> {
+    play_until(case, fault, usize::MAX)
+}
+
+/// The same; from this step on it is to be handed to another process, and its readers do not help.
+fn play_until(case: &Case, fault: Fault, halt: usize) -> Result<Ended, String> {
     let world = World::new(case, fault);
     let mut daemon = Daemon::new(&world);
     for step in 0..case.moody + PATIENCE {
-        let willing = step >= case.moody;
+        daemon.halts = step as usize >= halt;
+        let willing = step >= case.moody && !daemon.halts;
+        if daemon.halts && step as usize == halt {
+            // Whoever halts it wakes it.
+            daemon.next = Next::Turn;
+        }
         let runs = {
             let mut kernel = world.kernel.borrow_mut();
             kernel.willing = willing;
@@ -929,7 +970,7 @@ fn play(case: &Case, fault: Fault) -> Result<Ended, String> {
                 daemon.run(case)?;
             } else if let Next::At(at) = daemon.next {
                 daemon.now = at;
-            } else if willing {
+            } else if willing || daemon.halts {
                 return Err(format!("hang: {:?} sleeps over {world:?}", daemon.streams));
             }
         } else if let Next::At(at) = daemon.next
@@ -970,6 +1011,30 @@ proptest! {
         prop_assert_eq!(ended.broken, None);
         prop_assert!(ended.left || ended.complete == [true; 2]);
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, max_shrink_iters: 100, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn at_any_moment_it_can_be_handed_to_another_process_with_every_byte(case in cases(), halt in 0..3_000_usize) {
+        let ended = play_until(&case, Fault::Nothing, halt).map_err(TestCaseError::fail)?;
+        prop_assert_eq!(ended.broken, None);
+        prop_assert!(ended.left || ended.complete == [true; 2]);
+    }
+}
+
+#[test]
+fn what_a_slow_reader_has_not_taken_goes_along() {
+    let (mut halted, mut unsent) = (0, 0);
+    for case in sample(300) {
+        for halt in [200, 600, 1_800] {
+            let ended = play_until(&case, Fault::Nothing, halt).unwrap_or_else(|wrong| panic!("{wrong}: {case:?}"));
+            halted += u32::from(ended.halted);
+            unsent += u32::from(ended.unsent);
+        }
+    }
+    assert!(halted > 400 && unsent > 1, "{halted} {unsent}");
 }
 
 #[test]

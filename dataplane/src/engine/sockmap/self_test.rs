@@ -16,7 +16,7 @@ use tokio::net::TcpStream;
 
 use super::table::Table;
 use crate::engine::driver::{self, Plan};
-use crate::engine::pair::{End, First, Kind, Pair, Side, Timeouts};
+use crate::engine::pair::{End, Forwarded, Halt, Kind, Legs, Side, Timeouts, Unsent};
 use crate::engine::traffic::Traffic;
 use crate::kernel::{socket, sys};
 
@@ -65,17 +65,17 @@ fn all(table: &Arc<Table>) -> Result<(), String> {
         for (what, check, expected) in CHECKS {
             let failed = |error: io::Error| format!("the self-test failed: {what}: {error}");
             let traffic = Arc::new(Traffic::by(plan.relay));
-            let (circuit, pair) = Circuit::new(table, &traffic).map_err(failed)?;
+            let (circuit, legs) = Circuit::new(table, &traffic).map_err(failed)?;
             let timeouts = Timeouts { idle: LIMIT, half_closed: LIMIT, dead_peer: LIMIT };
             let forwarding = {
                 let plan = plan.clone();
-                tokio::spawn(async move { driver::forward(&plan, pair, timeouts, &traffic).await })
+                tokio::spawn(async move { driver::forward(&plan, legs, timeouts, &traffic, &Halt::default()).await })
             };
             let checked = tokio::task::spawn_blocking(move || check(circuit)).await;
             checked.map_err(io::Error::other).and_then(|checked| checked).map_err(failed)?;
-            let end = forwarding.await.map_err(|error| failed(io::Error::other(error)))?;
-            if end != expected {
-                return Err(failed(io::Error::other(format!("the connection ended as {end:?}"))));
+            let forwarded = forwarding.await.map_err(|error| failed(io::Error::other(error)))?;
+            if !matches!(forwarded, Forwarded::Ended(end) if end == expected) {
+                return Err(failed(io::Error::other(format!("the connection ended as {forwarded:?}"))));
             }
         }
         Ok(())
@@ -91,7 +91,7 @@ struct Circuit {
 }
 
 impl Circuit {
-    fn new(table: &Arc<Table>, traffic: &Arc<Traffic>) -> io::Result<(Self, Pair)> {
+    fn new(table: &Arc<Table>, traffic: &Arc<Traffic>) -> io::Result<(Self, Legs)> {
         let connect = || -> io::Result<(StdStream, StdStream)> {
             let listener = TcpListener::bind("127.0.0.1:0")?;
             let far = StdStream::connect(listener.local_addr()?)?;
@@ -104,13 +104,10 @@ impl Circuit {
             Ok((far, near))
         };
         let ((client, client_near), (server, server_near)) = (connect()?, connect()?);
-        let pair = Pair {
-            client: TcpStream::from_std(client_near)?,
-            upstream: TcpStream::from_std(server_near)?,
-            first: First::default(),
-        };
-        SockRef::from(&pair.upstream).set_send_buffer_size(1)?;
-        Ok((Self { client, server, table: table.clone(), traffic: traffic.clone() }, pair))
+        let (client_near, server_near) = (TcpStream::from_std(client_near)?, TcpStream::from_std(server_near)?);
+        SockRef::from(&server_near).set_send_buffer_size(1)?;
+        let legs = Legs::new(client_near, server_near, Unsent::Nothing);
+        Ok((Self { client, server, table: table.clone(), traffic: traffic.clone() }, legs))
     }
 
     /// Bytes that the kernel has forwarded, each way.

@@ -46,6 +46,8 @@ pub trait Ports {
     fn source_has_backlog(&mut self) -> io::Result<bool>;
     /// Reads once from the source and writes to the sink what it takes.
     fn step(&mut self) -> io::Result<copy::Step>;
+    /// Reads once from the source, behind what is there already.
+    fn read(&mut self, rest: &mut Vec<u8>) -> io::Result<usize>;
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize>;
 }
 
@@ -78,6 +80,9 @@ pub enum Want {
     Kernel,
     /// Userspace, until further notice.
     Userspace,
+    /// Userspace, which keeps what the sink does not take: nothing new comes, so that is no more
+    /// than the source's receive buffer had.
+    Collect,
 }
 
 /// What a direction waits for.
@@ -179,6 +184,20 @@ impl Stream {
         }
     }
 
+    /// As [`is_drained`](Self::is_drained), where what the sink did not take is kept.
+    pub fn is_collected(&self, row: &Row) -> bool {
+        match self.phase {
+            Phase::Complete => true,
+            Phase::Userspace => !self.readable && row.passed.get() == self.read,
+            Phase::Kernel | Phase::Proving => false,
+        }
+    }
+
+    /// What was read and not written.
+    pub fn rest(&self) -> &[u8] {
+        &self.rest[self.sent..]
+    }
+
     /// Does what can be done now.
     pub fn advance(&mut self, ports: &mut impl Ports, now: Instant, want: Want) -> Result<Next, Broken> {
         match Reason::from_u32(ports.row().reason.get()) {
@@ -240,6 +259,9 @@ impl Stream {
         for _ in 0..READS_PER_TURN {
             while self.is_blocked() {
                 if !self.writable {
+                    if want == Want::Collect {
+                        break;
+                    }
                     return Ok(Some(Next::Event));
                 }
                 match ports.write(&self.rest[self.sent..]) {
@@ -251,9 +273,20 @@ impl Stream {
                     Err(e) => return Err(Broken::Sink(e)),
                 }
             }
-            (self.rest, self.sent) = (Vec::new(), 0);
+            if !self.is_blocked() {
+                (self.rest, self.sent) = (Vec::new(), 0);
+            }
             if !self.readable {
                 return self.rest_or_return(ports, now, want);
+            }
+            if self.is_blocked() {
+                match ports.read(&mut self.rest) {
+                    Ok(0) => return self.end(ports, now),
+                    Ok(n) => self.read += n as u64,
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.readable = false,
+                    Err(e) => return Err(Broken::Source(e)),
+                }
+                continue;
             }
             match ports.step() {
                 Ok(step) if step.read == 0 => return self.end(ports, now),
@@ -282,14 +315,14 @@ impl Stream {
 
     /// There is nothing to read.
     fn rest_or_return(&mut self, ports: &mut impl Ports, now: Instant, want: Want) -> Result<Option<Next>, Broken> {
-        if ports.row().passed.get() != self.written {
+        if ports.row().passed.get() != self.read {
             // Passed bytes queue behind what the other direction sent to this socket. An event
             // tells when they can be read; to look is cheap, and leans on nothing.
             self.readable = true;
             return Ok(Some(self.look_again(now)));
         }
         self.poll = FIRST_POLL;
-        if want == Want::Userspace || self.source_ended {
+        if want != Want::Kernel || self.source_ended {
             return Ok(Some(Next::Event));
         }
         let until = self.since + self.stay;
@@ -366,6 +399,10 @@ mod tests {
                 return Err(io::ErrorKind::WouldBlock.into());
             }
             Ok(copy::Step { read, written: read, rest: Vec::new(), write_error: None })
+        }
+
+        fn read(&mut self, _rest: &mut Vec<u8>) -> io::Result<usize> {
+            Err(io::ErrorKind::WouldBlock.into())
         }
 
         fn write(&mut self, _: &[u8]) -> io::Result<usize> {

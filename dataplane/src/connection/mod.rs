@@ -2,7 +2,10 @@
 //!
 //! The steps are in the modules of those names; here they follow each other, and every way out that
 //! is not forwarding is a [`Reason`]. Up to the last step no byte reaches an upstream, and all of
-//! it happens before `hello_timeout` and `connect_timeout`.
+//! it happens before `hello_timeout` and `connect_timeout`. At any point of its life a connection
+//! can be parked for another process that goes on with it (`parked`).
+
+mod parked;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -17,7 +20,7 @@ use tokio::time::{timeout, timeout_at};
 
 use crate::admission::{ClientPermit, Permit};
 use crate::config::{Listener, Mode, SendProxy};
-use crate::engine::{self, End, First, Kind, Pair, Selection, Side, Timeouts, Traffic, answer};
+use crate::engine::{self, End, Forwarded, Halt, Kind, Legs, Selection, Side, Timeouts, Traffic, Unsent, answer};
 use crate::generation::{Destination, Generation, Listed};
 use crate::hello::{Input, Machine, Progress, ServerName};
 use crate::http;
@@ -25,12 +28,14 @@ use crate::kernel::socket;
 use crate::logging::unix_seconds;
 use crate::loops;
 use crate::proxy_protocol::{self, Decoded, Header};
-use crate::registry::{Entry, Record, Removal};
+use crate::registry::{Entry, Order, Orders, Record};
 use crate::reject::Reason;
 use crate::route::Pattern;
 use crate::shared::Shared;
 use crate::upstream::connect::Dial;
 use crate::upstream::{Dialled, Lease, Pool, Target};
+
+pub use parked::resume;
 
 /// Room for a PROXY header and the usual hello behind it.
 const FIRST_READ: usize = 2048;
@@ -74,11 +79,16 @@ impl Start {
     }
 }
 
-/// Serves one connection to its end.
+/// Serves one connection to its end, or until another process goes on with it.
 pub async fn serve(shared: Arc<Shared>, generation: Arc<Generation>, accepted: Accepted) {
+    go_on(Arrival::new(shared, generation, accepted)).await;
+}
+
+/// Serves a connection from its first bytes on.
+async fn go_on(arrival: Arrival) {
     // In a box of its own: what is needed only to get here is freed before the connection's long
     // life begins.
-    let established = Box::pin(establish(shared, generation, accepted)).await;
+    let established = Box::pin(establish(arrival)).await;
     if let Some(established) = established {
         // In another one: who has said nothing yet does not pay for this.
         Box::pin(forward(established)).await;
@@ -87,25 +97,38 @@ pub async fn serve(shared: Arc<Shared>, generation: Arc<Generation>, accepted: A
 
 /// The connection's long life.
 async fn forward(established: Established) {
-    let Established { engine, pair, timeouts, entry, permits, mut lease } = established;
+    let Established { shared, engine, legs, timeouts, entry, permits, mut lease } = established;
     let traffic = entry.record.traffic.clone();
-    let end = {
+    // What was asked of all while it was not yet among the live connections.
+    let halt = Halt::new(shared.parking.stop());
+    let forwarded = {
         let forward = async {
             match &engine {
-                Some(engine) => engine::forward(&engine.plan, pair, timeouts, &traffic).await,
-                None => Box::pin(answer::run(pair, timeouts, &traffic)).await,
+                Some(engine) => engine::forward(&engine.plan, legs, timeouts, &traffic, &halt).await,
+                None => Box::pin(answer::run(legs, timeouts, &traffic, &halt)).await,
             }
         };
         let mut forward = std::pin::pin!(forward);
         loop {
             tokio::select! {
                 biased;
-                end = &mut forward => break end,
+                forwarded = &mut forward => break forwarded,
                 // Both sockets are dropped with the engine's work, and so reset.
-                () = lease.lost() => break End::TargetDown,
-                () = entry.record.removal.due() => break End::RouteRemoved,
+                () = lease.lost() => break Forwarded::Ended(End::TargetDown),
+                order = entry.record.orders.due() => match order {
+                    Order::End => break Forwarded::Ended(End::RouteRemoved),
+                    Order::Stop(stop) => halt.ask(stop),
+                },
                 () = traffic.target_closed() => lease.give_up_place(),
             }
+        }
+    };
+    let end = match forwarded {
+        Forwarded::Ended(end) => end,
+        Forwarded::Halted(legs) => {
+            drop(lease);
+            parked::park(&shared, parked::established(engine.is_none(), legs, entry, &permits));
+            return;
         }
     };
     // What the port for challenges does says nothing of the target.
@@ -117,13 +140,21 @@ async fn forward(established: Established) {
 }
 
 struct Established {
+    shared: Arc<Shared>,
     /// `None`: one request, one answer.
     engine: Option<Arc<Selection>>,
-    pair: Pair,
+    legs: Legs,
     timeouts: Timeouts,
     entry: Entry,
-    permits: (Permit, Option<ClientPermit>, Option<loops::Guard>),
+    permits: Permits,
     lease: Lease,
+}
+
+/// What a connection has a right to, and is remembered by, until its end.
+struct Permits {
+    _connection: Permit,
+    client: Option<ClientPermit>,
+    in_flight: Option<loops::Guard>,
 }
 
 /// What was learned of the client before its connection was routed.
@@ -134,6 +165,8 @@ struct Client {
     server_name: Option<ServerName>,
     /// What it sent in the place of one, escaped.
     bad_name: Option<Box<str>>,
+    /// The header of a proxy in front of us was read.
+    is_introduced: bool,
     /// Of the proxy in front of us, if it sent one.
     unique_id: Option<Vec<u8>>,
     /// The first protocol that it offers, as it came.
@@ -165,6 +198,8 @@ struct Arrival {
     start: Start,
     permit: Permit,
     client: Client,
+    /// What is answered here, once that is known; empty when all of it was sent.
+    answer: Option<Vec<u8>>,
 }
 
 /// What the preread found.
@@ -182,10 +217,21 @@ struct Decision {
     permit: Option<ClientPermit>,
 }
 
-/// `None`: it was rejected or answered here.
-async fn establish(shared: Arc<Shared>, generation: Arc<Generation>, accepted: Accepted) -> Option<Established> {
-    let mut arrival = Arrival::new(shared, generation, accepted);
-    match arrival.find_target().await {
+/// `None`: it was rejected or answered here, or another process goes on with it.
+async fn establish(mut arrival: Arrival) -> Option<Established> {
+    let shared = arrival.shared.clone();
+    let found = tokio::select! {
+        biased;
+        found = arrival.find_target() => found,
+        // Whatever it waits for, nothing is lost: what was read is kept, and nothing was sent.
+        () = shared.parking.opened() => {
+            let (parcel, permit) = parked::arrival(arrival);
+            parked::park(&shared, parcel);
+            drop(permit);
+            return None;
+        }
+    };
+    match found {
         Ok(found) => found.map(|(decision, first, dialled)| arrival.register(decision, first, dialled)),
         Err(reason) => {
             arrival.reject(reason);
@@ -203,16 +249,21 @@ impl Arrival {
             server,
             server_name: None,
             bad_name: None,
+            is_introduced: false,
             unique_id: None,
             alpn: None,
             alpn_text: None,
             read: Vec::new(),
             in_flight: None,
         };
-        Self { shared, generation, listener, stream, peer, start: Start::now(), permit, client }
+        Self { shared, generation, listener, stream, peer, start: Start::now(), permit, client, answer: None }
     }
 
-    async fn find_target(&mut self) -> Result<Option<(Decision, First, Dialled)>, Reason> {
+    async fn find_target(&mut self) -> Result<Option<(Decision, Unsent, Dialled)>, Reason> {
+        if self.answer.is_some() {
+            self.answer().await;
+            return Ok(None);
+        }
         let preread = self.preread().await?;
         let Some(decision) = self.decide(preread).await else { return Ok(None) };
         let (first, dialled) = self.dial(&decision).await?;
@@ -237,8 +288,9 @@ impl Arrival {
         let (index, listener) = (*index, &generation.config.listeners[*index]);
         let limits = &generation.config.limits;
         let read = async {
-            if is_proxied {
+            if is_proxied && !client.is_introduced {
                 proxy_header(stream, client).await?;
+                client.is_introduced = true;
             }
             let ip = client.address.ip();
             if contains(&listener.deny, ip) || !(listener.allow.is_empty() || contains(&listener.allow, ip)) {
@@ -279,7 +331,7 @@ impl Arrival {
     }
 
     /// Answers what is answered here; `None`: it was.
-    async fn decide(&self, Preread { purpose, permit }: Preread) -> Option<Decision> {
+    async fn decide(&mut self, Preread { purpose, permit }: Preread) -> Option<Decision> {
         let (destination, listed, challenge_port) = match purpose {
             Purpose::Forward(destination, listed) => (destination, listed, None),
             Purpose::Challenge(destination, listed, port) => (destination, listed, Some(port)),
@@ -288,28 +340,35 @@ impl Arrival {
                 if self.shared.rejections.admits(None) {
                     log_redirect(self.config(), &self.client, self.start);
                 }
-                // Whether the client takes its answer is its own affair; it has as long as it had
-                // for its request, and gives way to newer ones as before that.
-                let guest = self.shared.admission.enter_lobby(Some(self.client.address.ip()));
-                tokio::select! {
-                    _ = timeout_at(self.deadline().into(), redirect(&self.stream, &answer)) => {}
-                    () = guest.gives_way() => {}
-                }
+                self.answer = Some(answer);
+                self.answer().await;
                 return None;
             }
         };
         Some(Decision { destination, listed, challenge_port, permit })
     }
 
+    /// Answers. Whether the client takes its answer is its own affair; it has as long as it had for
+    /// its request, and gives way to newer ones as before that.
+    async fn answer(&mut self) {
+        let deadline = self.deadline();
+        let guest = self.shared.admission.enter_lobby(Some(self.client.address.ip()));
+        let Some(answer) = &mut self.answer else { return };
+        tokio::select! {
+            _ = timeout_at(deadline.into(), redirect(&self.stream, answer)) => {}
+            () = guest.gives_way() => {}
+        }
+    }
+
     /// Connects to a target; with it, what that gets to read first.
-    async fn dial(&self, decision: &Decision) -> Result<(First, Dialled), Reason> {
+    async fn dial(&self, decision: &Decision) -> Result<(Unsent, Dialled), Reason> {
         let pool = &decision.destination.pool;
         let first = first_bytes(&self.shared, pool.config.send_proxy, &self.client);
         let dial = Dial {
             client: self.client.address,
             own: self.generation.own.clone(),
             port: decision.challenge_port,
-            speaks_first: !first.bytes.is_empty(),
+            speaks_first: !first.is_empty(),
             is_probe: false,
         };
         let dialled = tokio::select! {
@@ -322,7 +381,7 @@ impl Arrival {
     }
 
     /// Enters it among the live connections.
-    fn register(self, decision: Decision, first: First, dialled: Dialled) -> Established {
+    fn register(self, decision: Decision, first: Unsent, dialled: Dialled) -> Established {
         let Self { shared, generation, listener, stream, start, permit, client, .. } = self;
         let Decision { destination: Destination { route, pool, metrics }, listed, challenge_port, .. } = decision;
         let listener = &generation.config.listeners[listener];
@@ -347,7 +406,7 @@ impl Arrival {
             listed,
             dialled: if is_tcp { legs() } else { None },
             traffic,
-            removal: Removal::default(),
+            orders: Orders::default(),
         };
         let entry = shared.registry.enter(record, metrics);
         // A reload that came meanwhile has not seen it.
@@ -355,18 +414,15 @@ impl Arrival {
         if !Arc::ptr_eq(&in_force, &generation) {
             entry.record.judge(&in_force);
         }
-        let limits = &generation.config.limits;
+        drop(in_force);
         Established {
             engine: (!is_challenge).then(|| generation.engine.clone()),
-            pair: Pair { client: stream, upstream: dialled.stream, first },
-            timeouts: Timeouts {
-                idle: limits.idle_timeout,
-                half_closed: limits.half_closed_timeout,
-                dead_peer: limits.dead_peer_timeout,
-            },
+            legs: Legs::new(stream, dialled.stream, first),
+            timeouts: timeouts(&generation),
             entry,
-            permits: (permit, decision.permit, client.in_flight),
+            permits: Permits { _connection: permit, client: decision.permit, in_flight: client.in_flight },
             lease: dialled.lease,
+            shared,
         }
     }
 
@@ -375,6 +431,11 @@ impl Arrival {
         let name = client.server_name.as_deref().or(client.bad_name.as_deref());
         reject(shared, generation, *listener, stream, (client.address, name), reason, *start);
     }
+}
+
+fn timeouts(generation: &Generation) -> Timeouts {
+    let limits = &generation.config.limits;
+    Timeouts { idle: limits.idle_timeout, half_closed: limits.half_closed_timeout, dead_peer: limits.dead_peer_timeout }
 }
 
 fn came_back(target: &Target) -> Reason {
@@ -434,6 +495,31 @@ async fn proxy_header(stream: &TcpStream, client: &mut Client) -> Result<(), Rea
     }
 }
 
+/// What reads a client's first bytes. When it is dropped, at whatever point, the bytes are the
+/// client's again.
+struct Reading<'c, M: Into<Vec<u8>>> {
+    machine: Option<M>,
+    bytes: &'c mut Vec<u8>,
+}
+
+impl<'c, M: Into<Vec<u8>>> Reading<'c, M> {
+    fn new(machine: M, bytes: &'c mut Vec<u8>) -> Self {
+        Self { machine: Some(machine), bytes }
+    }
+
+    fn machine(&mut self) -> &mut M {
+        self.machine.as_mut().expect("taken when this is dropped")
+    }
+}
+
+impl<M: Into<Vec<u8>>> Drop for Reading<'_, M> {
+    fn drop(&mut self) {
+        if let Some(machine) = self.machine.take() {
+            *self.bytes = machine.into();
+        }
+    }
+}
+
 /// Reads the hello; what was read, the hello and perhaps more, stays in `client.read`. The index of
 /// the route, and by which of its patterns it was found.
 async fn hello_route(
@@ -446,7 +532,9 @@ async fn hello_route(
 ) -> Result<(usize, Pattern), Reason> {
     let mut machine = Machine::new(generation.config.limits.hello_max_bytes);
     machine.input(Input::Bytes(&std::mem::take(&mut client.read)));
-    let route = loop {
+    let mut reading = Reading::new(machine, &mut client.read);
+    loop {
+        let machine = reading.machine();
         match machine.progress() {
             Progress::NeedMore => {}
             Progress::Reject(reason) => {
@@ -462,14 +550,12 @@ async fn hello_route(
                 client.in_flight = Some(shared.in_flight.hello(hello.random, id).map_err(|target| came_back(&target))?);
                 client.alpn = hello.alpn.clone().next().map(Into::into);
                 client.alpn_text = printable(hello.alpn);
-                break (found.route, found.by.into());
+                return Ok((found.route, found.by.into()));
             }
         }
         let read = read_some(stream, || stream.try_read_buf(&mut machine.buffer_mut())).await;
         machine.input(if matches!(read, Ok(n) if n > 0) { Input::Bytes(&[]) } else { Input::Closed });
-    };
-    client.read = machine.into_bytes();
-    Ok(route)
+    }
 }
 
 /// Reads one request head and decides what it gets. What is to be sent for it is in `client.read`:
@@ -484,15 +570,18 @@ async fn http_request(
 ) -> Result<Purpose, Reason> {
     let mut machine = http::Machine::new(generation.config.limits.hello_max_bytes);
     machine.input(http::Input::Bytes(&std::mem::take(&mut client.read)));
+    let mut reading = Reading::new(machine, &mut client.read);
     let request = loop {
+        let machine = reading.machine();
         match machine.progress() {
             http::Progress::NeedMore => {}
             http::Progress::Reject(reason) => return Err(reason),
-            http::Progress::Request(request) => break request,
+            http::Progress::Request(request) => break request.clone(),
         }
         let read = read_some(stream, || stream.try_read_buf(&mut machine.buffer_mut())).await;
         machine.input(if matches!(read, Ok(n) if n > 0) { http::Input::Bytes(&[]) } else { http::Input::Closed });
     };
+    drop(reading);
     client.server_name = request.host;
     let found = generation.table.find_plain(listener, request.host.as_deref())?;
     let listed = Listed::ByRoute(found.by.into());
@@ -507,11 +596,11 @@ async fn http_request(
 }
 
 /// Answers, and leaves the client the time to read it.
-async fn redirect(stream: &TcpStream, mut answer: &[u8]) -> io::Result<()> {
+async fn redirect(stream: &TcpStream, answer: &mut Vec<u8>) -> io::Result<()> {
     while !answer.is_empty() {
         stream.writable().await?;
         match stream.try_write(answer) {
-            Ok(n) => answer = &answer[n..],
+            Ok(n) => drop(answer.drain(..n)),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             Err(e) => return Err(e),
         }
@@ -533,7 +622,7 @@ async fn read_some(stream: &TcpStream, mut read: impl FnMut() -> io::Result<usiz
     }
 }
 
-fn first_bytes(shared: &Shared, send_proxy: SendProxy, client: &Client) -> First {
+fn first_bytes(shared: &Shared, send_proxy: SendProxy, client: &Client) -> Unsent {
     let mut bytes = Vec::with_capacity(client.read.len() + proxy_protocol::MAX_ENCODED);
     match send_proxy {
         SendProxy::Off => {}
@@ -556,7 +645,7 @@ fn first_bytes(shared: &Shared, send_proxy: SendProxy, client: &Client) -> First
     }
     let header = bytes.len();
     bytes.extend_from_slice(&client.read);
-    First { bytes, header }
+    Unsent::bytes(bytes, header)
 }
 
 fn contains(networks: &[IpNet], ip: IpAddr) -> bool {
