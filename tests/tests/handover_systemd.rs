@@ -7,7 +7,7 @@ use serde_json::Value;
 use tests::load::{Numbers, under_load};
 use tests::rig::PATIENCE;
 use tests::stream::reset_within;
-use tests::systemd::{CONFIG, Node, config};
+use tests::systemd::{CONFIG, Node, config, works};
 use tests::{alone, daemon, eventually};
 
 /// Restarts in a row; `DATAPLANE_TEST_HANDOVERS` makes it more for a long run.
@@ -135,4 +135,34 @@ fn connections_that_nobody_takes_over_end_in_reset() {
     node.machine.write(CONFIG, &config(daemon::HOST));
     node.machine.output(&["systemctl", "restart", "dataplane"]);
     node.forwards(daemon::HOST);
+}
+
+#[test]
+fn nine_thousand_connections_survive_a_restart_and_an_upgrade() {
+    let _turn = alone();
+    let node = started("auto");
+    let machine = &node.machine;
+    // Both ends are this process's; its hard limit may be 20,000 descriptors.
+    let files = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum.unwrap_or(20_000);
+    let count = (files.min(20_000) / 2 - 1_000) as usize;
+    let pairs: Vec<_> = (0..count).map(|_| node.pair()).collect();
+    // Ticks in user mode and in the kernel, proc(5).
+    let cpu_of_systemd = || {
+        let stat = machine.output(&["cat", "/proc/1/stat"]);
+        let fields: Vec<_> = stat.rsplit(") ").next().expect("a stat line").split(' ').collect();
+        let ticks: u64 = fields[11..13].iter().map(|field| field.parse::<u64>().expect("a number")).sum();
+        Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second())
+    };
+    for how in ["restart", "reload"] {
+        if how == "reload" {
+            machine.output(&["cp", "/usr/local/bin/dataplane", "/usr/local/bin/dataplane.new"]);
+            machine.output(&["mv", "/usr/local/bin/dataplane.new", "/usr/local/bin/dataplane"]);
+        }
+        let before = cpu_of_systemd();
+        machine.output(&["systemctl", how, "dataplane"]);
+        let handover = handover(&node);
+        println!("{how} with {count} connections: systemd {:?}, {handover}", cpu_of_systemd() - before);
+        assert_eq!((&handover["inherited"]["kept"], &handover["inherited"]["reset"]), (&count.into(), &0.into()));
+        pairs.iter().step_by(count / 100).for_each(works);
+    }
 }
