@@ -40,6 +40,15 @@ fn script(net: &Net, name: &str, text: &str) -> PathBuf {
     path
 }
 
+/// A successor that says this, instead of taking over; `hear()` is what the daemon says next.
+fn impostor(net: &Net, name: &str, says: &str) -> PathBuf {
+    let text = format!(
+        "#!/usr/bin/env python3\nimport socket\ns = socket.socket(fileno=0)\n\
+         def hear(): return socket.recv_fds(s, 65536, 253)[0]\n{says}\n"
+    );
+    script(net, name, &text)
+}
+
 fn upgrade_to(daemon: &Daemon, program: &std::path::Path) -> Output {
     daemon.cli(&["upgrade", program.to_str().expect("UTF-8")])
 }
@@ -144,19 +153,12 @@ fn a_successor_that_fails_leaves_everything_as_it_was_and_says_why() {
     refuses(&upgrade_to(&rig.daemon, &net.dir().join("nothing")), "No such file");
     refuses(&upgrade_to(&rig.daemon, &script(net, "rubbish", "\x7fELF")), "cannot be run");
     refuses(&upgrade_to(&rig.daemon, "/bin/false".as_ref()), "has ended");
-    let talks = |name: &str, says: &str| {
-        let text = format!(
-            "#!/usr/bin/env python3\nimport socket\ns = socket.socket(fileno=0)\n\
-             def hear(): return socket.recv_fds(s, 65536, 253)[0]\n{says}\n"
-        );
-        script(net, name, &text)
-    };
-    refuses(&upgrade_to(&rig.daemon, &talks("early", "hear(); s.send(b'\"taken\"')")), "out of turn");
-    refuses(&upgrade_to(&rig.daemon, &talks("foreign", "hear(); s.send(b'hello')")), "not understood");
+    refuses(&upgrade_to(&rig.daemon, &impostor(net, "early", "hear(); s.send(b'\"taken\"')")), "out of turn");
+    refuses(&upgrade_to(&rig.daemon, &impostor(net, "foreign", "hear(); s.send(b'hello')")), "not understood");
     // Everything had stopped, and the package was sent.
-    refuses(&upgrade_to(&rig.daemon, &talks("dies", "hear(); s.send(b'\"ready\"'); hear()")), "has ended");
+    refuses(&upgrade_to(&rig.daemon, &impostor(net, "dies", "hear(); s.send(b'\"ready\"'); hear()")), "has ended");
     let unknown = "hear(); s.send(b'\"ready\"'); hear(); s.send(b'{\"failed\": \"unknown field `colour`\"}')";
-    refuses(&upgrade_to(&rig.daemon, &talks("unknown", unknown)), "unknown field `colour`");
+    refuses(&upgrade_to(&rig.daemon, &impostor(net, "unknown", unknown)), "unknown field `colour`");
     rig.daemon.rewrite(&Config::new("splice").more("rubbish = 7"));
     refuses(&rig.daemon.cli(&["upgrade"]), "rubbish");
     rig.daemon.rewrite(&Config::new("splice"));
@@ -170,11 +172,7 @@ fn a_successor_that_dies_with_everything_costs_the_connections_and_that_is_said(
     let rig = Rig::new(&Config::new("splice"));
     let (client, server) = rig.pair();
     let says = "hear(); s.send(b'\"ready\"'); hear(); s.send(b'\"taken\"'); hear()";
-    let text = format!(
-        "#!/usr/bin/env python3\nimport socket\ns = socket.socket(fileno=0)\n\
-         def hear(): return socket.recv_fds(s, 65536, 253)[0]\n{says}\n"
-    );
-    let out = upgrade_to(&rig.daemon, &script(&rig.net, "dies", &text));
+    let out = upgrade_to(&rig.daemon, &impostor(&rig.net, "dies", says));
     let said = String::from_utf8_lossy(&out.stderr);
     assert!(!out.status.success() && said.contains("1 connections were reset"), "{said}");
     assert!(reset_within(&client, PATIENCE).is_some() && reset_within(&server, PATIENCE).is_some());
